@@ -1,0 +1,36 @@
+# make demo | test | test-slow | lint | setup. Each sets up .venv first, where that has not been done.
+#   PYTHON=python3.12             another interpreter (3.10 to 3.12)
+#   TORCH_INDEX=URL               a package index that holds another build of torch (see the README)
+PYTHON ?= python3
+BIN := .venv/bin
+export DS_BUILD_OPS := 0
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: setup demo test test-slow lint clean
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; ok = (3, 10) <= sys.version_info[:2] <= (3, 12); sys.exit(None if ok else "freeguide needs Python 3.10 to 3.12; name one with: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv || { echo 'No venv module: on Debian and Ubuntu, apt install python3-venv'; exit 1; }
+	$(BIN)/pip install --quiet --upgrade pip
+	$(if $(TORCH_INDEX),$(BIN)/pip install --quiet -c constraints.txt --index-url $(TORCH_INDEX) torch)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch .venv/ready
+
+demo: setup
+	$(BIN)/freeguide demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow --timeout 1800
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

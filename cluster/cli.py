@@ -1,0 +1,106 @@
+"""The command line: `freeguide COMMAND CONFIG.yaml key=value ...`, or `python -m cluster` with the same arguments.
+
+Whatever a user gets wrong ends in one sentence on standard error and exit code 2, before a cluster is touched.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from configs.errors import UserError
+from configs.load import load_config
+from configs.schema import Config
+
+COMMANDS = {
+    "prepare": "write images as WebDataset shards with a manifest",
+    "train": "train on a Ray cluster; run again to resume",
+    "generate": "write a labelled set of samples as shards and .npz",
+    "evaluate": "measure FID and IS over w and write the report; run again to resume",
+    "inspect": "print the resolved config, the network's size and what it costs",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 1 for a failure, 2 for what the user can mend."""
+    options = _parser().parse_args(arguments)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        if options.command == "demo":
+            from cluster.demo import demo
+
+            return demo(options.overrides)
+        config = load_config(options.config, options.overrides, options.command)
+        if getattr(options, "dry_run", False):
+            options.command = "inspect"
+        if getattr(options, "submit", None):
+            return _submit(options, config)
+        _run(options.command)(config)
+    except UserError as error:
+        print(f"freeguide: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; run the same command again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run(command: str) -> Callable[[Config], object]:
+    # Imported here: `freeguide --help` and a wrong key should not wait for torch and ray.
+    if command == "prepare":
+        from cluster.prepare import prepare
+
+        return prepare
+    if command == "train":
+        from cluster.train import train
+
+        return train
+    if command == "generate":
+        from cluster.generate import generate
+
+        return generate
+    if command == "evaluate":
+        from cluster.evaluate import evaluate
+
+        return evaluate
+    from cluster.inspect import inspect
+
+    return inspect
+
+
+def _submit(options: argparse.Namespace, config: Config) -> int:
+    from cluster.submit import submit
+
+    code = submit(options.submit, options.command, Path(options.config), options.overrides)
+    if code == 0 and options.command == "evaluate":
+        from cluster.evaluate import fetch_report
+
+        try:
+            print(f"report: {fetch_report(config)}/index.html")
+        except UserError as error:
+            print(f"the report stays with the run: {error}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="freeguide", description="Train and measure classifier-free-guidance diffusion models on clusters."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("config", metavar="CONFIG", help="a YAML file; configs/schema.py lists every option")
+        command.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="options that win over the file, for example train.lr=1e-4"
+        )
+        if name != "inspect":
+            command.add_argument(
+                "--submit",
+                metavar="URL",
+                help="run as a job on the Ray cluster whose dashboard is at URL (http://HEAD:8265) and follow it",
+            )
+            command.add_argument("--dry-run", action="store_true", help="print what would run and what it costs, and stop")
+    command = commands.add_parser("demo", help="train and measure on real handwritten digits, on this machine")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="options that win over configs/digits.yaml")
+    return parser

@@ -1,0 +1,48 @@
+"""`freeguide inspect` and `--dry-run`: what a config means and costs, without a cluster."""
+
+import torch
+
+from configs.load import to_yaml
+from configs.schema import Config
+from trainer.networks.build import build_network, count_parameters, forward_flops
+from trainer.sampler import evaluations
+
+
+def inspect(config: Config) -> None:
+    """Print the resolved config, the network's size, and what a step, a checkpoint and an evaluation cost. Raises ConfigError."""
+    images = {"image_size": config.data.image_size, "channels": config.data.channels, "classes": config.data.classes}
+    with torch.device("meta"):
+        parameters = count_parameters(build_network(config.model, **images))
+    flops = forward_flops(config.model, **images)
+    train, workers = config.train, config.cluster.workers
+    share = train.global_batch // workers
+    micro = train.micro_batch or share
+    nfe = sum(evaluations(config, w) for w in config.evaluate.w)
+    rows = {
+        "parameters": f"{parameters:,}",
+        "forward cost of an image": f"{flops / 1e9:,.3f} GFLOP (2 per multiply-accumulate)",
+        "global batch": f"{train.global_batch} = {workers} workers x {share // micro} accumulation x {micro} micro-batch",
+        "cost of a training step": f"{3 * flops * train.global_batch / 1e12:,.3f} TFLOP (forward, and twice that backward)",
+        "cost of the training": f"{3 * flops * train.global_batch * train.steps / 1e18:,.4g} EFLOP, {train.global_batch * train.steps:,} images",
+        "ZeRO state per worker": f"{_mib(_state_bytes(parameters, train.zero_stage, train.precision, workers))} (weights, gradients, moments, average; without activations)",
+        "checkpoint": f"{_mib(16 * parameters)} (fp32 weights, two moments, average)",
+        "evaluation": f"{len(config.evaluate.w)} values of w x {config.evaluate.images} images, {nfe * config.evaluate.images:,} network evaluations, "
+        f"{nfe * config.evaluate.images * flops / 1e18:,.4g} EFLOP",
+    }
+    print(to_yaml(config))
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"{name:<{width}}  {value}")
+
+
+def _state_bytes(parameters: int, stage: int, precision: str, workers: int) -> int:
+    """Bytes of weights and gradients in the working precision, fp32 masters, two moments and the average, split as ZeRO does."""
+    working = 2 if precision == "bf16" else 4
+    weights = working * parameters // (workers if stage == 3 else 1)
+    gradients = working * parameters // (workers if stage >= 2 else 1)
+    states = (12 if precision == "fp32" else 16) * parameters // (workers if stage >= 1 else 1)
+    return weights + gradients + states
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB" if count < 2**30 else f"{count / 2**30:,.1f} GiB"

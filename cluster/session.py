@@ -1,0 +1,97 @@
+"""The Ray cluster of one command: the one that RAY_ADDRESS names (as inside a submitted job), or a private one on this machine."""
+
+import logging
+import math
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray
+
+from configs.errors import ConfigError
+from configs.schema import Config
+
+ROOT = Path(__file__).resolve().parents[1]  # the folder of the packages
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What Ray sets aside for one worker or actor."""
+
+    cpus: float
+    gpus: float
+
+    @property
+    def threads(self) -> int:
+        """Threads for torch: part of what makes results repeat to the bit."""
+        return max(1, int(self.cpus))
+
+
+@contextmanager
+def session(config: Config, processes: int) -> Iterator[Resources]:
+    """Connect, yield the resources of each of `processes` workers or actors, and disconnect.
+
+    Raises ConfigError where RAY_ADDRESS does not answer, or the cluster is of fixed size and too small.
+    """
+    address = os.environ.get("RAY_ADDRESS", "")
+    cpus = config.cluster.cpus_per_worker
+    if address and address != "local":
+        _probe(address)
+        options: dict[str, Any] = {"address": address}
+    else:
+        # The command's own processes need a share too, and a laptop may have fewer cores than the config has workers.
+        room = max(os.cpu_count() or 1, math.ceil(processes * cpus)) + 1
+        options = {"address": "local", "num_cpus": room, "include_dashboard": False}
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])), **config.cluster.env}
+    runtime = {"env_vars": environment if options["address"] == "local" else dict(config.cluster.env)}
+    ray.init(**options, runtime_env=runtime, logging_level=logging.WARNING, log_to_driver=True)
+    try:
+        yield _resources(config, processes)
+    finally:
+        ray.shutdown()
+
+
+def _resources(config: Config, processes: int) -> Resources:
+    total, gpus = ray.cluster_resources(), config.cluster.gpus_per_worker
+    if gpus < 0:
+        gpus = 1.0 if total.get("GPU", 0) else 0.0
+    wanted = {"CPU": processes * config.cluster.cpus_per_worker, "GPU": processes * gpus}
+    for kind, amount in wanted.items():
+        if amount > total.get(kind, 0):
+            print(
+                f"waiting for the cluster to grow: {processes} processes need {amount:g} {kind}, it has {total.get(kind, 0):g} now",
+                flush=True,
+            )
+    return Resources(config.cluster.cpus_per_worker, gpus)
+
+
+def _probe(address: str) -> None:
+    if address == "auto":
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); start one, or unset RAY_ADDRESS to use this machine"
+        ) from error
+
+
+def progress(results: Iterable[T], total: int, what: str) -> Iterator[T]:
+    """Pass results on and print how many there are and when the last is due: in place on a terminal, else at most every 5 seconds."""
+    began, printed, terminal = time.monotonic(), 0.0, sys.stdout.isatty()
+    for count, result in enumerate(results, start=1):
+        yield result
+        now = time.monotonic()
+        if terminal or count == total or now - printed >= 5:
+            eta = timedelta(seconds=round((now - began) / count * (total - count)))
+            print(f"{what} {count}/{total}  eta {eta}", end="\r" if terminal and count < total else "\n", flush=True)
+            printed = now

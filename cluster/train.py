@@ -1,0 +1,74 @@
+"""The training job: Ray Train places the workers and restarts them after failures, `trainer.loop.train` runs in each.
+
+A restarted worker group goes on from the newest whole checkpoint by itself, and so does the same command given again; Ray's own
+checkpoint mechanism is not used.
+"""
+
+import os
+import tempfile
+import time
+from datetime import timedelta
+from typing import Any
+
+import ray.train
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+
+from cluster.session import session
+from configs.errors import UserError
+from configs.load import from_yaml, to_yaml
+from configs.schema import Config
+from trainer.loop import preflight
+
+
+def train(config: Config) -> None:
+    """Train `config` on the cluster until `train.steps`. Raises UserError before Ray starts for whatever can be known before."""
+    start = preflight(config)
+    if start >= config.train.steps:
+        print(f"{config.run} is trained: step {start} of {config.train.steps}, nothing to do")
+        return
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    began = time.monotonic()
+    with session(config, config.cluster.workers) as resources:
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={"config": to_yaml(config), "threads": resources.threads},
+            torch_config=TorchConfig(backend="nccl" if resources.gpus else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=config.cluster.workers,
+                use_gpu=resources.gpus > 0,
+                resources_per_worker={"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {}),
+            ),
+            run_config=RunConfig(
+                name=f"{config.name}-{time.time_ns()}",  # a finished run's name used again would return at once
+                storage_path=os.path.join(tempfile.gettempdir(), "freeguide-ray"),
+                failure_config=FailureConfig(max_failures=config.cluster.max_failures),
+            ),
+        )
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            raise _cause(error) from error
+    print(f"trained to step {config.train.steps} in {timedelta(seconds=round(time.monotonic() - began))}: {config.run}")
+
+
+def _worker(job: dict[str, Any]) -> None:
+    import torch
+
+    from trainer.loop import train
+
+    torch.set_num_threads(job["threads"])
+    os.environ["LOCAL_RANK"] = str(ray.train.get_context().get_local_rank())
+    train(from_yaml(job["config"]))
+
+
+def _cause(error: TrainingFailedError) -> Exception:
+    """The user's error among those of the workers, or Ray's own."""
+    failures = list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else []
+    chain: list[BaseException | None] = [
+        *failures,
+        *(f.__cause__ for f in failures),
+        *(getattr(f, "cause", None) for f in failures),
+    ]
+    return next((e for e in chain if isinstance(e, UserError)), error)

@@ -1,0 +1,107 @@
+"""Work units: the images of one w in one range of indices, made by whichever actor is free, published once.
+
+A unit's name says what it holds, and its object appears whole or not at all. So a job begins by listing what is there and makes
+the rest; killed actors, nodes and drivers cost the units in hand, and the same command again goes on. Everything downstream
+reads units in the order of their names, never in the order in which they were made.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Protocol
+
+import ray
+
+from cluster.session import ROOT, Resources
+from configs.schema import Config
+from data_pipeline.store import Store
+
+_DECISIVE = ("trainer/diffusion", "trainer/networks", "trainer/sampler.py", "cluster/metrics")  # sources that decide numbers
+
+
+@dataclass(frozen=True, order=True)
+class Unit:
+    """Images [first, last) at guidance weight w."""
+
+    w: float
+    first: int
+    last: int
+
+    def key(self, suffix: str) -> str:
+        return f"units/w{self.w:g}/{self.first:09d}-{self.last:09d}.{suffix}"
+
+
+class Worker(Protocol):
+    """Made once per actor; makes and publishes units."""
+
+    def __call__(self, unit: Unit) -> None: ...
+
+
+def split(weights: Sequence[float], images: int, unit: int) -> list[Unit]:
+    """All units of a job in their one order: by w, then by index."""
+    return [Unit(w, first, min(first + unit, images)) for w in sorted(weights) for first in range(0, images, unit)]
+
+
+def missing(store: Store, units: Sequence[Unit], suffix: str) -> list[Unit]:
+    """The units that have not been published yet."""
+    present = {info.key for info in store.list("units/")}
+    return [u for u in units if u.key(suffix) not in present]
+
+
+def run(units: Sequence[Unit], make_worker: Callable[[], Worker], config: Config, resources: Resources) -> Iterator[Unit]:
+    """Make `units` on a pool of up to `cluster.actors` actors that Ray Data places, restarts and retries; yields finished ones."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    rows = [{"w": u.w, "first": u.first, "last": u.last} for u in units]
+    done = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+        _Actor,
+        fn_constructor_args=(make_worker,),
+        compute=ray.data.ActorPoolStrategy(
+            min_size=1, max_size=config.cluster.actors, initial_size=min(config.cluster.actors, len(rows))
+        ),
+        num_cpus=resources.cpus,
+        num_gpus=resources.gpus or None,
+    )
+    for row in done.iter_rows():
+        yield Unit(float(row["w"]), int(row["first"]), int(row["last"]))
+
+
+class _Actor:
+    """One actor of the pool: networks are loaded here once."""
+
+    def __init__(self, make_worker: Callable[[], Worker]) -> None:
+        self._work = make_worker()
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        self._work(Unit(float(row["w"]), int(row["first"]), int(row["last"])))
+        return row
+
+
+@cache
+def code_version() -> str:
+    """Version of the package and a hash of the sources that decide numbers: units of other code are never reused."""
+    try:
+        number = version("freeguide")
+    except PackageNotFoundError:
+        number = "source"
+    digest = hashlib.sha256()
+    for place in _DECISIVE:
+        for path in sorted((ROOT / place).rglob("*.py")) if (ROOT / place).is_dir() else [ROOT / place]:
+            digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return f"{number}+{digest.hexdigest()[:12]}"
+
+
+def fingerprint(conditions: dict[str, Any]) -> str:
+    """A short name for everything that decides the content of a job's units."""
+    return hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def publish_folder(store: Store, folder: Path, prefix: str) -> None:
+    """Copy the files of a local folder to the store."""
+    for path in sorted(folder.iterdir()):
+        store.put(f"{prefix}{path.name}", path.read_bytes())

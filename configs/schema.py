@@ -1,0 +1,142 @@
+"""Every option of freeguide: its type, its unit, its default, and one line of why.
+
+A YAML file and `key=value` overrides are merged onto `Config` by `configs.load`. Options are grouped by the room that reads
+them. Locations are URIs: `s3://bucket/prefix` or a folder. Defaults are the paper's (arXiv 2207.12598) where it states them.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+@dataclass
+class DataConfig:
+    uri: str = MISSING  # where the shards and their manifest stand
+    source: str = "folder"  # what `prepare` reads: digits (scikit-learn's 8x8 images) | folder (class/name.png) | idx (MNIST's and Fashion-MNIST's files)
+    path: str = ""  # source=folder: the folder of class folders; source=idx: the folder of the IDX files
+    image_size: int = 64  # pixels per side; larger images are centre-cropped and resized as ADM does
+    channels: int = 3  # 1 = grey, 3 = RGB
+    classes: int = 1000  # number of classes; labels are 0 .. classes - 1
+    flip: bool = True  # random horizontal flip, drawn by global sample index
+    shard_samples: int = 4096  # samples per shard that `prepare` writes
+    bad_images: float = 0.0  # share of the source images that may be unreadable and left out before `prepare` stops
+    bad_samples: float = 0.0  # share of the training samples that may be unreadable and replaced before training stops
+    fetch_threads: int = 4  # concurrent ranged GETs of one worker
+    decode_threads: int = 2  # threads of one worker that turn bytes into pixels
+    prefetch_batches: int = 4  # batches held ready ahead of the training step
+    cache_mib: int = 512  # MiB of undecoded windows that one worker may hold in memory
+
+
+@dataclass
+class ModelConfig:
+    """The ADM U-Net (Dhariwal & Nichol 2021). Defaults: the network of the paper's 64x64 models."""
+
+    network: str = "adm"  # adm
+    channels: int = 192  # width of the first level
+    channel_mult: list[int] = field(default_factory=lambda: [1, 2, 3, 4])  # width of each level, in units of `channels`
+    res_blocks: int = 3  # residual blocks per level
+    attention: list[int] = field(default_factory=lambda: [32, 16, 8])  # feature-map sizes (pixels) that get self-attention
+    heads: int = 4  # attention heads where head_channels is 0
+    head_channels: int = 64  # channels per attention head; 0 = use `heads`
+    resblock_updown: bool = True  # change resolution inside residual blocks (BigGAN's way) instead of by strided convolution
+    scale_shift_norm: bool = True  # condition by scale and shift of the group norm (adaptive group norm)
+    dropout: float = 0.1  # dropped activations in residual blocks; masks are drawn by global sample index
+    learn_sigma: bool = False  # ADM's second set of output channels; the paper fixes the variance with v, so off
+
+
+@dataclass
+class DiffusionConfig:
+    """The forward process and the objective: sections 2 and 3.1 of the paper."""
+
+    logsnr_min: float = -20.0  # noisiest log-SNR, the paper's lambda_min
+    logsnr_max: float = 20.0  # cleanest log-SNR, the paper's lambda_max
+    p_uncond: float = 0.1  # probability that a training example loses its condition (Algorithm 1, line 3)
+    schedule: str = "cosine"  # distribution of training log-SNRs: cosine (the paper's) | uniform | normal (EDM's) | flow
+    prediction: str = "eps"  # what the network predicts: eps (the paper's) | x | v | edm
+    loss_weight: str = "paper"  # weight of the eps-error: paper (1) | v | min_snr | edm | elbo
+
+
+@dataclass
+class TrainConfig:
+    steps: int = 400_000  # optimizer steps in all
+    global_batch: int = 2048  # images per step over all workers; it, never the micro-batch, decides the mathematics
+    micro_batch: int = 0  # images per worker and forward pass; 0 = the worker's whole share, without accumulation
+    lr: float = 3e-4  # AdamW's peak learning rate
+    warmup_steps: int = 0  # steps of linear warm-up from 0 to lr
+    schedule: str = "constant"  # after the warm-up: constant | cosine (to 0 at the last step)
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # AdamW's moment decays
+    adam_eps: float = 1e-8  # AdamW's epsilon
+    weight_decay: float = 0.0  # AdamW's decoupled weight decay
+    grad_clip: float = 1.0  # largest global gradient norm; 0 = no clipping
+    ema_decay: float = 0.9999  # decay per step of the averaged weights that sampling uses
+    precision: str = "bf16"  # fp32 | bf16 (fp32 master weights and moments)
+    zero_stage: int = 2  # DeepSpeed ZeRO stage: 0 | 1 | 2 | 3; bf16 needs at least 1
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # handed to DeepSpeed as it is, over what freeguide sets
+    log_every: int = 50  # steps between two lines of progress and TensorBoard scalars
+    sample_every: int = 0  # steps between two TensorBoard sample grids; 0 = only at the end
+    checkpoint_every: int = 1000  # steps between two checkpoints
+    keep_checkpoints: int = 2  # newest checkpoints that stay; older ones are deleted after a newer one is complete
+
+
+@dataclass
+class SamplingConfig:
+    """Algorithm 2 of the paper, or a faster sampler. Network evaluations: 2 * steps with guidance, steps without."""
+
+    sampler: str = "ancestral"  # ancestral (Algorithm 2) | ddim | dpmpp_2m | heun
+    spacing: str = "u"  # how the log-SNR levels are spaced: u (the paper's, as in training) | logsnr | karras
+    steps: int = 256  # T: network levels; T - 1 noisy transitions and one noiseless last step
+    v: float = 0.3  # interpolation of the log-variance between the posterior's (0) and the forward process' (1); paper: 0.3 at 64x64, 0.2 at 128x128
+    interval: list[float] = field(
+        default_factory=list
+    )  # [low, high]: guide only where low <= log-SNR < high; empty = everywhere, the paper's
+    clip: bool = (
+        True  # clamp x to [-1, 1] at every step; the paper is silent, and at logsnr -20 rounding of eps is amplified without it
+    )
+    batch: int = 64  # images per forward pass (twice as many rows with guidance)
+    seed: int = 0  # image i depends on (seed, i) only
+    labels: str = "balanced"  # balanced (label of image i = i mod classes) | random (drawn by (seed, i))
+
+
+@dataclass
+class GenerateConfig:
+    images: int = 50_000  # how many images
+    w: float = 0.0  # guidance weight of the paper: (1 + w) eps_c - w eps_u
+    unit: int = 1024  # images per work unit: what one failure can lose at most
+
+
+@dataclass
+class EvaluateConfig:
+    images: int = 50_000  # images per w; FIDs of different n are never compared
+    w: list[float] = field(
+        default_factory=lambda: [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 2.0, 3.0, 4.0]
+    )  # the rows of the paper's tables
+    unit: int = 1024  # images per work unit: what one failure can lose at most
+    evaluator_epochs: int = 30  # epochs over the real data of the small evaluator network
+    evaluator_seed: int = 0  # seed of the evaluator's weights and of its batches
+    grid: int = 10  # images per class in the sample grids
+
+
+@dataclass
+class ClusterConfig:
+    workers: int = 1  # training workers, one GPU each on a GPU cluster
+    actors: int = 1  # sampling actors
+    cpus_per_worker: float = 1.0  # CPU cores that Ray sets aside for one worker or actor, and threads of its torch
+    gpus_per_worker: float = -1.0  # GPUs per worker or actor; -1 = one where the cluster has GPUs, else none
+    max_failures: int = 3  # worker failures that Ray Train repairs by restarting from the newest checkpoint
+    env: dict[str, str] = field(default_factory=dict)  # environment variables for every worker (NCCL_DEBUG, ...)
+
+
+@dataclass
+class Config:
+    name: str = MISSING  # name of the run; its report is copied to runs/<name>/
+    run: str = MISSING  # URI of the run: checkpoints, events, samples, evaluations
+    seed: int = 0  # seed of the weights, the data order, and the training noise
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)

@@ -1,0 +1,130 @@
+"""From the bytes of a sample to pixels and a label, safely: they may come from strangers.
+
+Codecs are an allow-list (PNG, JPEG, WebP, npy without pickle); the file's own header decides, and its pixels are counted before
+they are decoded. Labels are a number in `.cls`, or the key "label" (or "cls") of a JSON object. Whatever does not fit raises
+BadSample with a cause from a small set, so that a reader can count it and put a donor in its place.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import warnings
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+from configs.errors import DataError
+from data_pipeline.manifest import Schema
+
+IMAGE_FIELDS = ("png", "jpg", "jpeg", "webp", "npy")
+MAX_BYTES = 32 * 2**20  # encoded bytes of one image
+MAX_PIXELS = 64 * 10**6
+MAX_LABEL_BYTES = 64 * 2**10
+
+Pixels = npt.NDArray[np.uint8]
+
+
+class BadSample(DataError):
+    """A sample that cannot be used; `cause` is one of: fields, codec, size, image, label."""
+
+    def __init__(self, cause: str, reason: str) -> None:
+        super().__init__(reason)
+        self.cause = cause
+
+
+def decode_sample(fields: Mapping[str, bytes], schema: Schema) -> tuple[Pixels, int]:
+    """The image, uint8 (H, W, C) as the schema says, and the label. An image of another size is fitted as ADM does it."""
+    present = [ext for ext in IMAGE_FIELDS if ext in fields]
+    if len(present) != 1:
+        raise BadSample("fields", f"it needs one image ({', '.join(IMAGE_FIELDS)}), and has {', '.join(sorted(fields)) or 'none'}")
+    data = fields[present[0]]
+    label = decode_label(fields, schema.classes)
+    image = _decode_npy(data, schema.channels) if present[0] == "npy" else decode_image(data, schema.channels)
+    return fit(image, schema.image_size), label
+
+
+def decode_image(data: bytes, channels: int) -> Pixels:
+    """PNG, JPEG or WebP bytes as uint8 (H, W, channels), at the size they have."""
+    if len(data) > MAX_BYTES:
+        raise BadSample("size", f"its image has {len(data)} bytes, over the cap of {MAX_BYTES}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own cap follows
+            with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise BadSample("size", f"its image has {image.width} x {image.height} pixels, over the cap of {MAX_PIXELS}")
+                if image.mode.startswith(("I", "F")):
+                    raise BadSample("codec", f"its image has more than 8 bits per channel (mode {image.mode})")
+                pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+    except UnidentifiedImageError as error:
+        raise BadSample("codec", "its image is neither PNG, JPEG nor WebP") from error
+    except Image.DecompressionBombError as error:
+        raise BadSample("size", "its image is a decompression bomb") from error
+    except BadSample:
+        raise
+    except Exception as error:  # decoders meet hostile bytes with many kinds of error, SyntaxError among them
+        raise BadSample("image", f"its image does not decode ({type(error).__name__}: {error})") from error
+    return pixels[..., None] if channels == 1 else pixels
+
+
+def _decode_npy(data: bytes, channels: int) -> Pixels:
+    try:
+        stream = io.BytesIO(data)
+        version = np.lib.format.read_magic(stream)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        shape, fortran, dtype = read(stream, max_header_size=1024)
+    except Exception as error:  # the header is a Python literal: malformed ones fail in many ways
+        raise BadSample("image", "its npy header cannot be read") from error
+    if dtype != np.uint8 or fortran or len(shape) != 3 or shape[2] != channels or min(shape) < 1:
+        raise BadSample("codec", f"its npy is {dtype} {shape}, not uint8 (height, width, {channels})")
+    if len(data) - stream.tell() != int(np.prod([int(n) for n in shape], dtype=object)) or len(data) > MAX_BYTES:
+        raise BadSample("size", f"its npy of shape {shape} has {len(data)} bytes")
+    return np.frombuffer(data, np.uint8, offset=stream.tell()).reshape(shape)
+
+
+def decode_label(fields: Mapping[str, bytes], classes: int) -> int:
+    raw = fields.get("cls", fields.get("json"))
+    if raw is None:
+        raise BadSample("label", "it has no label (.cls or .json)")
+    if len(raw) > MAX_LABEL_BYTES:
+        raise BadSample("label", f"its label has {len(raw)} bytes")
+    label: object = None
+    if "cls" in fields:
+        label = int(raw) if re.fullmatch(rb"\s*[0-9]{1,9}\s*", raw) else None
+    else:
+        try:
+            content = json.loads(raw)
+        except (ValueError, RecursionError) as error:
+            raise BadSample("label", "its JSON cannot be read") from error
+        if isinstance(content, dict):
+            label = content.get("label", content.get("cls"))
+    if type(label) is not int or not 0 <= label < classes:
+        raise BadSample("label", f"its label {str(label)[:40]} is not a number from 0 to {classes - 1}")
+    return label
+
+
+def fit(image: Pixels, size: int) -> Pixels:
+    """ADM's resize to (size, size): halve by box while the short side is at least twice `size`, then bicubic, then the centre."""
+    if image.shape[:2] == (size, size):
+        return image
+    picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
+    while min(picture.size) >= 2 * size:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    scale = size / min(picture.size)
+    wide = (round(picture.width * scale), round(picture.height * scale))
+    if wide[0] * wide[1] > MAX_PIXELS:
+        raise BadSample("size", f"its image of {image.shape[1]} x {image.shape[0]} pixels is too long and thin")
+    pixels = np.asarray(picture.resize(wide, Image.Resampling.BICUBIC))
+    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
+    return pixels[top : top + size, left : left + size].reshape(size, size, image.shape[2])
+
+
+def encode_png(image: Pixels) -> bytes:
+    """uint8 (H, W, 1) or (H, W, 3) as PNG."""
+    out = io.BytesIO()
+    Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(out, "PNG")
+    return out.getvalue()

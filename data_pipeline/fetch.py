@@ -1,0 +1,224 @@
+"""The fetch plane: which bytes a rank needs, in which order, and how they come whole.
+
+`plan` turns the order into ranged reads. Within one generation (every stream's current window) it collects the samples of this
+rank, groups them by chunk, joins neighbouring chunks into reads of up to 8 MiB, and sorts the reads by first use. `Fetcher` makes
+them: every chunk must have its CRC and hold its q samples. What the store cannot repair by itself is repaired here: a wrong CRC is
+read again, a read slower than nearly all others is raced by a second one (hedging, Dean & Barroso 2013), and the number of
+concurrent reads is halved when the server is overloaded and grows by one per round when it is not (AIMD).
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import zlib
+from collections.abc import Iterator
+from concurrent import futures
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from data_pipeline import tar
+from data_pipeline.decode import BadSample
+from data_pipeline.manifest import Manifest
+from data_pipeline.order import Ints, Order
+from data_pipeline.store import Cancelled, Store
+
+JOINED = 8 * 2**20  # bytes up to which neighbouring chunks are read together
+READS = 3  # reads of a chunk whose CRC is wrong, before the chunk counts as damaged
+OVERLOAD = ("busy", "time-out", "slow", "no connection")
+
+Fields = dict[str, bytes]
+Wanted = tuple[tuple[int, int], ...]  # (number of the sample in its chunk, slot it is kept under)
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """Neighbouring chunks that are read together."""
+
+    first: int  # the earliest position that waits for it
+    bytes: int
+    chunks: tuple[int, ...]
+    wanted: tuple[Wanted, ...]  # for each chunk
+
+
+def plan(manifest: Manifest, order: Order, global_batch: int, slots: Ints, start: int, resident: bool) -> Iterator[Fetch]:
+    """Every read of a rank from step `start` on, without end; with `resident`, every chunk once and then nothing more.
+
+    Samples are kept under their global position, or under their id where they stay resident.
+    """
+    for generation in itertools.count(start * global_batch // order.generation):
+        first, end = generation * order.generation, (generation + 1) * order.generation
+        steps = np.arange(max(start, first // global_batch), -(-end // global_batch), dtype=np.int64)
+        positions = (steps[:, None] * global_batch + slots).reshape(-1)
+        positions = positions[(positions >= first) & (positions < end)]
+        ids = order.locate(positions)[1]
+        if not resident:
+            yield from _join(manifest, ids, positions, positions)
+            continue
+        late = np.full(manifest.samples, np.iinfo(np.int64).max)
+        late[ids] = positions
+        yield from _join(manifest, np.arange(manifest.samples), np.arange(manifest.samples), late)
+        return
+
+
+def _join(manifest: Manifest, ids: Ints, slots: Ints, positions: Ints) -> list[Fetch]:
+    """The reads for these samples, sorted by first use."""
+    by_id = np.argsort(ids, kind="stable")
+    ids, slots, positions = ids[by_id], slots[by_id], positions[by_id]
+    numbers, begins = np.unique(ids // manifest.chunk_samples, return_index=True)
+    ends = np.append(begins[1:], len(ids))
+    groups: list[list[int]] = []
+    sizes: list[int] = []
+    for row, chunk in enumerate(numbers.tolist()):
+        size = sum(end - start for _, start, end in manifest.ranges(chunk))
+        if row == 0 or chunk != numbers[row - 1] + 1 or sizes[-1] + size > JOINED:
+            groups.append([])
+            sizes.append(0)
+        groups[-1].append(row)
+        sizes[-1] += size
+    within = ids % manifest.chunk_samples
+    fetches = []
+    for rows, size in zip(groups, sizes, strict=True):
+        parts = [slice(begins[row], ends[row]) for row in rows]
+        wanted = tuple(tuple(zip(within[part].tolist(), slots[part].tolist(), strict=True)) for part in parts)
+        earliest = int(positions[parts[0].start : parts[-1].stop].min())
+        fetches.append(Fetch(earliest, size, tuple(int(numbers[row]) for row in rows), wanted))
+    return sorted(fetches, key=lambda fetch: fetch.first)
+
+
+@dataclass
+class Gate:
+    """How many reads may be under way: additive increase, multiplicative decrease."""
+
+    most: int
+    limit: float = 0.0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.limit = float(self.most)
+
+    def succeeded(self) -> None:
+        with self.lock:
+            self.limit = min(self.most, self.limit + 1 / self.limit)
+
+    def retried(self, cause: str) -> None:
+        if cause in OVERLOAD:
+            with self.lock:
+                self.limit = max(1.0, self.limit / 2)
+
+
+class Fetcher:
+    """Makes the reads of one rank, from any number of threads."""
+
+    def __init__(self, store: Store, manifest: Manifest, threads: int) -> None:
+        self.store, self.manifest = store, manifest
+        self.gate = Gate(threads)
+        self.hedges = self.hedges_won = 0
+        self._lock = threading.Lock()
+        self._running: set[threading.Event] | None = set()  # sets of these stop the reads under way; None = closed
+        self._pool = futures.ThreadPoolExecutor(2 * threads, thread_name_prefix="freeguide-get")
+
+    def close(self) -> None:
+        with self._lock:
+            running, self._running = self._running or set(), None
+        for cancel in running:
+            cancel.set()
+        self._pool.shutdown(wait=True)
+
+    def read(self, fetch: Fetch) -> dict[int, Fields | BadSample]:
+        """The fields of every wanted sample by slot, or why there are none. Raises StoreError, Cancelled."""
+        found: dict[int, Fields | BadSample] = {}
+        pieces = self._pieces(fetch)
+        for chunk, wanted in zip(fetch.chunks, fetch.wanted, strict=True):
+            found.update(self._unpack(chunk, wanted, pieces))
+        return found
+
+    def sample(self, id_: int) -> Fields | BadSample:
+        """One sample out of turn."""
+        chunk, number = divmod(id_, self.manifest.chunk_samples)
+        return self.read(Fetch(0, 0, (chunk,), (((number, id_),),)))[id_]
+
+    def _pieces(self, fetch: Fetch) -> list[tuple[int, int, bytes]]:
+        """(shard, first byte, bytes) of the joined ranges of all its chunks."""
+        ranges: list[tuple[int, int, int]] = []
+        for shard, start, end in (part for chunk in fetch.chunks for part in self.manifest.ranges(chunk)):
+            if ranges and ranges[-1][0] == shard and ranges[-1][2] == start:
+                ranges[-1] = (shard, ranges[-1][1], end)
+            else:
+                ranges.append((shard, start, end))
+        return [(shard, start, self._get(shard, start, end)) for shard, start, end in ranges]
+
+    def _unpack(self, chunk: int, wanted: Wanted, pieces: list[tuple[int, int, bytes]]) -> dict[int, Fields | BadSample]:
+        parts = []
+        for shard, start, end in self.manifest.ranges(chunk):
+            at, data = next((at, data) for number, at, data in pieces if number == shard and at <= start and end <= at + len(data))
+            parts.append(memoryview(data)[start - at : end - at])
+        for _ in range(READS - 1):
+            if self._sum(parts) == self.manifest.crcs[chunk]:
+                break
+            self.store.traffic.retried("checksum")
+            parts = [memoryview(self._get(*part)) for part in self.manifest.ranges(chunk)]
+        try:
+            if self._sum(parts) != self.manifest.crcs[chunk]:
+                raise BadSample("checksum", "its bytes are not those that were indexed")
+            spans = [(span, part) for part in parts for span in tar.samples(part)]
+            whole = min(self.manifest.chunk_samples, self.manifest.samples - chunk * self.manifest.chunk_samples)
+            if len(spans) != whole:
+                raise BadSample("tar", f"its chunk holds {len(spans)} samples, not {whole}")
+        except BadSample as error:
+            return {slot: error for _, slot in wanted}
+        except tar.TarError as error:
+            return {slot: BadSample("tar", error.reason) for _, slot in wanted}
+        return {slot: {"__key__": spans[n][0].key.encode(), **spans[n][0].read(spans[n][1])} for n, slot in wanted}
+
+    @staticmethod
+    def _sum(parts: list[memoryview]) -> int:
+        crc = 0
+        for part in parts:
+            crc = zlib.crc32(part, crc)
+        return crc
+
+    def _get(self, shard: int, start: int, end: int) -> bytes:
+        """One ranged read; where it takes longer than nearly all others did, the faster of two."""
+        cancels = [threading.Event(), threading.Event()]
+        try:
+            first = self._submit(shard, start, end, cancels[0])
+            done, _ = futures.wait([first], timeout=self._patience())
+            if not done:
+                with self._lock:
+                    self.hedges += 1
+                second = self._submit(shard, start, end, cancels[1])
+                ended = futures.as_completed([first, second])
+                winner = next((future for future in ended if future.exception() is None), first)
+                with self._lock:
+                    self.hedges_won += winner is second
+            else:
+                winner = first
+            data = winner.result()
+        finally:
+            for cancel in cancels:
+                cancel.set()  # the slower one stops at its next piece
+            with self._lock:
+                if self._running is not None:
+                    self._running.difference_update(cancels)
+        self.gate.succeeded()
+        return data
+
+    def _submit(self, shard: int, start: int, end: int, cancel: threading.Event) -> futures.Future[bytes]:
+        row = self.manifest.shards[shard]
+        with self._lock:
+            if self._running is None:
+                raise Cancelled
+            self._running.add(cancel)
+        read = self.store.get_range
+        return self._pool.submit(read, row.key, start, end - start, row.etag, cancel=cancel, on_retry=self.gate.retried)
+
+    def _patience(self) -> float | None:
+        """Seconds after which a read is raced; None where nothing is known yet or a twentieth of the reads has been raced."""
+        traffic = self.store.traffic
+        with traffic.lock:
+            times = sorted(traffic.total_s)
+        if len(times) < 20 or self.hedges * 20 > traffic.gets:
+            return None
+        return max(0.05, 2 * times[len(times) * 19 // 20])

@@ -1,0 +1,240 @@
+"""The manifest: what a data set is, written once, so that no reader ever lists or scans.
+
+`manifest.json` holds the schema and one row per shard; it is written last, so a data set exists whole or not at all. Beside it
+`index-<hash>.npy` holds two uint32 per chunk of q samples: the 512-byte block of its shard at which it begins, and the CRC-32 of
+its bytes. A chunk runs to the beginning of the next one; one that begins near the end of a shard runs on into the next shard. The
+tars stay plain WebDataset.
+
+Writers know samples before they can know q, so shards carry a start and a CRC per sample, and the sum over a chunk follows from
+the linearity of CRC-32: crc(ab) = crc(a) x^(8 |b|) + crc(b) modulo the CRC's polynomial.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from configs.errors import DataError
+from data_pipeline.store import MissingObject, Store
+from data_pipeline.tar import BLOCK
+
+NAME = "manifest.json"
+VERSION = 1
+CHUNK_BYTES = 4 * 2**20  # aim of one ranged GET
+WHOLE_BYTES = 64 * 2**20  # a data set up to this size is kept in memory by every worker, and addressed sample by sample
+
+Uint32s = npt.NDArray[np.uint32]
+
+
+@dataclass(frozen=True)
+class Schema:
+    image_size: int  # pixels per side
+    channels: int  # 1 = grey, 3 = RGB
+    classes: int  # labels are 0 .. classes - 1
+    class_names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Shard:
+    key: str  # relative to the manifest
+    bytes: int
+    etag: str
+    samples: int
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """What the manifest needs to know of one shard: `starts` (first block) and `crcs` of every sample, uint32 (samples,)."""
+
+    key: str
+    size: int  # bytes
+    etag: str
+    starts: Uint32s
+    crcs: Uint32s
+    bad: tuple[str, ...] = ()  # source images that could not be read and are not in the shard
+
+    def to_bytes(self) -> bytes:
+        out = io.BytesIO()
+        facts = json.dumps([self.key, self.size, self.etag, self.bad])
+        np.savez(out, facts=np.frombuffer(facts.encode(), np.uint8), starts=self.starts, crcs=self.crcs)
+        return out.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> ShardIndex:
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            key, size, etag, bad = json.loads(arrays["facts"].tobytes())
+            return cls(key, size, etag, arrays["starts"], arrays["crcs"], tuple(bad))
+
+
+@dataclass(frozen=True, eq=False)
+class Manifest:
+    schema: Schema
+    shards: tuple[Shard, ...]
+    chunk_samples: int  # q
+    starts: Uint32s  # (chunks,) first block of each chunk in the shard that holds its first sample
+    crcs: Uint32s  # (chunks,)
+    source: str = ""  # what it was made from; two data sets of one source are the same
+
+    @property
+    def samples(self) -> int:
+        return int(self.first_samples[-1])
+
+    @cached_property
+    def bytes(self) -> int:
+        return sum(shard.bytes for shard in self.shards)
+
+    @cached_property
+    def first_samples(self) -> npt.NDArray[np.int64]:
+        """(shards + 1,) id of each shard's first sample, and the number of samples."""
+        return np.cumsum([0] + [shard.samples for shard in self.shards], dtype=np.int64)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over the content: schema, samples per shard, chunks. Neither names nor places nor etags change it."""
+        schema = self.schema
+        facts = [schema.image_size, schema.channels, schema.classes, list(schema.class_names), self.chunk_samples]
+        digest = hashlib.sha256(json.dumps([*facts, [shard.samples for shard in self.shards]]).encode())
+        digest.update(self.starts.astype("<u4").tobytes())
+        digest.update(self.crcs.astype("<u4").tobytes())
+        return digest.hexdigest()
+
+    def ranges(self, chunk: int) -> list[tuple[int, int, int]]:
+        """The (shard, first byte, end byte) that make up a chunk, in order; mostly one, more where it straddles shards."""
+        first = chunk * self.chunk_samples
+        shard = int(np.searchsorted(self.first_samples, first, side="right")) - 1
+        at = int(self.starts[chunk]) * BLOCK
+        following = first + self.chunk_samples
+        found = []
+        while following >= self.first_samples[shard + 1]:
+            found.append((shard, at, self.shards[shard].bytes))
+            shard, at = shard + 1, 0
+            if shard == len(self.shards):
+                return found
+        end = int(self.starts[chunk + 1]) * BLOCK
+        return [*found, (shard, at, end)] if end > at else found
+
+    def describe(self, sample: int) -> str:
+        """Where a sample is, for a message: shard, number in the shard, byte of its chunk."""
+        shard = int(np.searchsorted(self.first_samples, sample, side="right")) - 1
+        first, start, _ = self.ranges(sample // self.chunk_samples)[0]
+        number = sample - self.first_samples[shard]
+        return f"Sample {number} of {self.shards[shard].key} (chunk at byte {start} of {self.shards[first].key})"
+
+
+def choose_chunk(samples: int, total_bytes: int) -> int:
+    """q: the power of two that makes chunks of about 4 MiB, but keeps at least 16 384 chunks to shuffle; 1 for small data."""
+    if total_bytes <= WHOLE_BYTES:
+        return 1
+    limit = min(CHUNK_BYTES * samples // total_bytes, samples // 16384)
+    return 2 ** (max(1, limit).bit_length() - 1)
+
+
+def build_manifest(schema: Schema, shards: Sequence[ShardIndex], source: str = "", chunk_samples: int | None = None) -> Manifest:
+    """The manifest of finished shards, from their indexes alone. Shards without a sample are left out.
+
+    Raises DataError where there is no sample at all.
+    """
+    shards = [shard for shard in shards if len(shard.starts)]
+    if not shards:
+        raise DataError("There is no sample in the shards; check what they were made from.")
+    rows = tuple(Shard(shard.key, shard.size, shard.etag, len(shard.starts)) for shard in shards)
+    samples = sum(row.samples for row in rows)
+    q = chunk_samples or choose_chunk(samples, sum(row.bytes for row in rows))
+    starts = np.concatenate([shard.starts for shard in shards])
+    crcs = np.concatenate([shard.crcs for shard in shards])
+    ends = [np.append(shard.starts[1:].astype(np.int64) * BLOCK, shard.size) for shard in shards]
+    lengths = np.concatenate(ends) - starts.astype(np.int64) * BLOCK
+    return Manifest(schema, rows, q, starts[::q].copy(), combine_crcs(crcs, lengths, q), source)
+
+
+def combine_crcs(crcs: Uint32s, lengths: npt.NDArray[np.int64], group: int) -> Uint32s:
+    """CRC-32 of every `group` neighbouring pieces joined, from the CRC-32 and byte length of each piece; the last may be fewer."""
+    shift = _power_of_x(lengths)
+    joined = crcs[::group].copy()
+    for i in range(1, group):
+        piece = crcs[i::group]
+        joined[: len(piece)] = _multiply(joined[: len(piece)], shift[i::group]) ^ piece
+    return joined
+
+
+def _multiply(a: Uint32s, b: Uint32s) -> Uint32s:
+    """Product of polynomials over GF(2) modulo the CRC-32 polynomial; bit 31 is x^0, as in zlib."""
+    product = np.zeros_like(a)
+    b = b.copy()
+    for bit in range(31, -1, -1):
+        product ^= np.where((a >> np.uint32(bit)) & np.uint32(1), b, np.uint32(0))
+        b = np.where(b & np.uint32(1), (b >> np.uint32(1)) ^ np.uint32(0xEDB88320), b >> np.uint32(1))
+    return product
+
+
+def _power_of_x(lengths: npt.NDArray[np.int64]) -> Uint32s:
+    """x^(8 length) modulo the CRC-32 polynomial, by square and multiply."""
+    power = np.full(len(lengths), 1 << 31, dtype=np.uint32)
+    square = np.full(1, 1 << 23, dtype=np.uint32)  # x^8
+    for bit in range(int(lengths.max(initial=0)).bit_length()):
+        power = np.where((lengths >> bit) & 1, _multiply(power, np.broadcast_to(square, power.shape)), power)
+        square = _multiply(square, square)
+    return power
+
+
+def save_manifest(store: Store, manifest: Manifest) -> None:
+    """Writes the index, then the JSON that names it: until the second is there, so is no data set."""
+    out = io.BytesIO()
+    np.save(out, np.stack([manifest.starts, manifest.crcs], axis=1).astype("<u4"), allow_pickle=False)
+    digest = hashlib.sha256(out.getvalue()).hexdigest()
+    index = f"index-{digest[:16]}.npy"
+    store.put(index, out.getvalue())
+    columns: dict[str, Any] = {
+        name: [getattr(shard, name) for shard in manifest.shards] for name in ("key", "bytes", "etag", "samples")
+    }
+    header = {
+        "format": "freeguide manifest",
+        "version": VERSION,
+        "fingerprint": manifest.fingerprint,
+        "source": manifest.source,
+        "samples": manifest.samples,
+        "schema": {**vars(manifest.schema), "class_names": list(manifest.schema.class_names)},
+        "chunk_samples": manifest.chunk_samples,
+        "index": {"key": index, "sha256": digest},
+        "shards": columns,
+    }
+    store.put(NAME, json.dumps(header, indent=1).encode())
+
+
+def load_manifest(store: Store) -> Manifest:
+    """Raises DataError where there is no manifest, or one that is damaged or of another version."""
+    where = f"{store.uri}/{NAME}"
+    try:
+        raw = store.get(NAME)
+    except MissingObject as error:
+        raise DataError(
+            f"There is no manifest at {where}; run `freeguide prepare` to write shards, or `freeguide index` for existing tars."
+        ) from error
+    try:
+        header = json.loads(raw)
+        if header["format"] != "freeguide manifest" or header["version"] != VERSION:
+            raise DataError(f"{where} is a manifest of another version; run `freeguide index` again.")
+        index = store.get(header["index"]["key"])
+        if hashlib.sha256(index).hexdigest() != header["index"]["sha256"]:
+            raise ValueError("the index is not the one that the manifest names")
+        table = np.load(io.BytesIO(index), allow_pickle=False)
+        schema = Schema(**{**header["schema"], "class_names": tuple(header["schema"]["class_names"])})
+        columns = header["shards"]
+        rows = zip(columns["key"], columns["bytes"], columns["etag"], columns["samples"], strict=True)
+        manifest = Manifest(
+            schema, tuple(itertools.starmap(Shard, rows)), header["chunk_samples"], table[:, 0], table[:, 1], header["source"]
+        )
+        if manifest.fingerprint != header["fingerprint"]:
+            raise ValueError("the fingerprint does not fit the content")
+    except (ValueError, KeyError, TypeError, IndexError, EOFError, RecursionError, MissingObject) as error:
+        raise DataError(f"The manifest {where} is damaged ({error}); run `freeguide index` again.") from error
+    return manifest

@@ -1,0 +1,168 @@
+"""The global order of the samples: a pure function of the position, so there is nothing to save but one integer.
+
+Samples have ids 0 .. N-1 in manifest order; chunk j is the ids [jq, (j+1)q), and there are M = N // q whole chunks. Position g
+(step t of a global batch B consumes the positions tB .. (t+1)B - 1) finds its sample in four steps, all of them closed forms:
+
+    stream  c = g mod C,   k = g div C               C streams advance side by side, so a batch mixes C places of the data
+    window  u = i C + c,   i = k div (G q)           a window is G chunks; streams deal the windows among themselves
+    epoch   (e, v) = divmod(u, M // G)               window v of epoch e; streams never end, so no epoch ends ragged
+    sample  s = sigma_u(k mod (G q)),   chunk = pi_e(v G + s div q),   id = chunk q + s mod q
+
+pi_e permutes the chunks of epoch e and sigma_u the samples of window u. Both are keyed 4-round Feistel networks over the next
+power of two, brought down to size by cycle walking (Black & Rogaway 2002), so they are evaluated, never stored.
+
+Every chunk comes at most once per epoch. M mod G chunks are left out of an epoch (pi_e changes which), and N mod q samples: the
+last chunk takes its q samples from the last q + N mod q by rotation, so over the epochs each of them is left out equally often.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.manifest import Manifest
+
+Ints = npt.NDArray[np.int64]
+Words = npt.NDArray[np.uint64]
+
+WHOLE_BYTES = 64 * 2**20  # a data set up to this size is one window: every worker keeps it in memory
+WINDOW_CHUNKS = 8  # G: below it neighbouring batches share chunks and their means correlate
+ROUNDS = 4
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order of one data set. Stored with the run; together with the samples consumed it is the whole state of the data."""
+
+    samples: int  # N
+    chunk_samples: int  # q
+    streams: int  # C
+    window_chunks: int  # G
+    seed: int
+
+    def __post_init__(self) -> None:
+        if min(self.samples, self.chunk_samples, self.streams, self.window_chunks) < 1:
+            raise ValueError(f"an order needs positive sizes, got {self}")
+        if self.chunks < self.window_chunks:
+            raise ValueError(f"a window of {self.window_chunks} chunks does not fit into {self.chunks} chunks")
+
+    @classmethod
+    def choose(cls, manifest: Manifest, global_batch: int, seed: int, cache_mib: int = 512) -> Order:
+        """An order whose windows fit into half of one worker's `cache_mib`, for 100 samples as for 10^10.
+
+        A small data set is one window with every sample exactly once per epoch. Otherwise C = B, halved while the windows of all
+        streams are more than the data set holds or the memory does; then G shrinks. It does not depend on the world size.
+        """
+        samples, q = manifest.samples, manifest.chunk_samples
+        chunks = samples // q
+        if manifest.bytes <= min(WHOLE_BYTES, cache_mib * 2**19):
+            return cls(samples, q, 1, chunks, seed)
+        chunk_bytes = manifest.bytes * q / samples
+        budget = max(1, min(chunks, int(cache_mib * 2**19 / chunk_bytes)))  # chunks that all streams may hold together
+        streams, window = global_batch, min(WINDOW_CHUNKS, chunks)
+        while streams * window > budget and streams % 2 == 0:
+            streams //= 2
+        if streams * window > budget:
+            streams = max(c for c in range(1, streams + 1) if global_batch % c == 0 and (c * window <= budget or c == 1))
+        return cls(samples, q, streams, min(window, max(1, budget // streams)), seed)
+
+    @property
+    def chunks(self) -> int:
+        """M, the whole chunks."""
+        return self.samples // self.chunk_samples
+
+    @property
+    def window_samples(self) -> int:
+        return self.window_chunks * self.chunk_samples
+
+    @property
+    def generation(self) -> int:
+        """Positions after which every stream has used up its window and takes the next one."""
+        return self.streams * self.window_samples
+
+    @property
+    def epoch_samples(self) -> int:
+        """Samples of one epoch: N less what is left out."""
+        return self.chunks // self.window_chunks * self.window_samples
+
+    def locate(self, positions: Ints) -> tuple[Ints, Ints]:
+        """Epochs and sample ids (int64, the shape of `positions`) at the given global positions."""
+        g = np.asarray(positions, dtype=np.int64)
+        k, c = np.divmod(g, self.streams)
+        i, offset = np.divmod(k, self.window_samples)
+        u = i * self.streams + c
+        epoch, v = np.divmod(u, self.chunks // self.window_chunks)
+        s = permute(offset, self.window_samples, key(self.seed, 1, u))
+        slot, within = np.divmod(s, self.chunk_samples)
+        chunk = permute(v * self.window_chunks + slot, self.chunks, key(self.seed, 0, epoch))
+        return epoch, self._ids(epoch, chunk, within)
+
+    def _ids(self, epoch: Ints, chunk: Ints, within: Ints) -> Ints:
+        rest = self.samples % self.chunk_samples
+        pool = self.chunk_samples + rest
+        last = (epoch % pool * rest + within) % pool  # the rotation of the last chunk: it moves on by `rest` each epoch
+        return chunk * self.chunk_samples + np.where(chunk == self.chunks - 1, last, within)
+
+    def donor(self, position: int, attempt: int) -> int:
+        """The id of the sample that takes the place of an unreadable one at `position`; the same on every worker and resume."""
+        word = int(key(self.seed, 2, np.array([position]))[0]) + attempt * int(GOLDEN)
+        return int(_mix(np.array([word % 2**64], dtype=np.uint64))[0]) % self.samples
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def slots(order: Order, global_batch: int, rank: int, world_size: int) -> Ints:
+    """Slots (int64 (B / R,)) of the global batch that `rank` serves: a contiguous block, with the slots of a stream side by side.
+
+    So a rank meets the same C / R streams at every step and no chunk is read by two ranks, whenever C or B divides the other and
+    R divides C. The blocks of all ranks, one after the other, are the batch of a single rank.
+    """
+    s = np.arange(global_batch, dtype=np.int64)
+    if global_batch % order.streams == 0:
+        s = s.reshape(-1, order.streams).T.reshape(-1)
+    share = global_batch // world_size
+    return s[rank * share : (rank + 1) * share]
+
+
+def permute(x: Ints, size: int, keys: Words) -> Ints:
+    """The image of each x in [0, size) under the bijection of [0, size) that its key names. Shapes of x and keys broadcast."""
+    if size == 1:
+        return np.zeros(np.broadcast(x, keys).shape, dtype=np.int64)
+    bits = max(6, (size - 1).bit_length())
+    value, word = np.broadcast_arrays(np.asarray(x).astype(np.uint64), keys)
+    value = _feistel(value, bits, word)
+    outside = np.nonzero(value >= size)
+    while outside[0].size:  # cycle walking: follow the larger bijection until it comes back inside
+        value[outside] = _feistel(value[outside], bits, word[outside])
+        outside = tuple(axis[value[outside] >= size] for axis in outside)
+    return value.astype(np.int64)
+
+
+def _feistel(x: Words, bits: int, keys: Words) -> Words:
+    """A keyed bijection of [0, 2^bits). The halves swap every round and may differ by one bit in width."""
+    low_bits, high_bits = bits // 2, bits - bits // 2
+    high, low = x >> np.uint64(low_bits), x & np.uint64(2**low_bits - 1)
+    for round_ in range(ROUNDS):
+        mask = np.uint64(2**high_bits - 1)
+        high, low = low, (high ^ _mix(_mix(keys + np.uint64(round_)) ^ low)) & mask
+        low_bits, high_bits = high_bits, low_bits
+    return (high << np.uint64(low_bits)) | low
+
+
+def _mix(z: Words) -> Words:
+    """The finaliser of splitmix64 (Steele, Lea & Flood 2014), a bijection in which every bit depends on every bit."""
+    z = z + GOLDEN
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def key(seed: int, purpose: int, ordinal: Ints) -> Words:
+    """One 64-bit key per ordinal: of an epoch (purpose 0), a window (1), a position (2)."""
+    root = _mix(np.array([seed % 2**64], dtype=np.uint64)) + np.uint64(purpose)
+    return _mix(_mix(root) ^ np.asarray(ordinal).astype(np.uint64))

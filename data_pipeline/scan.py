@@ -1,0 +1,37 @@
+"""A whole data set, once, in the manifest's order: for evaluators, reference statistics and exports, never for training."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from configs.errors import DataError
+from data_pipeline import tar
+from data_pipeline.decode import Pixels, decode_sample
+from data_pipeline.manifest import Manifest
+from data_pipeline.store import Store
+
+
+def scan(store: Store, manifest: Manifest) -> Iterator[tuple[Pixels, int]]:
+    """Every image, uint8 (H, W, C), with its label. Raises DataError, naming the shard, at the first that cannot be used."""
+    for shard in manifest.shards:
+        data, count = store.get(shard.key), 0
+        try:
+            for count, span in enumerate(tar.samples(data, ended=True), start=1):
+                yield decode_sample(span.read(data), manifest.schema)
+        except DataError as error:
+            raise DataError(f"{store.uri}/{shard.key}: sample {count} cannot be read: {error}") from error
+        if count != shard.samples:
+            raise DataError(
+                f"{store.uri}/{shard.key}: holds {count} samples, the manifest says {shard.samples}; prepare the data set again."
+            )
+
+
+def scan_all(store: Store, manifest: Manifest) -> tuple[Pixels, npt.NDArray[np.int64]]:
+    """The data set in memory: images uint8 (N, H, W, C) and labels int64 (N,)."""
+    schema = manifest.schema
+    images = np.empty((manifest.samples, schema.image_size, schema.image_size, schema.channels), np.uint8)
+    labels = np.empty(manifest.samples, np.int64)
+    for i, (image, label) in enumerate(scan(store, manifest)):
+        images[i], labels[i] = image, label
+    return images, labels

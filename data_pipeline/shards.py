@@ -1,0 +1,190 @@
+"""Writing a data set: samples into WebDataset tars, tars into a store, and the manifest last.
+
+A source of n items is cut into equal ranges, one shard each. A shard is a work unit: the bytes depend on its items alone, the tar
+goes up whole, and then its index is laid beside it under `parts/`. So any worker can write any shard, a run that was cut off goes
+on where it stopped, and the manifest at the end reads indexes, not tars. The tars come from webdataset's own writer, with a fixed
+time, owner and mode, and keys without dots: the same source gives the same bytes, and any WebDataset reader reads them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import webdataset
+
+from configs.errors import DataError
+from data_pipeline import manifest as manifests
+from data_pipeline import tar
+from data_pipeline.decode import BadSample, Pixels, encode_png
+from data_pipeline.manifest import Manifest, Schema, ShardIndex, Uint32s, build_manifest, load_manifest, save_manifest
+from data_pipeline.store import MissingObject, Store
+
+Progress = Callable[[int, int], None]  # (shards done, shards in all)
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    image: Pixels  # uint8 (H, W, C)
+    label: int
+    key: str = ""  # a name without dots; empty = its number
+
+
+@dataclass(frozen=True)
+class Source:
+    """Items that can be read one by one, in an order that is fixed and already shuffled.
+
+    `read(i)` returns item i or raises BadSample, whose message names the item. `identity` changes when the items do.
+    """
+
+    schema: Schema
+    items: int
+    read: Callable[[int], Sample]
+    identity: str
+
+
+@dataclass(frozen=True, eq=False)
+class PackedShard:
+    """A tar in memory and what the manifest needs to know of it."""
+
+    data: bytes
+    starts: Uint32s  # (samples,) 512-byte block at which each sample begins
+    crcs: Uint32s  # (samples,) CRC-32 of each sample's part of the tar
+
+    def index(self, key: str, etag: str, bad: tuple[str, ...] = ()) -> ShardIndex:
+        """To be kept beside the shard once it is stored under `key`; see `manifest.build_manifest`."""
+        return ShardIndex(key, len(self.data), etag, self.starts, self.crcs, bad)
+
+
+def pack_shard(samples: Iterable[Sample], first: int = 0) -> PackedShard:
+    """One WebDataset tar: `.png` and `.cls` per sample, keys counted from `first` where a sample has none. Deterministic bytes.
+
+    Raises ValueError where a key has a dot or a slash, or an image is not uint8 (H, W, 1 or 3).
+    """
+    out = io.BytesIO()
+    with webdataset.TarWriter(out, encoder=False, user="freeguide", group="freeguide", mode=0o644, mtime=0) as writer:
+        for number, sample in enumerate(samples, first):
+            key = sample.key or f"{number:09d}"
+            if "." in key or "/" in key:
+                raise ValueError(f"the key {key!r} has a dot or a slash, which would merge or hide samples")
+            if sample.image.dtype != np.uint8 or sample.image.ndim != 3 or sample.image.shape[2] not in (1, 3):
+                raise ValueError(f"sample {key} is {sample.image.dtype} {sample.image.shape}, not uint8 (H, W, 1 or 3)")
+            writer.write({"__key__": key, "cls": str(int(sample.label)).encode(), "png": encode_png(sample.image)})
+    data = out.getvalue()
+    starts, crcs = index_tar(data)
+    return PackedShard(data, starts, crcs)
+
+
+def index_tar(data: tar.Bytes) -> tuple[Uint32s, Uint32s]:
+    """Starts (blocks) and CRCs, uint32 (samples,), of a whole tar. A sample's part reaches to the next, the last one's to the end.
+
+    Raises TarError.
+    """
+    view = memoryview(data)
+    starts = [span.start for span in tar.samples(view, ended=True)]
+    if starts:
+        starts[0] = 0  # what stands before the first sample belongs to it, so that the parts cover the tar
+    crcs = [zlib.crc32(view[start:end]) for start, end in zip(starts, [*starts[1:], len(view)], strict=True)]
+    return (np.array(starts, np.int64) // tar.BLOCK).astype(np.uint32), np.array(crcs, np.uint32)
+
+
+def write_shards(
+    source: Source, store: Store, *, shard_samples: int = 4096, bad_images: float = 0.0, progress: Progress | None = None
+) -> Manifest:
+    """Writes the source as shards and a manifest. Run again, it continues; where the data set is already whole, it does nothing.
+
+    `bad_images` is the share of unreadable items that may be left out. Raises DataError where there are more, or where the store
+    holds another data set.
+    """
+    plan = Plan.make(source, shard_samples)
+    there = plan.existing(store)
+    if there is not None:
+        return there
+    bad: list[str] = []
+    for unit in range(plan.units):
+        bad += plan.write(source, store, unit).bad
+        _check_budget(bad, bad_images, source.items, final=unit == plan.units - 1)
+        if progress is not None:
+            progress(unit + 1, plan.units)
+    return plan.finish(source, store, bad_images)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a source is cut into shards: all that the workers of a prepare job need to agree on."""
+
+    identity: str
+    items: int
+    units: int
+
+    @classmethod
+    def make(cls, source: Source, shard_samples: int) -> Plan:
+        """Raises DataError where the source is empty."""
+        if source.items == 0:
+            raise DataError("The source has no images; check data.path.")
+        facts = json.dumps([source.identity, source.items, shard_samples, asdict(source.schema)])
+        return cls(hashlib.sha256(facts.encode()).hexdigest(), source.items, -(-source.items // shard_samples))
+
+    def existing(self, store: Store) -> Manifest | None:
+        """The manifest of this very data set where it is complete. Raises DataError where something else is in the way."""
+        if store.exists(manifests.NAME):
+            manifest = load_manifest(store)
+            if manifest.source == self.identity:
+                return manifest
+            raise DataError(f"{store.uri} holds another data set; choose another data.uri, or delete that data set first.")
+        if store.list("shards/") and not store.list(self._part("")):
+            raise DataError(f"{store.uri} holds shards of something else and no manifest; choose another data.uri or empty it.")
+        return None
+
+    def write(self, source: Source, store: Store, unit: int) -> ShardIndex:
+        """Shard number `unit`: reads its items, writes the tar, then its index. Returns at once where the index is there."""
+        part = self._part(f"{unit:06d}.npz")
+        try:
+            return ShardIndex.from_bytes(store.get(part))
+        except MissingObject:
+            pass
+        bad: list[str] = []
+        first, end = (self.items * i // self.units for i in (unit, unit + 1))
+        if unit == 0:
+            store.put(self._part("begun"), b"")  # tars without an index are then known to be ours
+        packed = pack_shard(_readable(source, first, end, bad), first)
+        key = f"shards/{unit:06d}.tar"
+        index = packed.index(key, store.put(key, packed.data), tuple(bad))
+        store.put(part, index.to_bytes())
+        return index
+
+    def finish(self, source: Source, store: Store, bad_images: float = 0.0) -> Manifest:
+        """Collects the indexes of all shards into the manifest. Raises DataError over the budget of bad images."""
+        indexes = [ShardIndex.from_bytes(store.get(self._part(f"{unit:06d}.npz"))) for unit in range(self.units)]
+        _check_budget([name for index in indexes for name in index.bad], bad_images, self.items, final=True)
+        manifest = build_manifest(source.schema, indexes, self.identity)
+        save_manifest(store, manifest)
+        for info in store.list("parts/"):
+            store.delete(info.key)
+        return manifest
+
+    def _part(self, name: str) -> str:
+        return f"parts/{self.identity[:16]}/{name}"
+
+
+def _readable(source: Source, first: int, end: int, bad: list[str]) -> Iterable[Sample]:
+    for item in range(first, end):
+        try:
+            sample = source.read(item)
+        except BadSample as error:
+            bad.append(str(error))
+        else:
+            yield Sample(sample.image, sample.label, sample.key or f"{item:09d}")
+
+
+def _check_budget(bad: list[str], budget: float, items: int, final: bool) -> None:
+    if len(bad) > budget * items or (final and len(bad) == items):
+        raise DataError(
+            f"{len(bad)} of {items} images cannot be read, the first is {bad[0].rstrip('.')}; "
+            "repair or remove them, or raise data.bad_images."
+        )

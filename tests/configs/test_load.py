@@ -1,0 +1,124 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from configs.errors import ConfigError
+from configs.load import load_config, to_yaml
+from configs.schema import Config
+
+ROOT = Path(__file__).parents[2]
+MINIMAL = "name: a\nrun: /tmp/run\ndata: {uri: /tmp/data}\n"
+
+
+@pytest.fixture
+def minimal(tmp_path: Path) -> Path:
+    path = tmp_path / "minimal.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def test_overrides_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(MINIMAL + "train:\n  lr: 1e-4\n  steps: 7\nmodel: {channel_mult: [1, 2]}\n")
+    config = load_config(
+        path, ["train.steps=9", "evaluate.w=[0,0.5]", "cluster.env.NCCL_DEBUG=INFO", "train.deepspeed.wall_clock_breakdown=true"]
+    )
+    assert (config.train.lr, config.train.steps, config.train.global_batch) == (1e-4, 9, 2048)
+    assert config.model.channel_mult == [1, 2]
+    assert config.evaluate.w == [0.0, 0.5]
+    assert config.cluster.env == {"NCCL_DEBUG": "INFO"}
+    assert config.train.deepspeed == {"wall_clock_breakdown": True}
+
+
+def test_the_resolved_config_reads_back_equal(minimal: Path, tmp_path: Path) -> None:
+    config = load_config(minimal, ["train.lr=3.3e-5"])
+    again = tmp_path / "again.yaml"
+    again.write_text(to_yaml(config))
+    assert load_config(again) == config
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_shipped_config_is_valid_for_every_command(path: Path) -> None:
+    overrides = ["data.path=/images"] if load_config(path).data.path == "" else []
+    for command in ("prepare", "train", "evaluate", "generate"):
+        assert isinstance(load_config(path, overrides, command), Config)
+
+
+def test_every_option_is_explained_on_its_line() -> None:
+    for line in (ROOT / "configs" / "schema.py").read_text().splitlines():
+        if (
+            line.startswith("    ")
+            and ": " in line
+            and ("=" in line)
+            and not line.strip().startswith(("#", '"'))
+            and "default_factory=" + line.split(":")[0] not in line
+        ):
+            name = line.split(":")[0].strip()
+            group = any(f.name == name and dataclasses.is_dataclass(f.type) for f in dataclasses.fields(Config))
+            assert group or "  # " in line, f"configs/schema.py: {name} has no explanation"
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("train.learning_rate=1", ["train.learning_rate", "unknown"]),
+        ("train.step=1", ["unknown key train.step", "did you mean train.steps?"]),
+        ("p_uncond=0.2", ["unknown key p_uncond", "did you mean diffusion.p_uncond?"]),
+        ("train.steps=many", ["train.steps takes a whole number, not 'many'"]),
+        ("train.lr=fast", ["train.lr takes a number"]),
+        ("model.channel_mult=[a]", ["model.channel_mult takes a list of whole numbers"]),
+        ("data.flip=7up", ["data.flip takes true or false"]),
+        ("train=5", ["train is a group", "train.steps"]),
+        ("train.zero_stage=4", ["train.zero_stage=4", "0, 1, 2, 3"]),
+        ("train.precision=bf61", ["did you mean bf16?"]),
+        ("cluster.workers=3", ["train.global_batch=2048 is not divisible by cluster.workers=3"]),
+        ("train.micro_batch=3", ["train.micro_batch=3 does not divide"]),
+        ("diffusion.p_uncond=1.5", ["diffusion.p_uncond=1.5", "[0, 1]"]),
+        ("diffusion.logsnr_min=21", ["logsnr_min=21.0 is not below"]),
+        ("sampling.v=-0.1", ["sampling.v=-0.1"]),
+        ("sampling.steps=0", ["sampling.steps=0: must be at least 1"]),
+        ("evaluate.w=[0,0]", ["each once"]),
+        ("lr", ["form key=value"]),
+        ("name=a/b", ["must name a folder"]),
+        ("train.zero_stage=0", ["bf16 with train.zero_stage=0"]),
+    ],
+)
+def test_a_wrong_override_is_refused_in_one_sentence(minimal: Path, override: str, parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(minimal, [override])
+    message = str(caught.value)
+    assert all(part in message for part in parts), message
+    assert "\n" not in message
+
+
+def test_the_file_that_holds_a_wrong_key_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(MINIMAL + "trian: {steps: 3}\n")
+    with pytest.raises(ConfigError, match=r"wrong.yaml: unknown key trian.steps; did you mean train.steps\?"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", "a: 1\na: 2\n", "\x00"])
+def test_a_malformed_file_is_refused_in_one_sentence(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="bad.yaml") as caught:
+        load_config(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_and_a_missing_value_are_named(tmp_path: Path, minimal: Path) -> None:
+    with pytest.raises(ConfigError, match="no such config file; did you mean minimal.yaml?"):
+        load_config(tmp_path / "minimul.yaml")
+    (tmp_path / "empty.yaml").write_text("name: a\n")
+    with pytest.raises(ConfigError, match="run has no value"):
+        load_config(tmp_path / "empty.yaml")
+
+
+def test_guidance_needs_an_unconditional_mode(minimal: Path) -> None:
+    assert load_config(minimal, ["diffusion.p_uncond=0"], "train").diffusion.p_uncond == 0
+    assert load_config(minimal, ["diffusion.p_uncond=0", "evaluate.w=[0]"], "evaluate").evaluate.w == [0]
+    for command, key in (("evaluate", "evaluate.w=[0,0.1]"), ("generate", "generate.w=0.1")):
+        with pytest.raises(ConfigError, match=f"p_uncond=0 .* so {command}.w=0.1 cannot be sampled"):
+            load_config(minimal, ["diffusion.p_uncond=0", key], command)

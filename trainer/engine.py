@@ -1,0 +1,218 @@
+"""DeepSpeed ZeRO behind the four things that the training loop needs: forward, accumulate, step, and the fp32 state it owns.
+
+ZeRO splits the fp32 state over the ranks in a way that depends on its stage. `Fragment` says the same thing for every stage:
+"these values of this parameter, flattened, are mine". The moving average (`trainer.ema`) and the checkpoints
+(`trainer.checkpoint`) are written in fragments only, so neither knows of stages.
+"""
+
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from configs.errors import ConfigError
+from configs.schema import TrainConfig
+
+KINDS = ("master", "exp_avg", "exp_avg_sq")  # fp32 weights and AdamW's two moments
+_OURS = {
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+    "scheduler",
+    "bf16",
+    "fp16",
+}
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Values [offset, offset + numel) of the flattened parameter `name`, kept at [start, start + numel) of `flat`."""
+
+    name: str
+    offset: int
+    numel: int
+    flat: nn.Parameter  # the fp32 tensor that the optimizer updates
+    start: int
+
+    def slice(self, begin: int, end: int) -> "Fragment":
+        """The part of this fragment that covers values [begin, end) of the parameter."""
+        return Fragment(self.name, begin, end - begin, self.flat, self.start + begin - self.offset)
+
+
+def local_device() -> torch.device:
+    """The accelerator of this process: GPU number LOCAL_RANK, or the CPU."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def join_process_group(timeout: timedelta = timedelta(minutes=30)) -> None:
+    """Join the process group that torchrun or Ray describes in the environment, or make a group of one."""
+    if dist.is_initialized():
+        return
+    for name, alone in (
+        ("RANK", "0"),
+        ("WORLD_SIZE", "1"),
+        ("LOCAL_RANK", "0"),
+        ("MASTER_ADDR", "127.0.0.1"),
+        ("MASTER_PORT", "0"),
+    ):
+        os.environ.setdefault(name, alone)
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+
+
+class Engine:
+    """A network under DeepSpeed ZeRO with torch's AdamW. Needs the process group of `join_process_group`."""
+
+    def __init__(self, network: nn.Module, config: TrainConfig) -> None:
+        deepspeed = _import_deepspeed()
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.device = local_device()
+        self.micro_batch = config.micro_batch or config.global_batch // self.world_size
+        self.accumulation = config.global_batch // (self.world_size * self.micro_batch)
+        self.stage = config.zero_stage
+        self.shapes = {name: tuple(p.shape) for name, p in network.named_parameters()}
+        network = network.to(self.device)
+        parameters = [p for p in network.parameters() if p.requires_grad]
+        adamw = torch.optim.AdamW(
+            parameters,
+            lr=0.0,
+            betas=(config.betas[0], config.betas[1]),
+            eps=config.adam_eps,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            self._engine, self._optimizer, _, _ = deepspeed.initialize(
+                model=network,
+                optimizer=adamw,
+                config=_deepspeed_config(config, self.micro_batch, self.accumulation, self.world_size),
+                dist_init_required=False,
+            )
+        self._adamw: torch.optim.Optimizer = adamw if self.stage == 0 else self._optimizer.optimizer
+        self._create_moments()
+        self.fragments = self._held()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._engine(*args, **kwargs)
+
+    @property
+    def network(self) -> nn.Module:
+        return self._engine.module
+
+    def accumulate(self, loss: Tensor) -> None:
+        """Back-propagate the mean loss of one micro-batch. Gradients are averaged over micro-batches and ranks."""
+        self._engine.backward(loss)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()  # counts the micro-batch; no weight moves
+
+    def step(self, lr: float) -> Tensor:
+        """Clip, move the weights with learning rate `lr`, and return the global gradient norm before clipping."""
+        for group in self._adamw.param_groups:
+            group["lr"] = lr
+        norm = self._gradient_norm() if self.stage == 0 else None
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm() if norm is None else norm
+        return torch.as_tensor(norm, dtype=torch.float32, device=self.device)
+
+    def owned(self) -> list[Fragment]:
+        """A disjoint cover of all parameters over all ranks: what this rank averages and saves."""
+        if self.stage > 0:
+            return self.fragments
+        rank, world = self.rank, self.world_size
+        shares = [f.slice(f.numel * rank // world, f.numel * (rank + 1) // world) for f in self.fragments]
+        return [share for share in shares if share.numel]
+
+    def values(self, fragment: Fragment, kind: str) -> Tensor:
+        """The live fp32 values of a fragment: its "master" weights or an AdamW moment. Shape (numel,)."""
+        state = fragment.flat if kind == "master" else self._adamw.state[fragment.flat][kind]
+        return state.detach().view(-1).narrow(0, fragment.start, fragment.numel)
+
+    @property
+    def adam_steps(self) -> int:
+        """How many updates AdamW has made: it decides the bias correction."""
+        return int(next(iter(self._adamw.state.values()))["step"])
+
+    def loaded(self, adam_steps: int) -> None:
+        """Take over fp32 values that were written through `values`: set AdamW's count and refresh the working weights."""
+        for state in self._adamw.state.values():
+            state["step"].fill_(float(adam_steps))
+        if self.stage in (1, 2):
+            self._optimizer.update_lp_params()
+        elif self.stage == 3:
+            for group in range(len(self._optimizer.fp32_partitioned_groups_flat)):
+                self._optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            if self._optimizer.persistent_parameters:
+                self._optimizer.persistent_parameters[0].all_gather(self._optimizer.persistent_parameters)
+
+    def _create_moments(self) -> None:
+        # AdamW makes its state at the first step; a resumed run has to fill it before that.
+        for group in self._adamw.param_groups:
+            for flat in group["params"]:
+                zeros = {kind: torch.zeros_like(flat, memory_format=torch.preserve_format) for kind in KINDS[1:]}
+                self._adamw.state[flat] = {"step": torch.zeros((), dtype=torch.float32, device=flat.device), **zeros}
+
+    def _held(self) -> list[Fragment]:
+        found = []
+        for name, p in self.network.named_parameters():
+            if not p.requires_grad:
+                continue
+            if self.stage == 0:
+                found.append(Fragment(name, 0, p.numel(), p, 0))
+            elif self.stage == 3:
+                group, start, partition = self._optimizer.grad_position[self._optimizer.get_param_id(p)]
+                numel = min(max(p.ds_numel - self.rank * partition, 0), partition)  # the last partition is padded
+                if numel:
+                    found.append(
+                        Fragment(name, self.rank * partition, numel, self._optimizer.fp32_partitioned_groups_flat[group], start)
+                    )
+            elif p._hp_mapping is not None:
+                mapping = p._hp_mapping
+                flat = self._optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+                low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
+                found.append(Fragment(name, low.start, low.numel, flat, high.start))
+        return found
+
+    def _gradient_norm(self) -> Tensor:
+        return torch.nn.utils.get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None])
+
+
+def _import_deepspeed() -> Any:
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed
+        from deepspeed.ops import __compatible_ops__
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    __compatible_ops__["deepspeed_shm_comm"] = (
+        False  # an inference op for CPUs that would be compiled, for half a minute, at the first start
+    )
+    return deepspeed
+
+
+def _deepspeed_config(config: TrainConfig, micro_batch: int, accumulation: int, world_size: int) -> dict[str, Any]:
+    refused = sorted(_OURS & set(config.deepspeed)) + (
+        ["zero_optimization.stage"] if "stage" in config.deepspeed.get("zero_optimization", {}) else []
+    )
+    if refused:
+        raise ConfigError(f"train.deepspeed.{refused[0]} is set from the options of `train`; remove it from the deepspeed section")
+    ours: dict[str, Any] = {
+        "train_batch_size": micro_batch * accumulation * world_size,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.grad_clip,
+        "zero_optimization": {"stage": config.zero_stage, **config.deepspeed.get("zero_optimization", {})},
+        "bf16": {"enabled": config.precision == "bf16"},
+        "steps_per_print": 2**31 - 1,
+    }
+    return {**config.deepspeed, **ours}

@@ -1,0 +1,184 @@
+"""The training loop: Algorithm 1 of the paper on every rank, from wherever the run stands to `train.steps`.
+
+A step's samples come from `data_pipeline.order`, its noise, log-SNRs and dropped conditions from `trainer.diffusion.randomness`;
+both depend on the step and the global sample index only. So nothing but weights, moments and the average has to be saved, and
+any number of workers computes the same step.
+"""
+
+import math
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from configs.errors import ConfigError
+from configs.load import to_yaml
+from configs.schema import Config, TrainConfig
+from data_pipeline.manifest import Manifest, load_manifest
+from data_pipeline.order import Order
+from data_pipeline.store import open_store
+from data_pipeline.stream import Reader
+from trainer import checkpoint
+from trainer.diffusion.objective import training_loss
+from trainer.diffusion.randomness import Purpose, uniform
+from trainer.ema import Ema
+from trainer.engine import Engine, join_process_group
+from trainer.networks.build import build_network, forward_flops
+from trainer.networks.layers import DropoutKey
+from trainer.sampler import Sampler, grid, noise_schedule
+from trainer.telemetry import Telemetry
+
+
+def train(config: Config) -> int:
+    """Train until `config.train.steps`, going on from the run's newest checkpoint; returns the step it went on from.
+
+    Every rank calls it. Raises UserError, one sentence, for data, a store or a checkpoint that cannot be used.
+    """
+    join_process_group()
+    store, data = open_store(config.run), open_store(config.data.uri)
+    manifest = load_manifest(data)
+    check_data(config, manifest)
+    images = {"image_size": config.data.image_size, "channels": config.data.channels, "classes": config.data.classes}
+    engine = Engine(build_network(config.model, **images, seed=config.seed), config.train)
+    ema = Ema(engine, config.train.ema_decay)
+    order = Order.choose(manifest, config.train.global_batch, config.seed, config.data.cache_mib)
+    identity = run_identity(config, manifest, order)
+    start = checkpoint.resume(store, engine, ema, identity)
+    if start >= config.train.steps:
+        return start
+    if engine.rank == 0:
+        store.put("config.yaml", to_yaml(config).encode())
+        print(f"{'resuming from' if start else 'starting at'} step {start} of {config.train.steps}", flush=True)
+    telemetry = Telemetry(config, store, engine.device, start, forward_flops(config.model, **images))
+    reader = Reader(
+        data,
+        manifest,
+        order,
+        global_batch=config.train.global_batch,
+        rank=engine.rank,
+        world_size=engine.world_size,
+        start_step=start,
+        data=config.data,
+    )
+    try:
+        batches = iter(reader)
+        for step in range(start, config.train.steps):
+            began = time.perf_counter()
+            batch = next(batches)
+            waited = time.perf_counter() - began
+            lr = learning_rate(config.train, step)
+            losses, logsnr = accumulate(engine, config, batch.images, batch.labels, batch.index)
+            norm = engine.step(lr)
+            ema.update()
+            telemetry.record(step, losses, logsnr, norm, lr, waited)
+            done = step + 1
+            last = done == config.train.steps
+            save = last or done % config.train.checkpoint_every == 0
+            if save or done % config.train.log_every == 0:
+                telemetry.flush(done)
+            if save:
+                checkpoint.save(store, engine, ema, done, identity, config.train.keep_checkpoints)
+            if last or (config.train.sample_every and save and done % config.train.sample_every == 0):
+                draw_samples(config, telemetry, done)
+    finally:
+        reader.close()
+        telemetry.close()
+    return start
+
+
+def preflight(config: Config) -> int:
+    """Everything about a run that can be checked without workers; returns the step that training would go on from.
+
+    Raises UserError: a store that does not answer, data that is not there or is not what the config says, a network that cannot
+    be built, or a run that was started with something else.
+    """
+    store, data = open_store(config.run), open_store(config.data.uri)
+    for place in (data, store):
+        place.check()
+    manifest = load_manifest(data)
+    check_data(config, manifest)
+    order = Order.choose(manifest, config.train.global_batch, config.seed, config.data.cache_mib)
+    forward_flops(config.model, image_size=config.data.image_size, channels=config.data.channels, classes=config.data.classes)
+    newest = next(checkpoint.newest(store), None)
+    if newest is None:
+        return 0
+    checkpoint.check_identity(store, newest, run_identity(config, manifest, order))
+    return newest.step
+
+
+def accumulate(engine: Engine, config: Config, images: Tensor, labels: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Back-propagate one rank's share of the global batch in micro-batches; returns losses and log-SNRs, each (b,)."""
+    schedule = noise_schedule(config)
+    kept: list[tuple[Tensor, Tensor]] = []
+    for first in range(0, len(images), engine.micro_batch):
+        rows = slice(first, first + engine.micro_batch)
+        x, c, i = (t[rows].to(engine.device, non_blocking=True) for t in (images, labels, index))
+        if config.data.flip:
+            x = flipped(x, i, config.seed)
+        dropout = DropoutKey(config.seed, i) if config.model.dropout else None
+        result = training_loss(
+            lambda z, logsnr, labels, dropout=dropout: engine(z, logsnr, labels, dropout),  # type: ignore[misc]
+            x,
+            c,
+            i,
+            schedule=schedule,
+            p_uncond=config.diffusion.p_uncond,
+            null_label=config.data.classes,
+            seed=config.seed,
+            kind=config.diffusion.prediction,
+            weight=config.diffusion.loss_weight,
+        )
+        engine.accumulate(result.loss.mean())
+        kept.append((result.loss.detach(), result.logsnr.detach()))
+    return torch.cat([k[0] for k in kept]), torch.cat([k[1] for k in kept])
+
+
+def flipped(images: Tensor, index: Tensor, seed: int) -> Tensor:
+    """Mirror each image (B, C, H, W) left to right with probability 1/2, drawn by its global index (B,)."""
+    mirror = uniform(seed, Purpose.TRAIN_FLIP, index, ()) < 0.5
+    return torch.where(mirror[:, None, None, None], images.flip(-1), images)
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Learning rate of the update that follows `step` updates: linear warm-up, then constant, or cosine to 0 at the end."""
+    warmup = min((step + 1) / config.warmup_steps, 1.0) if config.warmup_steps else 1.0
+    if config.schedule == "constant" or step < config.warmup_steps:
+        return config.lr * warmup
+    progress = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
+    return config.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def run_identity(config: Config, manifest: Manifest, order: Order) -> dict[str, Any]:
+    """What may not change while a run goes on: network, data and their order, noise, batch. Anything else may."""
+    return {
+        "data.fingerprint": manifest.fingerprint,
+        "data.flip": config.data.flip,
+        "seed": config.seed,
+        "train.global_batch": config.train.global_batch,
+        "order": order.to_dict(),
+        **{f"model.{name}": value for name, value in vars(config.model).items()},
+        **{f"diffusion.{name}": value for name, value in vars(config.diffusion).items()},
+    }
+
+
+def check_data(config: Config, manifest: Manifest) -> None:
+    """Raises ConfigError where the manifest's images are not those that the config speaks of."""
+    for name in ("image_size", "channels", "classes"):
+        expected, found = getattr(config.data, name), getattr(manifest.schema, name)
+        if expected != found:
+            raise ConfigError(
+                f"data.{name}={expected}, but {config.data.uri} was prepared with {name}={found}; set data.{name}={found}"
+            )
+
+
+def draw_samples(config: Config, telemetry: Telemetry, step: int) -> None:
+    """Put a grid of samples of the averaged weights, one column per class (ten at most), into TensorBoard. Rank 0 samples, the others wait."""
+    if dist.get_rank() == 0:
+        columns, rows = min(config.data.classes, 10), 4
+        sampler = Sampler.from_run(config, step=step)
+        index = torch.arange(rows * columns)
+        x = sampler.sample(index, index % columns, config.generate.w)
+        telemetry.images(step, f"samples/w={config.generate.w:g}", grid(x, columns))
+    dist.barrier()
