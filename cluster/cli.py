@@ -20,12 +20,19 @@ COMMANDS = {
     "evaluate": "measure FID and IS over w and write the report; run again to resume",
     "inspect": "print the resolved config, the network's size and what it costs",
 }
+RAY_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it prints every line of a worker twice
+    "RAY_DEDUP_LOGS": "0",  # lines of progress look alike; only rank 0 prints them
+    "RAY_COLOR_PREFIX": "1" if sys.stdout.isatty() else "0",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 for a failure, 2 for what the user can mend."""
     options = _parser().parse_args(arguments)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in RAY_ENVIRONMENT.items():  # Ray reads these when it is imported
+        os.environ.setdefault(name, value)
     try:
         if options.command == "demo":
             from cluster.demo import demo

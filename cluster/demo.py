@@ -109,7 +109,7 @@ def _following(source: Store, target: Store) -> Iterator[None]:
 
 
 def _mirror(source: Store, target: Store, seen: dict[str, str]) -> None:
-    """Make `target` hold what `source` holds; `seen` are the etags already copied. Manifests are copied last, as they were written."""
+    """Make `target` hold what `source` holds; `seen` are the etags already copied. Manifests come last, as they were written."""
     present = source.list()
     for info in sorted(present, key=lambda i: (i.key.endswith("manifest.json"), i.key)):
         if seen.get(info.key) != info.etag:

@@ -7,11 +7,13 @@ grids. Rows are folded in unit order, so the report does not depend on who made 
 same for every w, so differences between rows are differences of w.
 """
 
+import contextlib
 import dataclasses
 import functools
 import io
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +39,31 @@ from configs.errors import StoreError
 from configs.load import from_yaml, to_yaml
 from configs.schema import Config
 from data_pipeline.manifest import Manifest, load_manifest
-from data_pipeline.store import MissingObject, Store, open_store
 from data_pipeline.scan import scan_all
+from data_pipeline.store import MissingObject, Store, open_store
 from trainer import checkpoint
 from trainer.loop import check_data
 from trainer.sampler import Sampler, evaluations, image_labels
 
 LATEST = "evaluate/latest.json"
+EVALUATOR, REFERENCE = "evaluator.safetensors", "reference.npz"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Yardstick:
+    """What images are measured with. It stands beside the data, so that every run on that data shares it."""
+
+    store: Store
+    judge: Evaluator
+    reference: Moments  # of the real images
+    real: NDArray[np.float32]  # (N, 64) their features
+
+    @staticmethod
+    def load(store: Store) -> "_Yardstick":
+        """Raises MissingObject where it has not been made."""
+        judge = evaluators.from_bytes(store.get(EVALUATOR), f"{store.uri}/{EVALUATOR}")
+        with np.load(io.BytesIO(store.get(REFERENCE)), allow_pickle=False) as known:
+            return _Yardstick(store, judge, moments.from_bytes(known["moments"].tobytes()), known["features"])
 
 
 def evaluate(config: Config) -> Path:
@@ -58,17 +78,21 @@ def evaluate(config: Config) -> Path:
     check_data(config, manifest)
     trained = checkpoint.find(run)
     began = time.monotonic()
-    with session(config, config.cluster.actors) as resources:
-        judge, reference, real = _yardstick(config, data, manifest, resources)
-        prefix = f"evaluate/{units.fingerprint(_conditions(config, trained, judge))}/"
+    with contextlib.ExitStack() as stack:
+        connect = functools.cache(
+            lambda: stack.enter_context(session(config, config.cluster.actors))
+        )  # where all is done, Ray is not started
+        yardstick = _yardstick(config, data, manifest, connect)
+        prefix = f"evaluate/{units.fingerprint(_conditions(config, trained, yardstick))}/"
         store = run.child(prefix)
         plan = units.split(config.evaluate.w, config.evaluate.images, config.evaluate.unit)
         todo = units.missing(store, plan, "npz")
         print(f"{len(plan)} work units, {len(plan) - len(todo)} of them done: {store.uri}", flush=True)
-        make = functools.partial(_Measure, to_yaml(config), store, trained.step, judge.to_bytes(), resources)
-        for _ in progress(units.run(todo, make, config, resources) if todo else [], len(todo), "unit"):
-            pass
-    rows, grids, seconds = _fold(config, store, plan, trained, judge, reference, real)
+        if todo:
+            make = functools.partial(_Measure, to_yaml(config), store, trained.step, yardstick.store, connect())
+            for _ in progress(units.run(todo, make, config, connect()), len(todo), "unit"):
+                pass
+    rows, grids, seconds = _fold(config, store, plan, trained, yardstick)
     folder = Path("runs") / config.name
     write_report(
         rows,
@@ -103,14 +127,14 @@ def fetch_report(config: Config) -> Path:
     return folder
 
 
-def _conditions(config: Config, trained: checkpoint.Checkpoint, judge: Evaluator) -> dict[str, Any]:
+def _conditions(config: Config, trained: checkpoint.Checkpoint, yardstick: _Yardstick) -> dict[str, Any]:
     """Everything that decides what a unit holds, but its w and range."""
     return {
         "checkpoint": trained.sha256,
         "sampling": dataclasses.asdict(config.sampling),
         "unit": config.evaluate.unit,
         "grid": config.evaluate.grid,
-        "evaluator": judge.hash,
+        "evaluator": yardstick.judge.hash,
         "threads": config.cluster.cpus_per_worker,
         "code": units.code_version(),
     }
@@ -119,23 +143,18 @@ def _conditions(config: Config, trained: checkpoint.Checkpoint, judge: Evaluator
 # --- the evaluator and the reference ---
 
 
-def _yardstick(
-    config: Config, data: Store, manifest: Manifest, resources: Resources
-) -> tuple[Evaluator, Moments, NDArray[np.float32]]:
-    """The evaluator of the data set, its moments and features of the real images. Kept beside the data: every run on it shares them."""
+def _yardstick(config: Config, data: Store, manifest: Manifest, connect: Callable[[], Resources]) -> _Yardstick:
     options = {"epochs": config.evaluate.evaluator_epochs, "seed": config.evaluate.evaluator_seed, "data": manifest.fingerprint}
     store = data.child(f"evaluators/{units.fingerprint(options)}/")
-    try:
-        judge = evaluators.from_bytes(store.get("evaluator.safetensors"), f"{store.uri}/evaluator.safetensors")
-        known = np.load(io.BytesIO(store.get("reference.npz")), allow_pickle=False)
-        return judge, moments.from_bytes(known["moments"].tobytes()), known["features"]
-    except MissingObject:
-        print(f"training the evaluator on {manifest.samples} real images", flush=True)
+    with contextlib.suppress(MissingObject):
+        return _Yardstick.load(store)
+    print(f"training the evaluator on {manifest.samples} real images", flush=True)
+    resources = connect()
     task = ray.remote(_fit).options(num_cpus=resources.cpus, num_gpus=resources.gpus or None)
     ray.get(task.remote(to_yaml(config), store, resources))
-    judge = evaluators.from_bytes(store.get("evaluator.safetensors"))
-    print(f"evaluator {judge.hash[:12]}: accuracy {100 * judge.accuracy:.1f} % on held-out images", flush=True)
-    return _yardstick(config, data, manifest, resources)
+    made = _Yardstick.load(store)
+    print(f"evaluator {made.judge.hash[:12]}: accuracy {100 * made.judge.accuracy:.1f} % on held-out images", flush=True)
+    return made
 
 
 def _fit(text: str, store: Store, resources: Resources) -> None:
@@ -158,8 +177,8 @@ def _fit(text: str, store: Store, resources: Resources) -> None:
     features, _ = judge.features(images, device=device)
     buffer = io.BytesIO()
     np.savez(buffer, moments=np.frombuffer(moments.from_features(features).to_bytes(), np.uint8), features=features)
-    store.put("reference.npz", buffer.getvalue())
-    store.put("evaluator.safetensors", judge.to_bytes())
+    store.put(REFERENCE, buffer.getvalue())
+    store.put(EVALUATOR, judge.to_bytes())
 
 
 # --- work units ---
@@ -168,12 +187,12 @@ def _fit(text: str, store: Store, resources: Resources) -> None:
 class _Measure:
     """Samples and measures units: one per actor."""
 
-    def __init__(self, text: str, store: Store, step: int, judge: bytes, resources: Resources) -> None:
+    def __init__(self, text: str, store: Store, step: int, yardstick: Store, resources: Resources) -> None:
         torch.set_num_threads(resources.threads)
         self.config, self.store = from_yaml(text), store
         self.device = torch.device("cuda" if resources.gpus else "cpu")
         self.sampler = Sampler.from_run(self.config, step, self.device)
-        self.judge = evaluators.from_bytes(judge)
+        self.judge = evaluators.from_bytes(yardstick.get(EVALUATOR))
 
     def __call__(self, unit: Unit) -> None:
         began = time.perf_counter()
@@ -200,9 +219,7 @@ def _fold(
     store: Store,
     plan: list[Unit],
     trained: checkpoint.Checkpoint,
-    judge: Evaluator,
-    reference: Moments,
-    real: NDArray[np.float32],
+    yardstick: _Yardstick,
 ) -> tuple[list[Row], dict[float, NDArray[np.uint8]], float]:
     """Rows and sample grids from published units, in unit order, and the seconds that sampling took on one actor."""
     rows, grids, seconds = [], {}, 0.0
@@ -214,11 +231,11 @@ def _fold(
             np.concatenate([p[name] for p in parts]) for name in ("features", "probabilities", "labels")
         )
         score = inception_score(probabilities)
-        near = precision_recall(features, real)
+        near = precision_recall(features, yardstick.real)
         rows.append(
             Row(
                 w=w,
-                fid=fid(moments.merged(moments.from_bytes(p["moments"].tobytes()) for p in parts), reference),
+                fid=fid(moments.merged(moments.from_bytes(p["moments"].tobytes()) for p in parts), yardstick.reference),
                 inception_score=score.mean,
                 inception_score_std=score.std,
                 accuracy=class_accuracy(probabilities, labels),
@@ -226,10 +243,10 @@ def _fold(
                 recall=near.recall,
                 nfe=nfe[w],
                 n=len(labels),
-                reference=reference.sha256,
-                reference_n=reference.n,
-                extractor=judge.name,
-                extractor_hash=judge.hash,
+                reference=yardstick.reference.sha256,
+                reference_n=yardstick.reference.n,
+                extractor=yardstick.judge.name,
+                extractor_hash=yardstick.judge.hash,
                 resize="none",
                 rounding=ROUNDING,
                 labels=config.sampling.labels,

@@ -20,9 +20,9 @@ from cluster.units import Unit
 from configs.load import from_yaml, to_yaml
 from configs.schema import Config
 from data_pipeline.manifest import NAME, Manifest, Schema, ShardIndex, build_manifest, save_manifest
+from data_pipeline.scan import scan
 from data_pipeline.shards import Sample, pack_shard
 from data_pipeline.store import Store, open_store
-from data_pipeline.scan import scan
 from trainer import checkpoint
 from trainer.sampler import Sampler, image_labels
 

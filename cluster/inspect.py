@@ -3,7 +3,7 @@
 import torch
 
 from configs.load import to_yaml
-from configs.schema import Config
+from configs.schema import Config, TrainConfig
 from trainer.networks.build import build_network, count_parameters, forward_flops
 from trainer.sampler import evaluations
 
@@ -17,17 +17,18 @@ def inspect(config: Config) -> None:
     train, workers = config.train, config.cluster.workers
     share = train.global_batch // workers
     micro = train.micro_batch or share
-    nfe = sum(evaluations(config, w) for w in config.evaluate.w)
+    seen = train.global_batch * train.steps
+    measured, nfe = config.evaluate.images, sum(evaluations(config, w) for w in config.evaluate.w) * config.evaluate.images
     rows = {
         "parameters": f"{parameters:,}",
         "forward cost of an image": f"{flops / 1e9:,.3f} GFLOP (2 per multiply-accumulate)",
         "global batch": f"{train.global_batch} = {workers} workers x {share // micro} accumulation x {micro} micro-batch",
         "cost of a training step": f"{3 * flops * train.global_batch / 1e12:,.3f} TFLOP (forward, and twice that backward)",
-        "cost of the training": f"{3 * flops * train.global_batch * train.steps / 1e18:,.4g} EFLOP, {train.global_batch * train.steps:,} images",
-        "ZeRO state per worker": f"{_mib(_state_bytes(parameters, train.zero_stage, train.precision, workers))} (weights, gradients, moments, average; without activations)",
+        "cost of the training": f"{3 * flops * seen / 1e18:,.4g} EFLOP, {seen:,} images",
+        "ZeRO state per worker": f"{_mib(_state_bytes(parameters, train, workers))} (weights, gradients, moments, average)",
         "checkpoint": f"{_mib(16 * parameters)} (fp32 weights, two moments, average)",
-        "evaluation": f"{len(config.evaluate.w)} values of w x {config.evaluate.images} images, {nfe * config.evaluate.images:,} network evaluations, "
-        f"{nfe * config.evaluate.images * flops / 1e18:,.4g} EFLOP",
+        "evaluation": f"{len(config.evaluate.w)} values of w x {measured} images, {nfe:,} network evaluations, "
+        f"{nfe * flops / 1e18:,.4g} EFLOP",
     }
     print(to_yaml(config))
     width = max(map(len, rows))
@@ -35,12 +36,12 @@ def inspect(config: Config) -> None:
         print(f"{name:<{width}}  {value}")
 
 
-def _state_bytes(parameters: int, stage: int, precision: str, workers: int) -> int:
+def _state_bytes(parameters: int, train: TrainConfig, workers: int) -> int:
     """Bytes of weights and gradients in the working precision, fp32 masters, two moments and the average, split as ZeRO does."""
-    working = 2 if precision == "bf16" else 4
+    stage, working = train.zero_stage, 2 if train.precision == "bf16" else 4
     weights = working * parameters // (workers if stage == 3 else 1)
     gradients = working * parameters // (workers if stage >= 2 else 1)
-    states = (12 if precision == "fp32" else 16) * parameters // (workers if stage >= 1 else 1)
+    states = (12 if train.precision == "fp32" else 16) * parameters // (workers if stage >= 1 else 1)
     return weights + gradients + states
 
 

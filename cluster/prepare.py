@@ -22,9 +22,9 @@ def prepare(config: Config) -> Manifest:
     manifest = write_shards(
         source, store, shard_samples=config.data.shard_samples, bad_images=config.data.bad_images, progress=progress
     )
-    schema = manifest.schema
+    size, schema = manifest.schema.image_size, manifest.schema
     print(
-        f"{manifest.samples} images {schema.image_size}x{schema.image_size}x{schema.channels}, {schema.classes} classes, {len(manifest.shards)} shards, "
-        f"{manifest.bytes / 2**20:.1f} MiB in {store.uri} (fingerprint {manifest.fingerprint[:12]}, {time.monotonic() - began:.1f} s)"
+        f"{manifest.samples} images {size}x{size}x{schema.channels}, {schema.classes} classes, {len(manifest.shards)} shards, "
+        f"{manifest.bytes / 2**20:.1f} MiB, fingerprint {manifest.fingerprint[:12]}, {time.monotonic() - began:.1f} s: {store.uri}"
     )
     return manifest

@@ -14,6 +14,7 @@ import html
 import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -193,9 +194,7 @@ def _caption(row: Row, varying: Sequence[str]) -> str:
     )
     if row.fid_name == "FID":
         return f"{model}; {measured}."
-    return (
-        f"{model}; {measured}. {row.fid_name} is the Fréchet distance of these features and compares with no other FID."
-    )
+    return f"{model}; {measured}. {row.fid_name} is the Fréchet distance of these features and compares with no other FID."
 
 
 def _markdown(ordered: list[Row], title: str, varying: Sequence[str], series: list[Series]) -> str:
@@ -301,32 +300,35 @@ def _frontier(series: list[Series]) -> bytes:
 
 
 def _label_points(axes: Axes, series: list[Series]) -> None:
-    """Write w beside the points, on the outer side of the curve: first at the ends and the best, then wherever there is room."""
+    """Write w beside the points, the ends and the best first, wherever neither a curve nor another label is in the way."""
+    curves = [axes.transData.transform([(row.inception_score, row.fid) for row in rows]) for _, rows in series]
+    obstacles = np.concatenate([_dense(points) for points in curves])
     wanted = []
-    for colour, (_, rows) in zip(_colours(series), series, strict=True):
-        points = axes.transData.transform([(row.inception_score, row.fid) for row in rows])
+    for colour, (_, rows), points in zip(_colours(series), series, curves, strict=True):
         first = {0, len(rows) - 1, rows.index(_best(rows))}
         for index, row in enumerate(rows):
             along = points[min(index + 1, len(rows) - 1)] - points[max(index - 1, 0)]
             normal = np.array([along[1], -along[0]]) / (np.hypot(*along) or 1.0)
             words = f"w = {row.w:g}" if index in (0, len(rows) - 1) else f"{row.w:g}"
-            wanted.append((index not in first, row, words, points[index], normal, colour))
-    taken: list[NDArray[np.float64]] = []
-    for optional, row, words, point, normal, colour in sorted(wanted, key=lambda label: label[0]):
-        place = point + 26 * normal
-        if optional and any(abs(place[0] - x) < 34 and abs(place[1] - y) < 16 for x, y in taken):
-            continue
-        taken.append(place)
-        axes.annotate(
-            words,
-            (row.inception_score, row.fid),
-            xytext=(13 * normal[0], 13 * normal[1]),
-            textcoords="offset points",
-            ha="left" if normal[0] > 0.3 else "right" if normal[0] < -0.3 else "center",
-            va="center",
-            fontsize=9,
-            color=colour,
-        )
+            wanted.append((index not in first, words, points[index], normal, colour))
+    taken = np.empty((0, 4))  # centre and half size of each label's box
+    for _, words, point, normal, colour in sorted(wanted, key=lambda label: label[0]):
+        half = np.array([3.5 * len(words) + 2.0, 8.0])
+        for outward in (normal, -normal):
+            centre = point + outward * (10.0 + np.abs(outward) @ half)
+            clear = (np.abs(obstacles - centre) > half + 2.0).any(axis=1).all()
+            if clear and (np.abs(taken[:, :2] - centre) > half + taken[:, 2:]).any(axis=1).all():
+                taken = np.vstack([taken, [*centre, *half]])
+                place = axes.transData.inverted().transform(centre)
+                axes.text(place[0], place[1], words, ha="center", va="center", fontsize=9, color=colour)
+                break
+
+
+def _dense(points: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Points on the polyline `points` (n, 2), 25 to a stretch."""
+    steps = np.linspace(0.0, 1.0, 25)[:, None]
+    stretches = [a + steps * (b - a) for a, b in pairwise(points)]
+    return np.concatenate([points, *stretches])
 
 
 def _colours(series: list[Series]) -> list[str]:
@@ -350,8 +352,10 @@ def _guidance_axis(axes: Axes, w: list[float]) -> None:
     span = float(position[-1] - position[0]) or 1.0
     axes.set_xlim(*(0.5 * np.sinh([position[0] - 0.05 * span, position[-1] + 0.05 * span])))
     apart = 0.07 * span
-    ticks = [len(w) - 1]
-    for index in range(len(w)):  # the largest w keeps its tick, the others give way
+    ticks: list[int] = []
+    for index in sorted(
+        range(len(w)), key=lambda i: (i not in (0, len(w) - 1), w[i] != round(w[i]))
+    ):  # the ends, whole numbers, the rest
         if all(abs(position[index] - position[other]) >= apart for other in ticks):
             ticks.append(index)
     axes.xaxis.set_major_locator(FixedLocator([w[i] for i in sorted(ticks)]))

@@ -49,10 +49,13 @@ def session(config: Config, processes: int) -> Iterator[Resources]:
     else:
         # The command's own processes need a share too, and a laptop may have fewer cores than the config has workers.
         room = max(os.cpu_count() or 1, math.ceil(processes * cpus)) + 1
-        options = {"address": "local", "num_cpus": room, "include_dashboard": False}
-    environment = {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])), **config.cluster.env}
-    runtime = {"env_vars": environment if options["address"] == "local" else dict(config.cluster.env)}
-    ray.init(**options, runtime_env=runtime, logging_level=logging.WARNING, log_to_driver=True)
+        options = {"address": "local", "num_cpus": room, "logging_level": logging.ERROR}
+    private = options["address"] == "local"
+    if private:
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away with notice
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    environment = ({"PYTHONPATH": path} if private else {}) | config.cluster.env
+    ray.init(**options, runtime_env={"env_vars": environment}, log_to_driver=True)
     try:
         yield _resources(config, processes)
     finally:
@@ -86,7 +89,7 @@ def _probe(address: str) -> None:
 
 
 def progress(results: Iterable[T], total: int, what: str) -> Iterator[T]:
-    """Pass results on and print how many there are and when the last is due: in place on a terminal, else at most every 5 seconds."""
+    """Pass results on; print how many there are and when the last is due, in place on a terminal, else every 5 seconds."""
     began, printed, terminal = time.monotonic(), 0.0, sys.stdout.isatty()
     for count, result in enumerate(results, start=1):
         yield result

@@ -7,6 +7,7 @@ reads units in the order of their names, never in the order in which they were m
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -59,7 +60,7 @@ def run(units: Sequence[Unit], make_worker: Callable[[], Worker], config: Config
     context.print_on_execution_start = False
     rows = [{"w": u.w, "first": u.first, "last": u.last} for u in units]
     done = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        _Actor,
+        _Actor,  # type: ignore[arg-type]
         fn_constructor_args=(make_worker,),
         compute=ray.data.ActorPoolStrategy(
             min_size=1, max_size=config.cluster.actors, initial_size=min(config.cluster.actors, len(rows))
@@ -67,6 +68,7 @@ def run(units: Sequence[Unit], make_worker: Callable[[], Worker], config: Config
         num_cpus=resources.cpus,
         num_gpus=resources.gpus or None,
     )
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it reports what `progress` says already
     for row in done.iter_rows():
         yield Unit(float(row["w"]), int(row["first"]), int(row["last"]))
 

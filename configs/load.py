@@ -5,6 +5,7 @@ the nearest key that exists. Values are then merged one by one through OmegaConf
 """
 
 import difflib
+import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -70,93 +71,36 @@ def from_yaml(text: str) -> Config:
 
 def validate(config: Config, command: str = "train") -> None:
     """Raise ConfigError for the first value that is out of range or that contradicts another one for `command`."""
-    data, diffusion, train, sampling, cluster = config.data, config.diffusion, config.train, config.sampling, config.cluster
-    world_size, share = cluster.workers, train.global_batch // max(cluster.workers, 1)
-    weights = {"evaluate": config.evaluate.w, "generate": [config.generate.w]}.get(command, [])
-    checks: list[tuple[bool, str]] = [
-        (
-            config.name != "" and "/" not in config.name and not config.name.startswith("."),
-            f"name={config.name!r}: must name a folder under runs/",
-        ),
-        *(_one_of(key, value, names) for key, value, names in _choices_of(config)),
-        *_at_least_one(config),
-        (0.0 <= data.bad_images <= 1.0, f"data.bad_images={data.bad_images}: a share lies in [0, 1]"),
-        (0.0 <= data.bad_samples <= 1.0, f"data.bad_samples={data.bad_samples}: a share lies in [0, 1]"),
-        (data.channels in (1, 3), f"data.channels={data.channels}: 1 (grey) or 3 (RGB)"),
-        (
-            data.source == "digits" or command != "prepare" or data.path != "",
-            "data.path is empty: name the folder of images to prepare",
-        ),
-        (0.0 <= diffusion.p_uncond <= 1.0, f"diffusion.p_uncond={diffusion.p_uncond}: a probability lies in [0, 1]"),
-        (
-            diffusion.logsnr_min < diffusion.logsnr_max,
-            f"diffusion.logsnr_min={diffusion.logsnr_min} is not below diffusion.logsnr_max={diffusion.logsnr_max}: swap them",
-        ),
-        (
-            diffusion.p_uncond > 0 or not any(weights),
-            f"diffusion.p_uncond=0 leaves the network without an unconditional mode, so {command}.w={_first_nonzero(weights)} cannot be sampled: "
-            f"train with p_uncond > 0 or ask for w=0",
-        ),
-        (
-            train.global_batch % world_size == 0,
-            f"train.global_batch={train.global_batch} is not divisible by cluster.workers={world_size}: every worker takes an equal share",
-        ),
-        (
-            train.micro_batch == 0 or (0 < train.micro_batch <= share and share % train.micro_batch == 0),
-            f"train.micro_batch={train.micro_batch} does not divide a worker's share of {share} images "
-            f"(train.global_batch={train.global_batch} over cluster.workers={world_size})",
-        ),
-        (train.lr > 0, f"train.lr={train.lr}: a learning rate is positive"),
-        (len(train.betas) == 2 and all(0 <= b < 1 for b in train.betas), f"train.betas={train.betas}: two decays in [0, 1)"),
-        (0 <= train.ema_decay < 1, f"train.ema_decay={train.ema_decay}: a decay lies in [0, 1)"),
-        (train.grad_clip >= 0, f"train.grad_clip={train.grad_clip}: a norm is not negative; 0 turns clipping off"),
-        (
-            train.precision != "bf16" or train.zero_stage >= 1,
-            "train.precision=bf16 with train.zero_stage=0: DeepSpeed keeps fp32 masters for bf16 from stage 1 on; use stage 1 or fp32",
-        ),
-        (0.0 <= sampling.v <= 1.0, f"sampling.v={sampling.v}: the interpolation lies in [0, 1]"),
-        (
-            len(sampling.interval) in (0, 2) and sampling.interval == sorted(set(sampling.interval)),
-            f"sampling.interval={sampling.interval}: two log-SNRs, the lower one first, or an empty list",
-        ),
-        (all(w >= 0 for w in config.evaluate.w), f"evaluate.w={config.evaluate.w}: guidance weights are not negative"),
-        (
-            len(set(config.evaluate.w)) == len(config.evaluate.w) > 0,
-            f"evaluate.w={config.evaluate.w}: at least one weight, each once",
-        ),
-        (config.generate.w >= 0, f"generate.w={config.generate.w}: a guidance weight is not negative"),
-        (cluster.cpus_per_worker > 0, f"cluster.cpus_per_worker={cluster.cpus_per_worker}: a worker needs a share of a core"),
-        (
-            cluster.gpus_per_worker == -1 or cluster.gpus_per_worker >= 0,
-            f"cluster.gpus_per_worker={cluster.gpus_per_worker}: a number of GPUs, or -1 for one where the cluster has them",
-        ),
-    ]
-    for holds, sentence in checks:
-        if not holds:
-            raise ConfigError(sentence)
+    for checks in (_name_checks, _range_checks, _data_checks, _train_checks, _sampling_checks):
+        for holds, sentence in checks(config, command):
+            if not holds:
+                raise ConfigError(sentence)
 
 
-def _choices_of(config: Config) -> list[tuple[str, object, list[str | int]]]:
-    return [
-        ("data.source", config.data.source, ["digits", "folder", "idx"]),
-        ("train.schedule", config.train.schedule, ["constant", "cosine"]),
-        ("train.precision", config.train.precision, ["fp32", "bf16"]),
-        ("train.zero_stage", config.train.zero_stage, [0, 1, 2, 3]),
-        ("diffusion.schedule", config.diffusion.schedule, ["cosine", "uniform", "normal", "flow"]),
-        ("diffusion.prediction", config.diffusion.prediction, ["eps", "x", "v", "edm"]),
-        ("diffusion.loss_weight", config.diffusion.loss_weight, ["paper", "v", "min_snr", "edm", "elbo"]),
-        ("sampling.sampler", config.sampling.sampler, ["ancestral", "ddim", "dpmpp_2m", "heun"]),
-        ("sampling.spacing", config.sampling.spacing, ["u", "logsnr", "karras"]),
-        ("sampling.labels", config.sampling.labels, ["balanced", "random"]),
-    ]
+Checks = Iterator[tuple[bool, str]]  # what has to hold, and the sentence for when it does not; later ones rely on earlier ones
 
 
-def _one_of(key: str, value: object, names: list[str | int]) -> tuple[bool, str]:
-    return value in names, f"{key}={value}: {_choices('values', str(value), [str(n) for n in names])}"
+def _name_checks(config: Config, command: str) -> Checks:
+    yield re.fullmatch(r"[\w-][\w.-]*", config.name) is not None, f"name={config.name!r}: must name a folder under runs/"
+    names: dict[str, list[Any]] = {
+        "data.source": ["digits", "folder", "idx"],
+        "diffusion.schedule": ["cosine", "uniform", "normal", "flow"],
+        "diffusion.prediction": ["eps", "x", "v", "edm"],
+        "diffusion.loss_weight": ["paper", "v", "min_snr", "edm", "elbo"],
+        "train.schedule": ["constant", "cosine"],
+        "train.precision": ["fp32", "bf16"],
+        "train.zero_stage": [0, 1, 2, 3],
+        "sampling.sampler": ["ancestral", "ddim", "dpmpp_2m", "heun"],
+        "sampling.spacing": ["u", "logsnr", "karras"],
+        "sampling.labels": ["balanced", "random"],
+    }
+    for key, valid in names.items():
+        value = _value(config, key)
+        yield value in valid, f"{key}={value}: {_choices('values', str(value), [str(v) for v in valid])}"
 
 
-def _at_least_one(config: Config) -> Iterator[tuple[bool, str]]:
-    positive = {
+def _range_checks(config: Config, command: str) -> Checks:
+    at_least_one = {
         "data": ["image_size", "classes", "shard_samples", "fetch_threads", "decode_threads", "prefetch_batches", "cache_mib"],
         "train": ["steps", "global_batch", "log_every", "checkpoint_every", "keep_checkpoints"],
         "sampling": ["steps", "batch"],
@@ -164,14 +108,79 @@ def _at_least_one(config: Config) -> Iterator[tuple[bool, str]]:
         "evaluate": ["images", "unit", "evaluator_epochs", "grid"],
         "cluster": ["workers", "actors"],
     }
-    for group, names in positive.items():
+    for group, names in at_least_one.items():
         for name in names:
             value = getattr(getattr(config, group), name)
             yield value >= 1, f"{group}.{name}={value}: must be at least 1"
+    for key in ("data.bad_images", "data.bad_samples", "diffusion.p_uncond", "sampling.v"):
+        value = _value(config, key)
+        yield 0 <= value <= 1, f"{key}={value}: must lie in [0, 1]"
+    for key in (
+        "train.warmup_steps",
+        "train.micro_batch",
+        "train.weight_decay",
+        "train.grad_clip",
+        "train.sample_every",
+        "generate.w",
+    ):
+        value = _value(config, key)
+        yield value >= 0, f"{key}={value}: must not be negative"
+    for key in ("train.lr", "train.adam_eps", "cluster.cpus_per_worker"):
+        value = _value(config, key)
+        yield value > 0, f"{key}={value}: must be positive"
+    gpus = config.cluster.gpus_per_worker
+    yield gpus == -1 or gpus >= 0, f"cluster.gpus_per_worker={gpus}: a number of GPUs, or -1 for one where the cluster has them"
 
 
-def _first_nonzero(weights: list[float]) -> float | None:
-    return next((w for w in weights if w), None)
+def _data_checks(config: Config, command: str) -> Checks:
+    data, diffusion = config.data, config.diffusion
+    yield data.channels in (1, 3), f"data.channels={data.channels}: 1 (grey) or 3 (RGB)"
+    if command == "prepare":
+        yield data.source == "digits" or data.path != "", "data.path is empty: name the folder of images to prepare"
+    low, high = diffusion.logsnr_min, diffusion.logsnr_max
+    yield low < high, f"diffusion.logsnr_min={low} is not below diffusion.logsnr_max={high}: swap them"
+    asked = {"evaluate": config.evaluate.w, "generate": [config.generate.w]}.get(command, [])
+    guided = next((w for w in asked if w), None)
+    yield (
+        diffusion.p_uncond > 0 or guided is None,
+        f"diffusion.p_uncond=0 leaves the network without an unconditional mode, so {command}.w={guided} cannot be sampled: "
+        f"train with p_uncond > 0 or ask for w=0",
+    )
+
+
+def _train_checks(config: Config, command: str) -> Checks:
+    train, workers = config.train, config.cluster.workers
+    batch, micro, share = train.global_batch, train.micro_batch, train.global_batch // workers
+    yield (
+        batch % workers == 0,
+        f"train.global_batch={batch} is not divisible by cluster.workers={workers}: workers take equal shares",
+    )
+    yield (
+        micro == 0 or (micro <= share and share % micro == 0),
+        f"train.micro_batch={micro} does not divide a worker's share of {share} images "
+        f"(train.global_batch={batch} over cluster.workers={workers})",
+    )
+    yield len(train.betas) == 2 and all(0 <= b < 1 for b in train.betas), f"train.betas={train.betas}: two decays in [0, 1)"
+    yield 0 <= train.ema_decay < 1, f"train.ema_decay={train.ema_decay}: a decay lies in [0, 1)"
+    yield (
+        train.precision != "bf16" or train.zero_stage >= 1,
+        "train.precision=bf16 with train.zero_stage=0: DeepSpeed keeps fp32 masters of bf16 from stage 1 on; use stage 1 or fp32",
+    )
+
+
+def _sampling_checks(config: Config, command: str) -> Checks:
+    interval, weights = config.sampling.interval, config.evaluate.w
+    yield (
+        len(interval) in (0, 2) and interval == sorted(set(interval)),
+        f"sampling.interval={interval}: two log-SNRs, the lower one first, or an empty list",
+    )
+    yield len(set(weights)) == len(weights) > 0, f"evaluate.w={weights}: at least one weight, each once"
+    yield all(w >= 0 for w in weights), f"evaluate.w={weights}: guidance weights must not be negative"
+
+
+def _value(config: Config, key: str) -> Any:
+    group, name = key.split(".")
+    return getattr(getattr(config, group), name)
 
 
 def _merge(config: DictConfig, nested: Any, where: str) -> None:

@@ -13,7 +13,7 @@ from omegaconf import MISSING
 @dataclass
 class DataConfig:
     uri: str = MISSING  # where the shards and their manifest stand
-    source: str = "folder"  # what `prepare` reads: digits (scikit-learn's 8x8 images) | folder (class/name.png) | idx (MNIST's and Fashion-MNIST's files)
+    source: str = "folder"  # what `prepare` reads: digits (scikit-learn's) | folder (class/name.png) | idx (Fashion-MNIST's files)
     path: str = ""  # source=folder: the folder of class folders; source=idx: the folder of the IDX files
     image_size: int = 64  # pixels per side; larger images are centre-cropped and resized as ADM does
     channels: int = 3  # 1 = grey, 3 = RGB
@@ -86,13 +86,9 @@ class SamplingConfig:
     sampler: str = "ancestral"  # ancestral (Algorithm 2) | ddim | dpmpp_2m | heun
     spacing: str = "u"  # how the log-SNR levels are spaced: u (the paper's, as in training) | logsnr | karras
     steps: int = 256  # T: network levels; T - 1 noisy transitions and one noiseless last step
-    v: float = 0.3  # interpolation of the log-variance between the posterior's (0) and the forward process' (1); paper: 0.3 at 64x64, 0.2 at 128x128
-    interval: list[float] = field(
-        default_factory=list
-    )  # [low, high]: guide only where low <= log-SNR < high; empty = everywhere, the paper's
-    clip: bool = (
-        True  # clamp x to [-1, 1] at every step; the paper is silent, and at logsnr -20 rounding of eps is amplified without it
-    )
+    v: float = 0.3  # log-variance between the posterior's (0) and the forward process' (1); paper: 0.3 at 64x64, 0.2 at 128x128
+    interval: list[float] = field(default_factory=list)  # [low, high]: guide only at these log-SNRs; empty = at all, the paper's
+    clip: bool = True  # clamp x to [-1, 1] at every step, as ADM does; without it rounding of eps is amplified at logsnr -20
     batch: int = 64  # images per forward pass (twice as many rows with guidance)
     seed: int = 0  # image i depends on (seed, i) only
     labels: str = "balanced"  # balanced (label of image i = i mod classes) | random (drawn by (seed, i))

@@ -31,6 +31,7 @@ Words = npt.NDArray[np.uint64]
 WHOLE_BYTES = 64 * 2**20  # a data set up to this size is one window: every worker keeps it in memory
 WINDOW_CHUNKS = 8  # G: below it neighbouring batches share chunks and their means correlate
 ROUNDS = 4
+MIN_BITS = 8  # in smaller domains four rounds are measurably not uniform
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -133,7 +134,7 @@ def permute(x: Ints, size: int, keys: Words) -> Ints:
     """The image of each x in [0, size) under the bijection of [0, size) that its key names. Shapes of x and keys broadcast."""
     if size == 1:
         return np.zeros(np.broadcast(x, keys).shape, dtype=np.int64)
-    bits = max(6, (size - 1).bit_length())
+    bits = max(MIN_BITS, (size - 1).bit_length())
     value, word = np.broadcast_arrays(np.asarray(x).astype(np.uint64), keys)
     value = _feistel(value, bits, word)
     outside = np.nonzero(value >= size)

@@ -17,7 +17,8 @@ def scan(store: Store, manifest: Manifest) -> Iterator[tuple[Pixels, int]]:
     for shard in manifest.shards:
         data, count = store.get(shard.key), 0
         try:
-            for count, span in enumerate(tar.samples(data, ended=True), start=1):
+            for span in tar.samples(data, ended=True):
+                count += 1
                 yield decode_sample(span.read(data), manifest.schema)
         except DataError as error:
             raise DataError(f"{store.uri}/{shard.key}: sample {count} cannot be read: {error}") from error

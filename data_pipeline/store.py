@@ -221,15 +221,11 @@ class FolderStore(Store):
         with self._errors(key), open(self.folder / _checked(key), "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if etag is not None and etag != str(size):
-                raise ChangedObject(
-                    f"{self.uri}/{key} has changed since its manifest was written; prepare or index the data again."
-                )
+                raise ChangedObject(f"{self.uri}/{key} has changed since its manifest was written; {AGAIN}.")
             file.seek(start)
             data = file.read(length)
         if len(data) < length:
-            raise StoreError(
-                f"{self.uri}/{key} ends at byte {size}, before byte {start + length}; prepare or index the data again."
-            )
+            raise StoreError(f"{self.uri}/{key} ends at byte {size}, before byte {start + length}; {AGAIN}.")
         elapsed = time.monotonic() - began
         self.traffic.read(length, elapsed, elapsed)
         return data
@@ -445,21 +441,27 @@ class S3Store(Store):
                 answer = request()
             except _FAULTS as error:
                 tries += 1
-                self._consider(error, key, tries, began)
+                self._consider(error, key, None, tries, began)
                 self.retry.pause(tries, None)
             else:
                 _contacted.add((os.getpid(), self.bucket))
                 return answer
 
     def _consider(
-        self, error: Exception, key: str, tries: int, began: float, on_retry: Callable[[str], None] | None = None
+        self,
+        error: Exception,
+        key: str,
+        at: int | None,
+        tries: int,
+        began: float,
+        on_retry: Callable[[str], None] | None = None,
     ) -> None:
         """Returns where another try makes sense, else raises the StoreError that explains `error`."""
         cause = _cause(error)
         new = (os.getpid(), self.bucket) not in _contacted
         late = time.monotonic() - began + self.retry.read_s / 2 > self.retry.first_s or (cause == "no connection" and tries >= 3)
         if cause is None or tries >= self.retry.attempts or (new and late) or (cause == "expired credentials" and tries > 1):
-            self._explain(error, key)
+            self._explain(error, key, at)
         if cause == "expired credentials":
             with _lock:
                 _clients.pop((os.getpid(), self.retry), None)  # a new session asks botocore's whole provider chain again
@@ -486,7 +488,7 @@ class S3Store(Store):
                 self._receive(key, body, cancel)
             except _FAULTS as error:
                 tries = 1 if body.reached > reached else tries + 1
-                self._consider(error, f"{key} at byte {start + body.reached}", tries, began, on_retry)
+                self._consider(error, key, start + body.reached, tries, began, on_retry)
                 self.retry.pause(tries, cancel)
             else:
                 _contacted.add((os.getpid(), self.bucket))
@@ -504,7 +506,7 @@ class S3Store(Store):
         answer = self._client().get_object(**query)
         stream = answer["Body"]
         with contextlib.closing(stream):
-            body.accept(answer)
+            body.accept(answer, f"{self.uri}/{key}")
             # read1 returns what has arrived: a body that drips cannot hold us for hours inside one large read.
             read = getattr(stream._raw_stream, "read1", stream.read)
             began, got = time.monotonic(), 0
@@ -520,8 +522,10 @@ class S3Store(Store):
                 if elapsed > self.retry.read_s and got < elapsed * self.retry.slow_bytes_per_s:
                     raise _Fault("slow")
 
-    def _explain(self, error: Exception, key: str) -> NoReturn:
+    def _explain(self, error: Exception, key: str, at: int | None) -> NoReturn:
+        """Raises the StoreError whose sentence says what went wrong at byte `at` of `key`, and what to do."""
         where = f"{self.uri}/{key}".rstrip("/")
+        place = where if at is None else f"{where} at byte {at}"
         code, status = _code(error) if isinstance(error, boto.ClientError) else ("", 0)
         cause = _cause(error)
         kind: type[StoreError] = StoreError
@@ -532,23 +536,21 @@ class S3Store(Store):
         elif code == "PreconditionFailed" or status == 412:
             kind, text = ChangedObject, f"{where} has changed since its manifest was written; {AGAIN}"
         elif status == 416:
-            text = f"{where} lies past the end of the object; {AGAIN}"
+            text = f"{where} ends before byte {at}; {AGAIN}"
         elif code in _WRONG_KEYS:
             text = f"The credentials for {self.uri} are wrong ({code}); check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         elif cause == "expired credentials":
             text = f"The credentials for {self.uri} have expired; renew them and run the same command again"
         elif status in (401, 403):
-            text = (
-                f"The credentials do not allow this at {where} ({code or status}); ask for the right to read, list and write there"
-            )
+            text = f"The credentials do not allow this at {where} ({code or status}); ask for the right to read, list and write"
         elif isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError | boto.CredentialRetrievalError):
             text = f"There are no credentials for {self.uri}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile"
         elif cause in ("no connection", "time-out"):
-            text = f"The S3 endpoint of {where} does not answer ({cause}); check AWS_ENDPOINT_URL and the network"
+            text = f"The S3 endpoint of {place} does not answer ({cause}); check AWS_ENDPOINT_URL and the network"
         elif cause is not None:
-            text = f"{where} could not be transferred ({cause}, after several tries); check the S3 server and the network"
+            text = f"{place} could not be transferred ({cause}, after several tries); check the S3 server and the network"
         else:
-            text = f"S3 refuses {where} ({code or status or type(error).__name__}); check the location and the server"
+            text = f"S3 refuses {place} ({code or status or type(error).__name__}); check the location and the server"
         raise kind(f"{text}.") from error
 
 
@@ -575,8 +577,8 @@ class _Body:
         assert self.length is not None
         return self.length - self.reached
 
-    def accept(self, answer: dict[str, Any]) -> None:
-        """Checks the headers of an answer against what was asked for."""
+    def accept(self, answer: dict[str, Any], where: str) -> None:
+        """Checks the headers of an answer against what was asked for. Raises _Fault, or StoreError where the object is too short."""
         status = answer["ResponseMetadata"]["HTTPStatusCode"]
         etag = str(answer.get("ETag", "")).strip('"') or None
         if self.length is None:
@@ -585,11 +587,14 @@ class _Body:
             self.length, self.etag = int(answer["ContentLength"]), etag
             self.buffer = bytearray(self.length)
             return
-        wanted = f"bytes {self.start + self.reached}-{self.start + self.length - 1}/"
         if status != 206:
             raise _Fault("range ignored")
-        if not str(answer.get("ContentRange", "")).startswith(wanted):
-            raise _Fault("short or wrong range")
+        wanted = f"bytes {self.start + self.reached}-{self.start + self.length - 1}"
+        got, _, total = str(answer.get("ContentRange", "")).partition("/")
+        if total.isdecimal() and int(total) < self.start + self.length:
+            raise StoreError(f"{where} ends at byte {total}, before byte {self.start + self.length}; {AGAIN}.")
+        if got != wanted:
+            raise _Fault("wrong range")
         if self.etag is None:
             self.etag = etag  # the rest, should it take more answers, must come from the same object
 

@@ -234,7 +234,7 @@ def load_ema(store: Store, checkpoint: Checkpoint) -> dict[str, Tensor]:
     for name, values in flat.items():
         if seen[name] != values.numel():
             raise CheckpointError(
-                f"{store.uri}/{checkpoint.key}: holds {seen[name]} of {values.numel()} averaged values of {name}; train the run again"
+                f"{store.uri}/{checkpoint.key}: holds {seen[name]} of {values.numel()} averaged values of {name}; delete it"
             )
     return {name: values.view(checkpoint.shapes[name]) for name, values in flat.items()}
 
@@ -284,7 +284,7 @@ def _read(store: Store, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Tensor
                 at = part.begin - start
                 if zlib.crc32(memoryview(data)[at : at + 4 * part.numel]) != part.crc32:
                     raise CheckpointError(
-                        f"{store.uri}/{part.file}: {part.kind} values of {part.name} at byte {part.begin} are damaged; delete this checkpoint"
+                        f"{store.uri}/{part.file}: {part.kind} values of {part.name} at byte {part.begin} are damaged; delete it"
                     )
                 yield part, torch.frombuffer(data, dtype=torch.float32, count=part.numel, offset=at)
         run = [piece] if piece is not None else []

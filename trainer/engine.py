@@ -88,14 +88,12 @@ class Engine:
             weight_decay=config.weight_decay,
             fused=True,
         )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            self._engine, self._optimizer, _, _ = deepspeed.initialize(
-                model=network,
-                optimizer=adamw,
-                config=_deepspeed_config(config, self.micro_batch, self.accumulation, self.world_size),
-                dist_init_required=False,
-            )
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=network,
+            optimizer=adamw,
+            config=_deepspeed_config(config, self.micro_batch, self.accumulation, self.world_size),
+            dist_init_required=False,
+        )
         self._adamw: torch.optim.Optimizer = adamw if self.stage == 0 else self._optimizer.optimizer
         self._create_moments()
         self.fragments = self._held()
@@ -161,7 +159,8 @@ class Engine:
 
     def _held(self) -> list[Fragment]:
         found = []
-        for name, p in self.network.named_parameters():
+        parameters: list[tuple[str, Any]] = list(self.network.named_parameters())  # DeepSpeed hangs attributes on them
+        for name, p in parameters:
             if not p.requires_grad:
                 continue
             if self.stage == 0:
@@ -187,7 +186,7 @@ class Engine:
 def _import_deepspeed() -> Any:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).*", category=FutureWarning)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed

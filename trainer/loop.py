@@ -174,7 +174,7 @@ def check_data(config: Config, manifest: Manifest) -> None:
 
 
 def draw_samples(config: Config, telemetry: Telemetry, step: int) -> None:
-    """Put a grid of samples of the averaged weights, one column per class (ten at most), into TensorBoard. Rank 0 samples, the others wait."""
+    """Put samples of the averaged weights into TensorBoard, a column per class (ten at most). Rank 0 draws, the others wait."""
     if dist.get_rank() == 0:
         columns, rows = min(config.data.classes, 10), 4
         sampler = Sampler.from_run(config, step=step)

@@ -39,7 +39,7 @@ class Sampler:
         return Sampler(network.eval().requires_grad_(False).to(device), config, found, device)
 
     def sample(self, index: Tensor, labels: Tensor, w: float) -> Tensor:
-        """Images number `index` (N,) of the seed with `labels` (N,) and guidance weight w: (N, C, H, W) float32 on the CPU, about in [-1, 1]."""
+        """Images `index` (N,) of the seed, with `labels` (N,), at guidance weight w: (N, C, H, W) float32 on the CPU."""
         config = self.config
         options, data = config.sampling, config.data
         network = self.network

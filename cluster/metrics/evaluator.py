@@ -156,7 +156,7 @@ def _convolution(width_in: int, width_out: int) -> list[nn.Module]:
 
 
 def _to_input(images: NDArray[np.uint8]) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1.0
+    return torch.from_numpy(images.astype(np.float32)).permute(0, 3, 1, 2) / 127.5 - 1.0
 
 
 def _train(network: Network, images: NDArray[np.uint8], labels: NDArray[np.integer], epochs: int, seed: int, device: str) -> None:

@@ -177,7 +177,7 @@ def rescaled(phi: float, rule: Rule = linear) -> Rule:
 
     def rescale(strong: Tensor, weak: Tensor, w: float | Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         value, kept = rule(strong, weak, w, kept)
-        wanted, found = (a.flatten(1).std(1).reshape(-1, *[1] * (a.ndim - 1)) for a in (strong, value))
+        wanted, found = (a.flatten(1).std(1, correction=0).reshape(-1, *[1] * (a.ndim - 1)) for a in (strong, value))
         ratio = torch.where(found > 0, wanted / found, 1)
         return value * (phi * ratio + (1 - phi)), kept
 
@@ -242,6 +242,20 @@ def classifier_free(
         return inner(z, logsnr, labels, previous)
 
     return denoise
+
+
+def autoguidance(
+    network: Network,
+    weak: Network,
+    w: Weight,
+    *,
+    rule: Rule = linear,
+    space: str = "eps",
+    kind: str = "eps",
+    sigma_data: float = 0.5,
+) -> Denoiser:
+    """Autoguidance (Karras et al. 2024, arXiv 2406.02507): guide away from a weaker network that sees the same condition."""
+    return guided(two_networks(network, weak, kind=kind, sigma_data=sigma_data), w, rule=rule, space=space)
 
 
 def cfg_plus_plus(pair: Pair, scale: float) -> Denoiser:
@@ -324,7 +338,7 @@ def dynamic_threshold(denoise: Denoiser, quantile: float = 0.995, limit: float =
         # Row by row: torch.quantile refuses large inputs.
         tau = torch.stack([row.quantile(quantile) for row in p.x.flatten(1).abs()]).clamp(min=limit)
         tau = tau.reshape(-1, *[1] * (z.ndim - 1))
-        return _move_x(p, p.x.clamp(-tau, tau) * (limit / tau), logsnr)
+        return _move_x(p, p.x.clamp(-tau, tau) / (tau / limit), logsnr)
 
     return threshold
 

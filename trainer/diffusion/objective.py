@@ -26,7 +26,7 @@ class Losses(NamedTuple):
 
 
 class Noised(NamedTuple):
-    """The input of the network in Algorithm 1, lines 2 to 6: z and eps (B, ...), logsnr (B,), labels (B,) after dropping."""
+    """What Algorithm 1 makes in lines 3 to 6: z and eps (B, ...), logsnr (B,), and labels (B,) with the `dropped` ones null."""
 
     z: Tensor
     eps: Tensor
@@ -36,11 +36,11 @@ class Noised(NamedTuple):
 
 
 def noised(x: Tensor, labels: Tensor, index: Tensor, *, schedule: Schedule, p_uncond: float, null_label: int, seed: int) -> Noised:
-    """Lines 2 to 6 of Algorithm 1: drop conditions, draw log-SNR and noise, all keyed by (seed, index).
+    """Lines 3 to 6 of Algorithm 1: drop conditions, draw log-SNR and noise, all keyed by (seed, index).
 
     Arguments and errors as for `training_loss`. Half-precision x is promoted to float32.
     """
-    _check(x, labels, p_uncond, null_label)
+    _check(x, labels, index, p_uncond, null_label)
     x = x if x.dtype == torch.float64 else x.float()
     dropped = uniform(seed, Purpose.TRAIN_DROP_CONDITION, index) < p_uncond
     # (B,) numbers are cheap: in float64 they round to the same float32 whatever the batch or the device.
@@ -98,9 +98,11 @@ def training_loss(
     return Losses((scale * error).float(), n.logsnr, n.dropped)
 
 
-def _check(x: Tensor, labels: Tensor, p_uncond: float, null_label: int) -> None:
+def _check(x: Tensor, labels: Tensor, index: Tensor, p_uncond: float, null_label: int) -> None:
     if not 0 <= p_uncond <= 1:
         raise ValueError(f"p_uncond is {p_uncond}, but a probability must be from 0 to 1.")
     if not x.is_floating_point() or x.ndim < 2:
         raise ValueError(f"x has shape {tuple(x.shape)} and dtype {x.dtype}, but it must be a floating-point batch (B, ...).")
+    if len(index) != len(x):
+        raise ValueError(f"there are {len(index)} indices for {len(x)} examples: give each example its position in the run.")
     check_labels(labels, null_label, len(x))

@@ -23,6 +23,8 @@ NETWORKS = ("adm",)  # names that `model.network` may have
 def build_network(model: ModelConfig | DiTConfig, *, image_size: int, channels: int, classes: int, seed: int = 0) -> nn.Module:
     """The network `model.network` on the CPU, in fp32: `network(z, logsnr, labels, dropout=None)`, see `ADM.forward`.
 
+    Within `torch.device("meta")` it has shapes only, and takes no memory.
+
     Args:
         model: the options of the network.
         image_size: pixels per side.
@@ -75,8 +77,9 @@ def _constructor(model: ModelConfig | DiTConfig, image_size: int, channels: int,
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
+    place = "meta" if torch.get_default_device().type == "meta" else "cpu"
     # torch.manual_seed would also reseed the generators of the GPUs, which fork_rng does not give back here.
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    with torch.random.fork_rng(devices=[]), torch.device(place):
         torch.default_generator.manual_seed(seed)
         yield
 

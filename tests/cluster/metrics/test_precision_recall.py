@@ -21,7 +21,7 @@ def _by_definition(generated: np.ndarray, real: np.ndarray, k: int) -> tuple[flo
 def test_equals_the_definition_for_any_chunk(k, chunk, monkeypatch):
     monkeypatch.setattr(module, "CHUNK", chunk)
     generator = np.random.default_rng(0)
-    real, generated = generator.normal(size=(90, 3)), 0.7 * generator.normal(size=(70, 3)) + 0.5
+    real, generated = generator.normal(size=(90, 3)), 0.7 * generator.normal(size=(70, 3)) + 1.0
     result = precision_recall(generated, real, k)
     assert (result.precision, result.recall) == _by_definition(generated, real, k)
     assert 0 < result.recall < result.precision < 1

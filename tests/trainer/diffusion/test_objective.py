@@ -172,7 +172,7 @@ def test_gradients_reach_the_network_through_the_loss():
         ({"labels": torch.tensor([0])}, r"must be \(2,\) int64"),
         ({"labels": torch.tensor([0.0, 1.0])}, "int64"),
         ({"x": torch.zeros(2, 3, dtype=torch.uint8)}, "floating-point batch"),
-        ({"index": torch.arange(3)}, "index"),
+        ({"index": torch.arange(1)}, "1 indices for 2 examples"),
         ({"kind": "score"}, "output kind is 'score'"),
         ({"weight": "snr"}, "loss weight is 'snr'"),
         ({"network": lambda z, logsnr, labels: z[:, :1]}, "must agree"),

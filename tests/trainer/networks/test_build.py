@@ -24,11 +24,16 @@ def test_weights_depend_on_the_seed_alone(model: ModelConfig | DiTConfig) -> Non
     first = build_network(model, **DATA, seed=5)
     torch.manual_seed(2)
     torch.rand(10)
-    with torch.device("meta"):
-        second = build_network(model, **DATA, seed=5)
-    assert next(second.parameters()).device.type == "cpu"
+    second = build_network(model, **DATA, seed=5)
     assert same_weights(first, second)
     assert not same_weights(first, build_network(model, **DATA, seed=6))
+
+
+def test_network_built_on_the_meta_device_has_shapes_only() -> None:
+    with torch.device("meta"):
+        network = build_network(ModelConfig(), image_size=64, channels=3, classes=1000)
+    assert {parameter.device.type for parameter in network.parameters()} == {"meta"}
+    assert {parameter.device.type for parameter in build_network(ModelConfig(**TINY), **DATA).parameters()} == {"cpu"}
 
 
 def test_building_leaves_the_callers_generator_alone() -> None:

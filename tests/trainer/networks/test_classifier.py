@@ -58,3 +58,10 @@ def test_bf16_weights_give_fp32_logits() -> None:
     assert low.dtype == torch.float32
     assert (low - high).std() < 0.05 * high.std()
     assert not torch.equal(low, low.bfloat16().float())
+
+
+def test_positions_of_the_pool_start_at_deviation_one_over_root_width() -> None:
+    """16 tokens and the mean token in width 32: 544 numbers, whose deviation is known to 3 %; 15 % is five times that."""
+    position = build_classifier(TINY, image_size=8, channels=1, classes=5).pool.position
+    assert position.shape == (17, 32)
+    assert 0.85 < position.std().item() * 32**0.5 < 1.15

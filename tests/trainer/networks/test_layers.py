@@ -45,12 +45,20 @@ def test_groups_are_32_where_they_hold_four_channels_and_else_the_most_that_do(c
 
 
 def test_group_norm_of_bf16_features_far_from_zero_is_exact_to_one_rounding() -> None:
-    """Mean 50, deviation 1: statistics kept in bf16 would be wrong by 0.1. The exact value is rounded to bf16 once."""
-    h = (50 + torch.randn(2, 32, 8, 8, generator=torch.Generator().manual_seed(0))).bfloat16()
+    """Mean 50, deviation 1, against float64. Statistics kept in bf16 would put the mean wrong by up to 0.125, in the output or in
+    the gradient. The exact values are rounded to bf16 once; fp32 adds 1e-4 to values near 0."""
+    generator = torch.Generator().manual_seed(0)
+    h = (50 + torch.randn(2, 32, 8, 8, generator=generator)).bfloat16().requires_grad_()
+    upstream = torch.randn(2, 32, 8, 8, generator=generator).bfloat16()
     norm = GroupNorm(32).bfloat16()
-    exact = F.group_norm(h.double(), norm.num_groups, eps=norm.eps)
-    assert norm(h).dtype == torch.bfloat16
-    torch.testing.assert_close(norm(h).double(), exact, rtol=BF16_EPS, atol=1e-4)
+    out = norm(h)
+    (gradient,) = torch.autograd.grad(out, h, upstream)
+    exact_h = h.detach().double().requires_grad_()
+    exact_out = F.group_norm(exact_h, norm.num_groups, eps=norm.eps)
+    (exact_gradient,) = torch.autograd.grad(exact_out, exact_h, upstream.double())
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.double(), exact_out, rtol=BF16_EPS, atol=1e-4)
+    torch.testing.assert_close(gradient.double(), exact_gradient, rtol=BF16_EPS, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,132 @@
+"""Rows carry every condition, survive JSON to the bit, and refuse company that was measured differently."""
+
+import json
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+
+from cluster.metrics.rows import INCEPTION, MEASUREMENT, MODEL, Row, from_json, require_comparable, to_json
+from configs.errors import DataError
+
+ROW = Row(
+    w=0.3,
+    fid=1.0 / 3.0,
+    inception_score=9.7,
+    inception_score_std=0.1,
+    accuracy=0.98,
+    nfe=128,
+    n=2000,
+    reference="a1" * 32,
+    reference_n=1797,
+    extractor="digits",
+    extractor_hash="b2" * 32,
+    resize="none",
+    rounding="round-half-up",
+    labels="balanced",
+    run="digits",
+    checkpoint_step=2500,
+    p_uncond=0.1,
+    ema=0.999,
+    sampler="ancestral",
+    steps=64,
+    v=0.3,
+    clip=True,
+    seed=0,
+    code_version="0.1.0",
+)
+VALUES = {
+    "fid",
+    "inception_score",
+    "inception_score_std",
+    "accuracy",
+    "precision",
+    "recall",
+    "kid",
+    "kid_std",
+    "fid_infinity",
+    "nfe",
+}
+
+
+def _changed(name: str) -> Row:
+    value: Any = getattr(ROW, name)
+    other = not value if isinstance(value, bool) else value + "x" if isinstance(value, str) else value + 1
+    return replace(ROW, **{name: other}, w=0.4)
+
+
+def test_every_field_is_w_a_value_or_a_condition_that_is_compared():
+    assert {field.name for field in fields(Row)} == {"w"} | VALUES | set(MEASUREMENT) | set(MODEL)
+
+
+def test_rows_that_differ_in_w_and_values_only_are_comparable():
+    require_comparable([ROW, replace(ROW, w=4.0, fid=40.0, nfe=64, precision=0.5), ROW])
+    require_comparable([ROW])
+
+
+@pytest.mark.parametrize("name", [*MEASUREMENT, *MODEL])
+def test_one_differing_condition_is_refused_with_its_name_and_both_values(name):
+    other = _changed(name)
+    with pytest.raises(DataError) as error:
+        require_comparable([ROW, replace(ROW, w=1.0), other])
+    message = str(error.value)
+    assert f"because {name} is {getattr(ROW, name)!r} in one and {getattr(other, name)!r} in the other" in message
+    assert "w = 0.3 and w = 0.4" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", MODEL)
+def test_a_model_condition_may_vary_if_it_is_named(name):
+    require_comparable([ROW, _changed(name)], varying=(name,))
+
+
+@pytest.mark.parametrize("name", MEASUREMENT)
+def test_a_measurement_condition_may_never_vary(name):
+    with pytest.raises(ValueError, match=f"'{name}' may not vary"):
+        require_comparable([ROW, _changed(name)], varying=(name,))
+
+
+def test_json_round_trips_to_the_bit():
+    rows = [ROW, replace(ROW, w=0.1 + 0.2, precision=2 / 3, recall=0.5, kid=-1e-9, kid_std=1e-300)]
+    text = to_json(rows)
+    assert from_json(text) == rows
+    assert to_json(from_json(text)) == text
+
+
+def test_whole_numbers_written_for_floats_are_read_as_floats():
+    document = json.loads(to_json([ROW]))
+    document["rows"][0]["w"] = 4
+    (row,) = from_json(json.dumps(document))
+    assert row.w == 4.0
+    assert isinstance(row.w, float)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"fid": "1.0"}, {"n": 1.5}, {"n": True}, {"clip": 1}, {"colour": "red"}, {"extractor": None}, {"fid": None}],
+)
+def test_mistyped_and_unknown_fields_are_refused(change):
+    document = json.loads(to_json([ROW]))
+    document["rows"][0] |= change
+    with pytest.raises(DataError, match=r"old\.json does not hold metric rows"):
+        from_json(json.dumps(document), "old.json")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"schema": "freeguide-rows/0", "rows": []}', '{"schema": "freeguide-rows/1", "rows": [{}]}']
+)
+def test_other_documents_are_refused(text):
+    with pytest.raises(DataError, match="does not hold metric rows"):
+        from_json(text)
+
+
+def test_a_row_holds_finite_numbers_only():
+    with pytest.raises(DataError, match=r"fid of the row w = 0\.3 of run 'digits' is nan"):
+        replace(ROW, fid=float("nan"))
+    with pytest.raises(DataError, match=r"n of the row w = 0\.3 of run 'digits' is 0"):
+        replace(ROW, n=0)
+
+
+def test_only_inception_is_called_plain_fid():
+    assert ROW.fid_name == "FID-digits"
+    assert replace(ROW, extractor=INCEPTION).fid_name == "FID"

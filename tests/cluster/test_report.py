@@ -1,0 +1,229 @@
+"""The report: equal rows give equal bytes, every number stands beside its conditions, and the pictures are the pixels."""
+
+import base64
+import io
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cluster.metrics.rows import INCEPTION, Row, from_json
+from cluster.report import write_report
+from configs.errors import DataError
+
+WEIGHTS = [0.0, 0.1, 0.3, 0.75, 1.0, 2.0, 4.0]
+FIDS = [13.68, 10.32, 6.26, 4.19, 5.2, 15.27, 40.16]
+SCORES = [7.33, 7.58, 7.99, 8.57, 8.76, 9.13, 9.16]
+BASE = ["report.json", "table.md", "fid_over_w.png", "frontier.png", "index.html"]
+
+
+def _rows(**changes: object) -> list[Row]:
+    return [
+        Row(
+            **{
+                "w": w,
+                "fid": fid,
+                "inception_score": score,
+                "inception_score_std": 0.08,
+                "accuracy": 0.95,
+                "precision": 0.9,
+                "recall": 0.6,
+                "nfe": 128 if w else 64,
+                "n": 5000,
+                "reference": "a1" * 32,
+                "reference_n": 60000,
+                "extractor": "fashion",
+                "extractor_hash": "b2" * 32,
+                "resize": "none",
+                "rounding": "round-half-up",
+                "labels": "balanced",
+                "run": "s3://bucket/fashion",
+                "checkpoint_step": 6000,
+                "p_uncond": 0.1,
+                "ema": 0.999,
+                "sampler": "ancestral",
+                "steps": 64,
+                "v": 0.3,
+                "clip": True,
+                "seed": 17,
+                "code_version": "0.1.0+abc",
+            }
+            | changes
+        )
+        for w, fid, score in zip(WEIGHTS, FIDS, SCORES, strict=True)
+    ]
+
+
+def _grids(channels: int = 1) -> dict[float, np.ndarray]:
+    generator = np.random.default_rng(0)
+    return {w: generator.integers(0, 256, size=(2, 3, 8, 8, channels), dtype=np.uint8) for w in WEIGHTS}
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_equal_rows_in_any_order_give_equal_bytes(tmp_path):
+    rows, grids = _rows(), _grids()
+    one = write_report(rows, grids, tmp_path / "one", title="Fashion", classes=["a", "b", "c"])
+    write_report(rows[::-1], dict(reversed(grids.items())), tmp_path / "two", title="Fashion", classes=["a", "b", "c"])
+    assert _contents(tmp_path / "one") == _contents(tmp_path / "two")
+    assert {path.name for path in one} == {*BASE, "samples.png", *(f"samples_w{w:g}.png" for w in WEIGHTS)}
+    assert all(path.exists() for path in one)
+
+
+def test_times_are_kept_apart_from_everything_else(tmp_path):
+    write_report(_rows(), {}, tmp_path / "one", title="x")
+    write_report(_rows(), {}, tmp_path / "two", title="x", times={"seconds": 1.5, "images_per_second": 300.0})
+    one, two = _contents(tmp_path / "one"), _contents(tmp_path / "two")
+    assert json.loads(two.pop("times.json")) == {"seconds": 1.5, "images_per_second": 300.0}
+    assert one == two
+
+
+def test_report_json_reads_back_as_the_rows_and_names_the_best(tmp_path):
+    rows = _rows()
+    write_report(rows, {}, tmp_path, title="x")
+    text = (tmp_path / "report.json").read_text()
+    assert from_json(text) == rows
+    assert json.loads(text)["best"] == [{"series": "", "w": 0.75, "fid": 4.19}]
+
+
+def test_the_table_has_one_line_per_w_and_only_the_best_fid_is_bold(tmp_path):
+    write_report(_rows(), {}, tmp_path, title="Fashion")
+    lines = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("|")]
+    assert lines[0] == "| w | FID-fashion ↓ | IS ↑ | accuracy | precision | recall | NFE |"
+    assert len(lines) == 2 + len(WEIGHTS)
+    assert lines[2] == "| 0 | 13.68 | 7.33 ± 0.08 | 0.950 | 0.900 | 0.600 | 64 |"
+    assert [line for line in lines if "**" in line] == ["| 0.75 | **4.19** | 8.57 ± 0.08 | 0.950 | 0.900 | 0.600 | 128 |"]
+
+
+def test_every_condition_stands_in_the_caption_of_table_and_page(tmp_path):
+    write_report(_rows(), {}, tmp_path, title="Fashion")
+    said = "s3://bucket/fashion|6000|EMA 0.999|p_uncond 0.1|ancestral|T = 64|v = 0.3|clipped|seed 17|0.1.0+abc|n = 5000|balanced"
+    said += f"|round-half-up|resize none|60000|{'a1' * 6}|of fashion|{'b2' * 6}|no other FID"
+    for name in ("table.md", "index.html"):
+        text = (tmp_path / name).read_text()
+        assert [words for words in said.split("|") if words not in text] == []
+
+
+def test_columns_that_nobody_measured_are_left_out_and_gaps_are_dashes(tmp_path):
+    rows = _rows(precision=None, recall=None)
+    rows[1] = replace(rows[1], kid=0.00125, kid_std=0.0001, fid_infinity=0.5)
+    write_report(rows, {}, tmp_path, title="x")
+    text = (tmp_path / "table.md").read_text()
+    assert "| w | FID-fashion ↓ | IS ↑ | accuracy | KID × 1000 | FID-fashion ∞ | NFE |" in text
+    assert "| 0.1 | 10.32 | 7.58 ± 0.08 | 0.950 | 1.250 | 0.5 | 128 |" in text
+    assert "| 0 | 13.68 | 7.33 ± 0.08 | 0.950 | - | - | 64 |" in text
+
+
+def test_plain_fid_is_said_of_inception_only(tmp_path):
+    write_report(_rows(extractor=INCEPTION), {}, tmp_path, title="x")
+    text = (tmp_path / "table.md").read_text()
+    assert "| w | FID ↓ |" in text
+    assert "FID-" not in text
+
+
+def test_series_that_vary_by_name_are_told_apart_and_each_has_its_best(tmp_path):
+    other = [replace(row, p_uncond=0.5, fid=row.fid + (20 if row.w < 2 else -12)) for row in _rows()]
+    write_report([*other, *_rows()], {}, tmp_path, title="x", varying=("p_uncond",))
+    text = (tmp_path / "table.md").read_text()
+    assert "| p_uncond | w | FID-fashion ↓ |" in text
+    assert "| 0.1 | 0.75 | **4.19** |" in text
+    assert "| 0.5 | 2 | **3.27** |" in text
+    assert text.count("**") == 4
+    assert "p_uncond" not in text.splitlines()[-1]
+    assert [best["series"] for best in json.loads((tmp_path / "report.json").read_text())["best"]] == [
+        "p_uncond 0.1",
+        "p_uncond 0.5",
+    ]
+
+
+def test_rows_that_do_not_compare_write_nothing(tmp_path):
+    rows = _rows()
+    rows[2] = replace(rows[2], n=1000)
+    with pytest.raises(DataError, match="because n is 5000 in one and 1000 in the other"):
+        write_report(rows, {}, tmp_path / "out", title="x")
+    with pytest.raises(DataError, match=r"two rows for w = 0\.1"):
+        write_report([*_rows(), replace(_rows()[1], fid=9.0)], {}, tmp_path / "out", title="x")
+    with pytest.raises(DataError, match="at least one metric row"):
+        write_report([], {}, tmp_path / "out", title="x")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sample_pictures_hold_the_very_pixels_enlarged(tmp_path, channels):
+    grids = _grids(channels)
+    write_report(_rows(), grids, tmp_path, title="x")
+    picture = np.asarray(Image.open(tmp_path / "samples_w0.75.png"))
+    scale, gap = 56 // 8, 3
+    assert picture.shape == (2 * (56 + gap) + gap, 3 * (56 + gap) + gap, 3)
+    for r in range(2):
+        for c in range(3):
+            tile = picture[gap + r * (56 + gap) :, gap + c * (56 + gap) :][:56, :56]
+            expected = np.broadcast_to(grids[0.75][r, c], (8, 8, 3))
+            assert np.array_equal(tile, expected.repeat(scale, axis=0).repeat(scale, axis=1))
+
+
+def test_the_overview_shows_four_grids_with_the_ends_and_the_best(tmp_path):
+    grids = {w: np.full((1, 1, 8, 8, 3), (index * 10, 0, 255), np.uint8) for index, w in enumerate(WEIGHTS)}
+    write_report(_rows(), grids, tmp_path, title="x")
+    pixels = np.asarray(Image.open(tmp_path / "samples.png")).reshape(-1, 3)
+    shown = {WEIGHTS[int(red) // 10] for red in np.unique(pixels[(pixels[:, 1] == 0) & (pixels[:, 2] == 255)][:, 0])}
+    assert {0.0, 0.75, 4.0} < shown
+    assert len(shown) == 4
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [np.zeros((2, 3, 8, 8, 1), np.float32), np.zeros((2, 3, 8, 8), np.uint8), np.zeros((2, 3, 8, 8, 2), np.uint8)],
+)
+def test_grids_of_the_wrong_kind_are_refused(tmp_path, grid):
+    with pytest.raises(DataError, match="must be uint8"):
+        write_report(_rows(), {0.0: grid}, tmp_path, title="x")
+
+
+def test_grids_that_differ_in_shape_or_lack_names_are_refused(tmp_path):
+    grids = _grids()
+    with pytest.raises(DataError, match="as many class names, not 2"):
+        write_report(_rows(), grids, tmp_path, title="x", classes=["a", "b"])
+    grids[0.0] = grids[0.0][:1]
+    with pytest.raises(DataError, match="of one shape"):
+        write_report(_rows(), grids, tmp_path, title="x")
+
+
+def test_pictures_carry_no_text_chunks_and_the_page_needs_no_other_file(tmp_path):
+    title = "<script>alert(1)</script> & co"
+    write_report(_rows(), _grids(), tmp_path, title=title)
+    for path in tmp_path.glob("*.png"):
+        assert not {key for key in Image.open(path).info if key not in ("dpi",)}, path.name
+    page = (tmp_path / "index.html").read_text()
+    assert "<script" not in page
+    assert re.findall(r'(?:href|src)="(?!data:)', page) == []
+    embedded = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    for name, data in zip(("fid_over_w.png", "frontier.png", "samples.png"), embedded, strict=True):
+        assert base64.b64decode(data) == (tmp_path / name).read_bytes()
+
+
+def test_the_figures_draw_without_warnings_at_the_edges_of_the_data(tmp_path, recwarn):
+    single = _rows()[:1]
+    write_report(single, {}, tmp_path / "single", title="one w")
+    perfect = [replace(row, fid=0.0, inception_score=10.0) for row in _rows()]  # equal points have no direction
+    write_report(perfect, {}, tmp_path / "perfect", title="all equal")
+    for folder in ("single", "perfect"):
+        for name in ("fid_over_w.png", "frontier.png"):
+            picture = np.asarray(Image.open(io.BytesIO((tmp_path / folder / name).read_bytes())).convert("L"))
+            assert picture.std() > 0
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+def test_a_users_matplotlib_settings_change_nothing(tmp_path):
+    import matplotlib
+
+    write_report(_rows(), {}, tmp_path / "one", title="x")
+    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "black", "savefig.dpi": 30, "figure.dpi": 30}):
+        write_report(_rows(), {}, tmp_path / "two", title="x")
+    assert _contents(tmp_path / "one") == _contents(tmp_path / "two")

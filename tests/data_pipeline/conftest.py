@@ -1,0 +1,75 @@
+"""An S3 server of one's own for the room's tests: moto's, on a free loopback port."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from moto.server import ThreadedMotoServer
+
+from configs.schema import DataConfig
+from data_pipeline.manifest import Manifest, Schema, build_manifest, save_manifest
+from data_pipeline.shards import Sample, Source, pack_shard, write_shards
+from data_pipeline.store import Store, open_store
+
+KEYS = {
+    "AWS_ACCESS_KEY_ID": "test",
+    "AWS_SECRET_ACCESS_KEY": "test",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """The URL of a moto server; AWS_ENDPOINT_URL points to it for the whole session."""
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    os.environ.update(KEYS, AWS_ENDPOINT_URL=f"http://{host}:{port}")
+    import boto3
+
+    boto3.client("s3").create_bucket(Bucket="freeguide")
+    yield os.environ["AWS_ENDPOINT_URL"]
+    server.stop()
+
+
+@pytest.fixture(params=["folder", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    """An empty store of each kind: what holds for one must hold for the other."""
+    if request.param == "folder":
+        return open_store(str(tmp_path / "store"))
+    request.getfixturevalue("s3_endpoint")
+    return open_store(f"s3://freeguide/{tmp_path.name}")
+
+
+def noise_source(items: int, size: int = 8, channels: int = 3, classes: int = 10, seed: int = 0) -> Source:
+    """Random pixels: they do not compress, and a wrong byte anywhere changes an image."""
+    images = np.random.default_rng(seed).integers(0, 256, (items, size, size, channels), dtype=np.uint8)
+    images[:, 0, 0, 0], images[:, 0, 1, 0] = np.arange(items) // 256, np.arange(items) % 256  # the image says which item it is
+    schema = Schema(size, channels, classes)
+    return Source(schema, items, lambda item: Sample(images[item], item % classes), f"noise {items} {size} {channels} {seed}")
+
+
+def item_of(images: np.ndarray) -> np.ndarray:
+    """The item numbers that noise_source wrote into its images, uint8 (..., H, W, C)."""
+    return images[..., 0, 0, 0].astype(int) * 256 + images[..., 0, 1, 0]
+
+
+def write_noise(store: Store, items: int, *, shard_samples: int = 50, chunk_samples: int | None = None, size: int = 8) -> Manifest:
+    """A data set of noise. `chunk_samples` overrides the choice, since small data would always get chunks of one sample."""
+    source = noise_source(items, size)
+    if chunk_samples is None:
+        return write_shards(source, store, shard_samples=shard_samples)
+    indexes = []
+    for number, first in enumerate(range(0, items, shard_samples)):
+        packed = pack_shard([source.read(item) for item in range(first, min(items, first + shard_samples))], first)
+        indexes.append(packed.index(key := f"shards/{number:06d}.tar", store.put(key, packed.data)))
+    manifest = build_manifest(source.schema, indexes, "test", chunk_samples)
+    save_manifest(store, manifest)
+    return manifest
+
+
+def data_config(**options: object) -> DataConfig:
+    return DataConfig(**{"uri": "unused", "image_size": 8, "classes": 10, **options})  # type: ignore[arg-type]

@@ -1,0 +1,148 @@
+"""Tests of order.py: everything it promises is countable."""
+
+import numpy as np
+import pytest
+
+from data_pipeline.manifest import Manifest, Schema, Shard
+from data_pipeline.order import Order, key, permute, slots
+
+
+def manifest(samples: int, sample_bytes: int, q: int) -> Manifest:
+    empty = np.zeros(-(-samples // q), np.uint32)
+    return Manifest(Schema(8, 3, 10), (Shard("a", samples * sample_bytes, "", samples),), q, empty, empty)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 100, 1797, 4096, 65537])
+def test_permute_is_a_bijection_for_every_key(size: int) -> None:
+    for epoch in range(3):
+        image = permute(np.arange(size), size, key(7, 0, np.array([epoch])))
+        assert np.array_equal(np.sort(image), np.arange(size))
+
+
+def test_permute_of_a_huge_domain_stays_inside_and_has_no_collision() -> None:
+    size = 10**10
+    x = np.random.default_rng(0).choice(size, 200_000, replace=False)
+    image = permute(x, size, key(0, 0, np.zeros(1, np.int64)))
+    assert image.min() >= 0
+    assert image.max() < size
+    assert len(np.unique(image)) == len(np.unique(x))
+
+
+@pytest.mark.parametrize("size", [10, 64, 1000])
+def test_permutations_over_many_keys_send_every_place_everywhere_equally_often(size: int) -> None:
+    """Chi-square of the image of one place over 20 000 keys against uniform: within 5 standard deviations of its mean."""
+    keys = key(3, 1, np.arange(20_000))
+    for x in (0, 1, size - 1):
+        counts = np.bincount(permute(np.full(20_000, x), size, keys), minlength=size)
+        expected = 20_000 / size
+        chi2 = ((counts - expected) ** 2 / expected).sum()
+        assert abs(chi2 - (size - 1)) < 5 * np.sqrt(2 * (size - 1))
+
+
+def test_neighbouring_places_do_not_stay_neighbours() -> None:
+    """Over random permutations the distance of two images has mean size / 3 (+- 5 standard errors of 20 000 draws)."""
+    size, keys = 1000, key(3, 1, np.arange(20_000))
+    distance = np.abs(permute(np.full(20_000, 0), size, keys) - permute(np.full(20_000, 1), size, keys))
+    assert abs(distance.mean() - (size + 1) / 3) < 5 * size * np.sqrt(1 / 18) / np.sqrt(20_000)
+
+
+@pytest.mark.parametrize(
+    ("samples", "q", "streams", "window"),
+    [(1797, 1, 1, 1797), (96, 4, 2, 3), (1000, 8, 4, 5), (999, 8, 3, 4), (4096, 16, 32, 8), (103, 7, 5, 2)],
+)
+def test_every_epoch_serves_each_sample_at_most_once_and_all_but_the_remainder(
+    samples: int, q: int, streams: int, window: int
+) -> None:
+    order = Order(samples, q, streams, window, seed=5)
+    windows = order.chunks // window
+    # All streams end an epoch together after as many generations as it takes for the windows to come out even.
+    positions = np.arange(order.generation * windows)
+    epochs, ids = order.locate(positions)
+    assert ids.min() >= 0
+    assert ids.max() < samples
+    assert np.array_equal(np.unique(epochs), np.arange(streams))
+    for epoch in range(streams):
+        seen = ids[epochs == epoch]
+        assert len(seen) == len(np.unique(seen)) == order.epoch_samples
+    left_out = samples - order.epoch_samples
+    assert left_out == samples % q + (samples // q) % window * q
+
+
+def test_a_single_window_of_single_samples_leaves_nothing_out() -> None:
+    order = Order.choose(manifest(1797, 2080, 1), 256, seed=0)
+    assert (order.streams, order.window_chunks) == (1, 1797)
+    epochs, ids = order.locate(np.arange(3 * 1797))
+    for epoch in range(3):
+        assert np.array_equal(np.sort(ids[epochs == epoch]), np.arange(1797))
+    assert not np.array_equal(ids[:1797], ids[1797:3594])
+
+
+def test_what_is_left_out_changes_with_the_epoch() -> None:
+    order = Order(samples=50, chunk_samples=8, streams=1, window_chunks=1, seed=0)
+    epochs, ids = order.locate(np.arange(order.epoch_samples * 10))
+    counts = np.bincount(ids, minlength=50)
+    assert np.array_equal(counts[:40], np.full(40, 10))  # all chunks but the last
+    assert np.array_equal(counts[40:], np.full(10, 8))  # the last 10 samples share 8 places, each left out equally often
+
+
+def test_locate_is_a_function_of_the_position_alone() -> None:
+    order = Order(10**7, 32, 256, 8, seed=1)
+    positions = np.random.default_rng(0).integers(0, 10**12, 2000)
+    together = order.locate(positions)
+    for i in range(0, 2000, 400):
+        alone = order.locate(positions[i : i + 1])
+        assert (alone[0][0], alone[1][0]) == (together[0][i], together[1][i])
+
+
+def test_the_seed_changes_the_order() -> None:
+    a, b = (Order(10_000, 4, 8, 8, seed).locate(np.arange(1000))[1] for seed in (0, 1))
+    assert (a != b).mean() > 0.9
+
+
+def test_the_order_is_pinned() -> None:
+    """Runs store the order's parameters, not the order: a change of these numbers would silently break every resume."""
+    assert Order(1000, 4, 4, 5, seed=42).locate(np.arange(8))[1].tolist() == PINNED
+
+
+PINNED = [653, 76, 107, 932, 387, 389, 276, 936]
+
+
+@pytest.mark.parametrize("streams", [1, 2, 6, 12, 24, 48, 5])
+def test_the_slots_of_all_ranks_are_the_batch(streams: int) -> None:
+    order = Order(10_000, 1, streams, 8, 0)
+    whole = slots(order, 24, 0, 1)
+    assert np.array_equal(np.sort(whole), np.arange(24))
+    for world in (2, 3, 4, 6, 8, 12):
+        assert np.array_equal(np.concatenate([slots(order, 24, rank, world) for rank in range(world)]), whole)
+
+
+@pytest.mark.parametrize("streams", [12, 24, 48])
+def test_a_rank_always_meets_the_same_share_of_the_streams(streams: int) -> None:
+    order = Order(10_000, 1, streams, 8, 0)
+    for world in (1, 2, 3, 4, 6):
+        met = [
+            {int(c) for step in range(8) for c in (step * 24 + slots(order, 24, rank, world)) % streams} for rank in range(world)
+        ]
+        assert sorted(sum(map(list, met), [])) == list(range(streams))
+
+
+@pytest.mark.parametrize(
+    ("samples", "size", "batch"), [(100, 1000, 64), (10**5, 10**5, 256), (1_281_167, 10_000, 2048), (10**10, 10**5, 4096)]
+)
+def test_choose_keeps_the_windows_of_a_run_inside_half_of_one_cache(samples: int, size: int, batch: int) -> None:
+    from data_pipeline.manifest import choose_chunk
+
+    q = choose_chunk(samples, samples * size)
+    order = Order.choose(manifest(samples, size, q), batch, seed=0, cache_mib=512)
+    assert order.generation * size <= 256 * 2**20
+    assert batch % order.streams == 0
+    assert order.window_chunks == 8 or order.streams == 1
+    assert q * size <= 4 * 2**20
+
+
+def test_donors_differ_by_attempt_and_stay_the_same() -> None:
+    order = Order(1000, 1, 4, 8, seed=3)
+    donors = [order.donor(77, attempt) for attempt in range(8)]
+    assert donors == [order.donor(77, attempt) for attempt in range(8)]
+    assert len(set(donors)) > 4
+    assert all(0 <= donor < 1000 for donor in donors)

@@ -1,0 +1,295 @@
+"""Tests of shards.py and manifest.py: what is written, and that any WebDataset reader reads it."""
+
+import io
+import json
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+
+from configs.errors import DataError
+from data_pipeline import manifest as manifests
+from data_pipeline import tar
+from data_pipeline.decode import BadSample
+from data_pipeline.manifest import ShardIndex, build_manifest, choose_chunk, combine_crcs, load_manifest, save_manifest
+from data_pipeline.shards import Plan, Sample, Source, index_tar, pack_shard, write_shards
+from data_pipeline.store import Store, open_store
+from tests.data_pipeline.conftest import noise_source, write_noise
+
+
+def test_shards_read_back_byte_for_byte_with_stock_webdataset(tmp_path: Path) -> None:
+    source = noise_source(60)
+    manifest = write_shards(source, open_store(str(tmp_path)), shard_samples=25)
+    paths = [str(tmp_path / shard.key) for shard in manifest.shards]
+    read = list(webdataset.WebDataset(paths, shardshuffle=False))
+    assert [sample["__key__"] for sample in read] == [f"{item:09d}" for item in range(60)]
+    for path, shard in zip(paths, manifest.shards, strict=True):
+        data = Path(path).read_bytes()
+        ours = [span.read(data) for span in tar.samples(data, ended=True)]
+        theirs = [{ext: sample[ext] for ext in ("png", "cls")} for sample in webdataset.WebDataset(path, shardshuffle=False)]
+        assert ours == theirs
+        assert len(ours) == shard.samples
+    decoded = list(webdataset.WebDataset(paths, shardshuffle=False).decode("rgb8").to_tuple("png", "cls"))
+    for item, (image, label) in enumerate(decoded):
+        assert np.array_equal(image, source.read(item).image)
+        assert label == source.read(item).label
+
+
+def test_the_same_samples_give_the_same_bytes() -> None:
+    source = noise_source(20)
+    first, second = (pack_shard(map(source.read, range(20))) for _ in range(2))
+    assert first.data == second.data
+    assert first.data != pack_shard(map(source.read, range(20)), first=1).data
+
+
+def test_there_are_no_pax_headers() -> None:
+    """They would cost 1 KiB per member; they come with a time that is not an integer."""
+    data = pack_shard(map(noise_source(20).read, range(20))).data
+    assert [member.start - member.header for member in tar.members(data)] == [512] * 40
+
+
+@pytest.mark.parametrize("sample", [Sample(np.zeros((8, 8, 1), np.uint8), 0, "a.b"), Sample(np.zeros((8, 8, 1), np.float32), 0)])
+def test_samples_that_would_not_read_back_are_refused(sample: Sample) -> None:
+    with pytest.raises(ValueError, match="dot|float32"):
+        pack_shard([sample])
+
+
+def test_a_data_set_exists_whole_or_not_at_all(store: Store) -> None:
+    """Whatever write is the last one before a crash, there is a complete manifest or none, and a second run finishes the job."""
+    source = noise_source(30)
+    expected = write_shards(source, store.child("expected"), shard_samples=10)
+    for crash in range(12):
+        target = store.child(f"crash{crash}")
+        writes = 0
+
+        def failing(key: str, data: bytes, put: object = target.put) -> str:
+            nonlocal writes
+            writes += 1
+            if writes > crash:
+                raise KeyboardInterrupt
+            return put(key, data)  # type: ignore[operator]
+
+        target.put = failing  # type: ignore[method-assign]
+        try:
+            write_shards(source, target, shard_samples=10)
+        except KeyboardInterrupt:
+            with pytest.raises(DataError, match="no manifest"):
+                load_manifest(target)
+        else:
+            break
+        fresh = store.child(f"crash{crash}")
+        assert write_shards(source, fresh, shard_samples=10).fingerprint == expected.fingerprint
+        assert not fresh.list("parts/")
+    assert crash == 9  # begun, three shards and their indexes, the index and the manifest
+
+
+def test_shards_that_are_there_are_not_written_again(store: Store) -> None:
+    source, reads = noise_source(30), []
+
+    def counted(item: int) -> Sample:
+        reads.append(item)
+        return source.read(item)
+
+    counting = replace(source, read=counted)
+    plan = Plan.make(counting, 10)
+    plan.write(counting, store, 0)
+    plan.write(counting, store, 2)
+    manifest = write_shards(counting, store, shard_samples=10)
+    assert sorted(reads) == list(range(30))
+    assert write_shards(counting, store, shard_samples=10).fingerprint == manifest.fingerprint
+    assert len(reads) == 30
+
+
+def test_units_may_be_written_in_any_order_by_anyone(tmp_path: Path) -> None:
+    source = noise_source(47)
+    one, other = (open_store(str(tmp_path / name)) for name in "ab")
+    expected = write_shards(source, one, shard_samples=10)
+    plan = Plan.make(source, 10)
+    for unit in (3, 1, 4, 2, 0):
+        plan.write(source, other, unit)
+    assert plan.finish(source, other).fingerprint == expected.fingerprint
+    assert {info.key for info in one.list()} == {info.key for info in other.list()}
+    assert {shard.samples for shard in expected.shards} == {9, 10}  # balanced: 47 over 5
+
+
+def test_another_data_set_is_not_overwritten(store: Store) -> None:
+    write_shards(noise_source(30), store, shard_samples=10)
+    with pytest.raises(DataError, match="holds another data set"):
+        write_shards(noise_source(30, seed=1), store, shard_samples=10)
+
+
+def test_strange_tars_are_not_overwritten(store: Store) -> None:
+    store.put("shards/000000.tar", b"someone else's")
+    with pytest.raises(DataError, match="shards of something else"):
+        write_shards(noise_source(30), store, shard_samples=10)
+    assert store.get("shards/000000.tar") == b"someone else's"
+
+
+def bad_source(items: int, bad: set[int]) -> Source:
+    source = noise_source(items)
+
+    def read(item: int) -> Sample:
+        if item in bad:
+            raise BadSample("image", f"cats/{item}.png: it does not decode.")
+        return source.read(item)
+
+    return replace(source, read=read)
+
+
+def test_bad_images_are_left_out_under_a_budget(store: Store) -> None:
+    manifest = write_shards(bad_source(40, {3, 17}), store, shard_samples=10, bad_images=0.05)
+    assert manifest.samples == 38
+    assert [shard.samples for shard in manifest.shards] == [9, 9, 10, 10]
+
+
+def test_more_bad_images_than_the_budget_stop_and_name_the_first(store: Store) -> None:
+    with pytest.raises(DataError, match=r"1 of 40 images cannot be read, the first is cats/3\.png: .* data\.bad_images"):
+        write_shards(bad_source(40, {3, 17}), store, shard_samples=10)
+    with pytest.raises(DataError, match="no manifest"):
+        load_manifest(store)
+
+
+def test_progress_counts_shards(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    write_shards(noise_source(30), open_store(str(tmp_path)), shard_samples=10, progress=lambda *at: seen.append(at))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+# ------------------------------------------------------------------------------------------------------------- manifest
+
+
+def test_the_manifest_reads_back(store: Store) -> None:
+    manifest = write_noise(store, 103, chunk_samples=8)
+    again = load_manifest(store)
+    assert again.schema == manifest.schema
+    assert again.shards == manifest.shards
+    assert again.fingerprint == manifest.fingerprint
+    assert np.array_equal(again.starts, manifest.starts)
+    assert np.array_equal(again.crcs, manifest.crcs)
+
+
+@pytest.mark.parametrize("q", [1, 2, 8, 16, 64])
+def test_chunks_cover_the_shards_and_their_crcs_are_those_of_the_bytes(tmp_path: Path, q: int) -> None:
+    store = open_store(str(tmp_path))
+    manifest = write_noise(store, 103, shard_samples=10, chunk_samples=q)
+    covered: dict[int, bytes] = {}
+    samples = 0
+    for chunk, crc in enumerate(manifest.crcs):
+        parts = [store.get_range(manifest.shards[shard].key, start, end - start) for shard, start, end in manifest.ranges(chunk)]
+        assert zlib.crc32(b"".join(parts)) == crc
+        spans = [span for part in parts for span in tar.samples(part)]
+        assert [int(span.key) for span in spans] == list(range(chunk * q, min(103, chunk * q + q)))
+        samples += len(spans)
+        for (shard, _, _), part in zip(manifest.ranges(chunk), parts, strict=True):
+            covered[shard] = covered.get(shard, b"") + part
+    assert samples == 103
+    assert [covered[shard] for shard in sorted(covered)] == [store.get(shard.key) for shard in manifest.shards]
+
+
+def test_crcs_combine_as_concatenation_does() -> None:
+    random = np.random.default_rng(0)
+    pieces = [random.bytes(int(length)) for length in random.integers(0, 100_000, 57)]
+    crcs = np.array([zlib.crc32(piece) for piece in pieces], np.uint32)
+    lengths = np.array([len(piece) for piece in pieces], np.int64)
+    for group in (1, 2, 5, 57, 60):
+        expected = [zlib.crc32(b"".join(pieces[first : first + group])) for first in range(0, 57, group)]
+        assert combine_crcs(crcs, lengths, group).tolist() == expected
+
+
+def test_the_fingerprint_is_of_content_not_of_place(tmp_path: Path) -> None:
+    one, other, third = (open_store(str(tmp_path / name)) for name in "abc")
+    manifest = write_noise(one, 50)
+    assert write_noise(other, 50).fingerprint == manifest.fingerprint
+    assert write_noise(third, 51).fingerprint != manifest.fingerprint
+    renamed = [replace(shard, key=f"x{shard.key}", etag="other") for shard in manifest.shards]
+    assert replace(manifest, shards=tuple(renamed)).fingerprint == manifest.fingerprint
+    crcs = manifest.crcs.copy()
+    crcs[3] ^= 1
+    assert replace(manifest, crcs=crcs).fingerprint != manifest.fingerprint
+    assert replace(manifest, schema=replace(manifest.schema, classes=11)).fingerprint != manifest.fingerprint
+
+
+def test_no_manifest_says_what_to_run(store: Store) -> None:
+    with pytest.raises(DataError, match="run `freeguide prepare`.*`freeguide index`"):
+        load_manifest(store)
+
+
+def test_a_damaged_manifest_is_refused(store: Store) -> None:
+    write_noise(store, 50)
+    header = json.loads(store.get(manifests.NAME))
+    index = header["index"]["key"]
+    broken: list[tuple[str, bytes]] = [
+        (manifests.NAME, store.get(manifests.NAME)[:200]),
+        (manifests.NAME, b"[]"),
+        (manifests.NAME, json.dumps({**header, "chunk_samples": 2}).encode()),
+        (manifests.NAME, json.dumps({**header, "shards": {}}).encode()),
+        (index, store.get(index)[:-1]),
+    ]
+    for key, data in broken:
+        good = store.get(key)
+        store.put(key, data)
+        with pytest.raises(DataError, match="manifest"):
+            load_manifest(store)
+        store.put(key, good)
+    assert load_manifest(store).samples == 50
+
+
+def test_the_index_is_never_unpickled(tmp_path: Path) -> None:
+    import hashlib
+
+    store = open_store(str(tmp_path))
+    write_noise(store, 50)
+    header = json.loads(store.get(manifests.NAME))
+    out = io.BytesIO()
+    np.save(out, np.array([{}], dtype=object), allow_pickle=True)
+    store.put(header["index"]["key"], out.getvalue())
+    header["index"]["sha256"] = hashlib.sha256(out.getvalue()).hexdigest()
+    store.put(manifests.NAME, json.dumps(header).encode())
+    with pytest.raises(DataError, match="damaged"):
+        load_manifest(store)
+
+
+@pytest.mark.parametrize(
+    ("samples", "sample_bytes", "q"),
+    [
+        (1797, 2080, 1),
+        (30_000, 10**5, 1),
+        (1_281_167, 10_000, 64),
+        (1_281_167, 110_000, 32),
+        (10**10, 10**5, 32),
+        (10**6, 10**8, 1),
+    ],
+)
+def test_chunks_are_about_4_mib_where_there_are_enough_samples_to_shuffle(samples: int, sample_bytes: int, q: int) -> None:
+    assert choose_chunk(samples, samples * sample_bytes) == q
+
+
+def test_an_index_survives_storage() -> None:
+    packed = pack_shard(map(noise_source(10).read, range(10)))
+    index = packed.index("shards/a.tar", "etag", ("bad one",))
+    again = ShardIndex.from_bytes(index.to_bytes())
+    assert (again.key, again.size, again.etag, again.bad) == ("shards/a.tar", len(packed.data), "etag", ("bad one",))
+    assert np.array_equal(again.starts, packed.starts)
+    assert np.array_equal(again.crcs, packed.crcs)
+
+
+def test_a_manifest_of_packed_shards_needs_no_reading(tmp_path: Path) -> None:
+    """What a generation job does: it keeps each unit's index, and builds the manifest from them."""
+    source, store = noise_source(40), open_store(str(tmp_path))
+    expected = write_shards(source, store.child("a"), shard_samples=10)
+    indexes = []
+    for unit in range(4):
+        packed = pack_shard([source.read(item) for item in range(unit * 10, unit * 10 + 10)], unit * 10)
+        indexes.append(packed.index(f"{unit}.tar", store.child("b").put(f"{unit}.tar", packed.data)))
+    manifest = build_manifest(source.schema, indexes)
+    save_manifest(store.child("b"), manifest)
+    assert load_manifest(store.child("b")).fingerprint == expected.fingerprint
+
+
+def test_an_index_of_nothing_is_an_error() -> None:
+    with pytest.raises(DataError, match="no sample"):
+        build_manifest(noise_source(1).schema, [pack_shard([]).index("a", "b")])
+    assert len(index_tar(pack_shard([]).data)[0]) == 0
