@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import zlib
 from collections.abc import Callable, Iterable
@@ -89,7 +90,7 @@ def index_tar(data: tar.Bytes) -> tuple[Uint32s, Uint32s]:
     starts = [span.start for span in tar.samples(view, ended=True)]
     if starts:
         starts[0] = 0  # what stands before the first sample belongs to it, so that the parts cover the tar
-    crcs = [zlib.crc32(view[start:end]) for start, end in zip(starts, [*starts[1:], len(view)], strict=True)]
+    crcs = [zlib.crc32(view[start:end]) for start, end in itertools.pairwise([*starts, len(view)])]
     return (np.array(starts, np.int64) // tar.BLOCK).astype(np.uint32), np.array(crcs, np.uint32)
 
 

@@ -100,11 +100,16 @@ def idx(path: str, image_size: int | None = None, classes: int | None = None, sp
     if size > images.shape[1]:
         raise DataError(f"The images of {path} are {images.shape[1]} pixels wide; set data.image_size to that or less.")
     if size < images.shape[1]:
-        images = np.stack([np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BOX)) for image in images])
+        images = np.stack([_area(image, size) for image in images])
     found = int(labels.max()) + 1
     if classes is not None and found > classes:
         raise DataError(f"{path} has {found} classes, but data.classes is {classes}; set data.classes={found}.")
     return _from_arrays(images[..., None], labels, Schema(size, 1, classes or found))
+
+
+def _area(image: Pixels, size: int) -> Pixels:
+    wide = Image.fromarray(image.astype(np.float32))  # in whole numbers Pillow would round twice, once per axis
+    return np.rint(np.asarray(wide.resize((size, size), Image.Resampling.BOX))).astype(np.uint8)
 
 
 def _read_idx(folder: Path, name: str, dimensions: int) -> Pixels:

@@ -35,6 +35,7 @@ from configs.errors import StoreError
 PIECE = 2**20  # bytes of one read of a body: larger costs nothing more, smaller costs CPU
 MULTIPART = 64 * 2**20  # bytes above which an upload goes in parts; S3 still publishes it at once
 AGAIN = "prepare or index the data again"
+ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 TEMP = ".tmp-"  # names of unfinished files in a folder
 
 T = TypeVar("T")
@@ -289,7 +290,7 @@ class FolderStore(Store):
 
 # ------------------------------------------------------------------------------------------------------------------- S3
 
-_clients: dict[tuple[int, Retry], Any] = {}  # per process: a client must not cross a fork
+_clients: dict[tuple[object, ...], Any] = {}  # per process, since a client must not cross a fork, and per endpoint
 _contacted: set[tuple[int, str]] = set()  # buckets that have answered this process
 _lock = threading.Lock()
 
@@ -414,9 +415,12 @@ class S3Store(Store):
     def _key(self, key: str) -> str:
         return f"{self.prefix}/{key}" if self.prefix else key
 
+    def _where(self) -> tuple[object, ...]:
+        return (os.getpid(), self.retry, *map(os.environ.get, ENDPOINTS))
+
     def _client(self) -> Any:
         """This process's client; made on first use, so that neither a fork nor a pickle carries a connection."""
-        where = (os.getpid(), self.retry)
+        where = self._where()
         with _lock:
             if where not in _clients:
                 session = boto3.session.Session()
@@ -464,7 +468,7 @@ class S3Store(Store):
             self._explain(error, key, at)
         if cause == "expired credentials":
             with _lock:
-                _clients.pop((os.getpid(), self.retry), None)  # a new session asks botocore's whole provider chain again
+                _clients.pop(self._where(), None)  # a new session asks botocore's whole provider chain again
         self.traffic.retried(cause)
         if on_retry is not None:
             on_retry(cause)
@@ -534,13 +538,13 @@ class S3Store(Store):
         elif code in ("NoSuchKey", "404") or status == 404:
             kind, text = MissingObject, f"{where} does not exist; check the location"
         elif code == "PreconditionFailed" or status == 412:
-            kind, text = ChangedObject, f"{where} has changed since its manifest was written; {AGAIN}"
+            kind, text = ChangedObject, f"{place} has changed since its manifest was written; {AGAIN}"
         elif status == 416:
             text = f"{where} ends before byte {at}; {AGAIN}"
         elif code in _WRONG_KEYS:
             text = f"The credentials for {self.uri} are wrong ({code}); check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         elif cause == "expired credentials":
-            text = f"The credentials for {self.uri} have expired; renew them and run the same command again"
+            text = f"The credentials for {place} have expired; renew them and run the same command again"
         elif status in (401, 403):
             text = f"The credentials do not allow this at {where} ({code or status}); ask for the right to read, list and write"
         elif isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError | boto.CredentialRetrievalError):
@@ -578,7 +582,7 @@ class _Body:
         return self.length - self.reached
 
     def accept(self, answer: dict[str, Any], where: str) -> None:
-        """Checks the headers of an answer against what was asked for. Raises _Fault, or StoreError where the object is too short."""
+        """Checks the headers of an answer against what was asked for. Raises _Fault, StoreError where the object is too short."""
         status = answer["ResponseMetadata"]["HTTPStatusCode"]
         etag = str(answer.get("ETag", "")).strip('"') or None
         if self.length is None:
@@ -607,8 +611,7 @@ class _Body:
 
 def _endpoint_is_set(session: Any) -> bool:
     """Whether an endpoint other than AWS is configured: loopback and house servers have no host name per bucket."""
-    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
-    if any(os.environ.get(name) for name in names):
+    if any(map(os.environ.get, ENDPOINTS)):
         return True
     profile = session._session.get_scoped_config()
     return bool(profile.get("endpoint_url"))

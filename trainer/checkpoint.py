@@ -224,17 +224,17 @@ def resume(store: Store, engine: Engine, ema: Ema, identity: dict[str, Any]) -> 
         return checkpoint.step
 
 
-def load_ema(store: Store, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The averaged weights by parameter name, in fp32 on the CPU. Needs no process group."""
+def load(store: Store, checkpoint: Checkpoint, kind: str = EMA) -> dict[str, Tensor]:
+    """The averaged weights ("ema"), the weights ("master") or a moment by parameter name, fp32 on the CPU. Needs no process group."""
     flat = {name: torch.zeros(math.prod(shape)) for name, shape in checkpoint.shapes.items()}
     seen = dict.fromkeys(flat, 0)
-    for piece, values in _read(store, [p for p in checkpoint.pieces if p.kind == EMA]):
+    for piece, values in _read(store, [p for p in checkpoint.pieces if p.kind == kind]):
         flat[piece.name][piece.offset : piece.offset + piece.numel] = values
         seen[piece.name] += piece.numel
     for name, values in flat.items():
         if seen[name] != values.numel():
             raise CheckpointError(
-                f"{store.uri}/{checkpoint.key}: holds {seen[name]} of {values.numel()} averaged values of {name}; delete it"
+                f"{store.uri}/{checkpoint.key}: holds {seen[name]} of {values.numel()} {kind} values of {name}; delete it"
             )
     return {name: values.view(checkpoint.shapes[name]) for name, values in flat.items()}
 

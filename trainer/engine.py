@@ -152,10 +152,13 @@ class Engine:
 
     def _create_moments(self) -> None:
         # AdamW makes its state at the first step; a resumed run has to fill it before that.
-        for group in self._adamw.param_groups:
-            for flat in group["params"]:
-                zeros = {kind: torch.zeros_like(flat, memory_format=torch.preserve_format) for kind in KINDS[1:]}
-                self._adamw.state[flat] = {"step": torch.zeros((), dtype=torch.float32, device=flat.device), **zeros}
+        if self.stage == 3:
+            flats = list(self._optimizer.fp32_partitioned_groups_flat)
+        else:
+            flats = [flat for group in self._adamw.param_groups for flat in group["params"]]
+        for flat in flats:
+            zeros = {kind: torch.zeros_like(flat, memory_format=torch.preserve_format) for kind in KINDS[1:]}
+            self._adamw.state[flat] = {"step": torch.zeros((), dtype=torch.float32, device=flat.device), **zeros}
 
     def _held(self) -> list[Fragment]:
         found = []

@@ -35,7 +35,7 @@ class Sampler:
         data, device = config.data, device or torch.device("cpu")
         network = build_network(config.model, image_size=data.image_size, channels=data.channels, classes=data.classes)
         checkpoint.check_shapes(store, found, {name: tuple(p.shape) for name, p in network.named_parameters()})
-        network.load_state_dict(checkpoint.load_ema(store, found), strict=False)
+        network.load_state_dict(checkpoint.load(store, found), strict=False)
         return Sampler(network.eval().requires_grad_(False).to(device), config, found, device)
 
     def sample(self, index: Tensor, labels: Tensor, w: float) -> Tensor:

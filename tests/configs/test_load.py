@@ -106,13 +106,13 @@ def test_the_file_that_holds_a_wrong_key_is_named(tmp_path: Path) -> None:
 def test_a_malformed_file_is_refused_in_one_sentence(tmp_path: Path, text: str) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match="bad.yaml") as caught:
+    with pytest.raises(ConfigError, match=r"bad\.yaml") as caught:
         load_config(path)
     assert "\n" not in str(caught.value)
 
 
 def test_a_missing_file_and_a_missing_value_are_named(tmp_path: Path, minimal: Path) -> None:
-    with pytest.raises(ConfigError, match="no such config file; did you mean minimal.yaml?"):
+    with pytest.raises(ConfigError, match=r"no such config file; did you mean minimal\.yaml\?"):
         load_config(tmp_path / "minimul.yaml")
     (tmp_path / "empty.yaml").write_text("name: a\n")
     with pytest.raises(ConfigError, match="run has no value"):

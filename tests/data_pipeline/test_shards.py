@@ -53,7 +53,7 @@ def test_there_are_no_pax_headers() -> None:
 
 @pytest.mark.parametrize("sample", [Sample(np.zeros((8, 8, 1), np.uint8), 0, "a.b"), Sample(np.zeros((8, 8, 1), np.float32), 0)])
 def test_samples_that_would_not_read_back_are_refused(sample: Sample) -> None:
-    with pytest.raises(ValueError, match="dot|float32"):
+    with pytest.raises(ValueError, match=r"dot|float32"):
         pack_shard([sample])
 
 
@@ -65,7 +65,7 @@ def test_a_data_set_exists_whole_or_not_at_all(store: Store) -> None:
         target = store.child(f"crash{crash}")
         writes = 0
 
-        def failing(key: str, data: bytes, put: object = target.put) -> str:
+        def failing(key: str, data: bytes, put: object = target.put, crash: int = crash) -> str:
             nonlocal writes
             writes += 1
             if writes > crash:
@@ -213,7 +213,7 @@ def test_the_fingerprint_is_of_content_not_of_place(tmp_path: Path) -> None:
 
 
 def test_no_manifest_says_what_to_run(store: Store) -> None:
-    with pytest.raises(DataError, match="run `freeguide prepare`.*`freeguide index`"):
+    with pytest.raises(DataError, match=r"run `freeguide prepare`.*`freeguide index`"):
         load_manifest(store)
 
 

@@ -1,6 +1,5 @@
 """Tests of store.py: a folder and a bucket behave alike, and every failure is one sentence."""
 
-import io
 import os
 import pickle
 import socket
@@ -250,7 +249,7 @@ def test_a_child_process_makes_its_own_client(s3_endpoint: str, tmp_path: Path) 
         finally:
             os._exit(0)
     os.close(writer)
-    with io.open(reader, "rb") as pipe:
+    with open(reader, "rb") as pipe:
         assert pipe.read() == b"data"
     os.waitpid(child, 0)
     assert store.get("key") == b"data"

@@ -17,7 +17,6 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.order import Order
 from data_pipeline.store import Cancelled, FolderStore, Store, open_store
 from data_pipeline.stream import Batch, Reader
-
 from tests.data_pipeline.conftest import data_config, item_of, noise_source, write_noise
 
 BATCH = 24

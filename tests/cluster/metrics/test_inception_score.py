@@ -43,10 +43,9 @@ def test_splits_are_contiguous_and_their_spread_is_reported():
 
 
 def test_every_image_counts_where_the_splits_are_uneven():
-    p = np.tile(np.eye(2), (6, 1))[:11]  # splits of 5 and 6: (3, 2) of the classes, then (3, 3)
-    share = 3 / 5
-    uneven = np.exp(-(share * np.log(share) + (1 - share) * np.log(1 - share)))
-    assert inception_score(p, splits=2).mean == pytest.approx((uneven + 2) / 2, rel=1e-12)
+    p = np.tile(np.eye(2), (6, 1))[:11]  # splits of 3, 4 and 4 images: classes (2, 1), (2, 2), (2, 2)
+    uneven = np.exp(-(2 / 3 * np.log(2 / 3) + 1 / 3 * np.log(1 / 3)))
+    assert inception_score(p, splits=3).mean == pytest.approx((uneven + 2 + 2) / 3, rel=1e-12)
 
 
 def test_class_accuracy_is_the_share_of_labels_met():

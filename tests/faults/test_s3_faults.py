@@ -1,0 +1,187 @@
+"""The fault matrix: whatever S3 does to the reader, the batches are the same, or one sentence says where it ended."""
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs.errors import DataError, StoreError, UserError
+from data_pipeline.manifest import Manifest, load_manifest
+from data_pipeline.order import Order
+from data_pipeline.store import ChangedObject, Retry, S3Store, Store, open_store
+from data_pipeline.stream import Batch, Reader
+from tests.data_pipeline.conftest import data_config, s3_endpoint, write_noise  # noqa: F401 (s3_endpoint is a fixture)
+from tests.faults.proxy import FaultProxy
+
+RETRY = Retry(attempts=4, base_s=0.01, cap_s=0.05, connect_s=1.0, read_s=0.4, first_s=4.0)
+ORDER = Order(samples=120, chunk_samples=4, streams=6, window_chunks=2, seed=0)
+RECOVERABLE = {
+    "503": "busy",
+    "500": "server error",
+    "reset": "connection broken",
+    "reset in body": "connection broken",
+    "truncated": "truncated",
+    "truncated without length": "truncated",
+    "stall": "time-out",
+    "drip": "slow",
+    "bit": "checksum",
+    "range ignored": "range ignored",
+    "other range": "wrong range",
+    "expired": "expired credentials",
+}
+
+
+@pytest.fixture(scope="module")
+def direct(s3_endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:  # noqa: F811
+    """The URI of a small data set, written without the proxy."""
+    uri = f"s3://freeguide/{tmp_path_factory.mktemp('faults').name}"
+    write_noise(open_store(uri), 120, shard_samples=30, chunk_samples=4)
+    yield uri
+
+
+@pytest.fixture
+def proxy(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:  # noqa: F811
+    with FaultProxy(s3_endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        yield proxy
+
+
+@pytest.fixture(autouse=True)
+def small_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunk by chunk, so that there are enough reads to break."""
+    monkeypatch.setattr("data_pipeline.fetch.JOINED", 1)
+
+
+def read(store: Store, manifest: Manifest, steps: int = 10, **options: object) -> tuple[list[Batch], dict[str, object]]:
+    place = {"global_batch": 12, "rank": 0, "world_size": 1, "start_step": 0}
+    with Reader(store, manifest, ORDER, **place, data=data_config(**options)) as reader:  # type: ignore[arg-type]
+        return [next(reader) for _ in range(steps)], reader.stats()
+
+
+@pytest.fixture(scope="module")
+def expected(direct: str) -> list[Batch]:
+    store = open_store(direct)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", os.environ["AWS_ENDPOINT_URL"])
+        return read(store, load_manifest(store))[0]
+
+
+@pytest.mark.parametrize("fault", RECOVERABLE)
+def test_a_fault_that_passes_changes_no_batch(fault: str, direct: str, expected: list[Batch], proxy: FaultProxy) -> None:
+    store = open_store(direct, RETRY)
+    manifest = load_manifest(store)
+    proxy.faults.extend(["", fault, "", "", fault, "", fault])
+    batches, stats = read(store, manifest)
+    for ours, theirs in zip(batches, expected, strict=True):
+        assert torch.equal(ours.images, theirs.images)
+        assert torch.equal(ours.labels, theirs.labels)
+        assert torch.equal(ours.index, theirs.index)
+    assert not proxy.faults
+    assert stats["retries"] == {RECOVERABLE[fault]: 3}
+    assert stats["bad_samples"] == {}
+
+
+@pytest.mark.parametrize("fault", ["reset in body", "truncated", "truncated without length", "stall", "drip"])
+def test_a_body_that_breaks_off_is_resumed_at_the_byte_it_reached(fault: str, direct: str, proxy: FaultProxy) -> None:
+    store = open_store(direct, RETRY)
+    key = "shards/000000.tar"
+    data = store.get(key)
+    proxy.ranges.clear()
+    proxy.faults.append(fault)
+    assert store.get_range(key, 100, 4000) == data[100:4100]
+    assert proxy.ranges[0] == "bytes=100-4099"
+    first = int(proxy.ranges[1].removeprefix("bytes=").partition("-")[0])
+    assert first == 2100 if fault != "drip" else 100 < first < 200
+    assert len(proxy.ranges) == 2
+
+
+def test_progress_earns_new_tries(direct: str, proxy: FaultProxy) -> None:
+    """Eleven cut bodies in a row, with four tries allowed: each brings half of the rest, so it is a slow read and no failure."""
+    store = open_store(direct, RETRY)
+    data = store.get("shards/000000.tar")
+    proxy.faults.extend(["truncated"] * 11)
+    assert store.get_range("shards/000000.tar", 0, 4000) == data[:4000]
+
+
+LASTING = {
+    "503": (StoreError, "busy"),
+    "500": (StoreError, "server error"),
+    "reset": (StoreError, "connection broken"),
+    "range ignored": (StoreError, "range ignored"),
+    "other range": (StoreError, "wrong range"),
+    "expired": (StoreError, "credentials .* have expired"),
+    "bit": (DataError, "its bytes are not those that were indexed"),
+}
+
+
+@pytest.mark.parametrize("fault", LASTING)
+def test_a_fault_that_stays_ends_in_one_sentence_with_shard_and_byte(fault: str, direct: str, proxy: FaultProxy) -> None:
+    store = open_store(direct, RETRY)
+    manifest = load_manifest(store)
+    proxy.forever = fault
+    kind, reason = LASTING[fault]
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"shards/00000\d\.tar.* at byte \d+|at byte \d+ of shards/00000\d\.tar") as caught:
+        read(store, manifest)
+    assert isinstance(caught.value, kind)
+    with pytest.raises(kind, match=reason):
+        raise caught.value
+    text = str(caught.value)
+    assert text.endswith(".")
+    assert "\n" not in text
+    assert time.monotonic() - began < 5
+
+
+def test_an_object_that_changed_stops_the_stream(s3_endpoint: str, tmp_path: Path) -> None:  # noqa: F811
+    store = open_store(f"s3://freeguide/{tmp_path.name}", RETRY)
+    manifest = write_noise(store, 120, shard_samples=30, chunk_samples=4)
+    data = bytearray(store.get("shards/000002.tar"))
+    data[5000] ^= 1
+    store.put("shards/000002.tar", bytes(data))
+    with pytest.raises(ChangedObject, match=r"shards/000002\.tar at byte \d+ has changed"):
+        read(store, manifest)
+
+
+def test_a_slow_read_is_raced_and_the_faster_one_wins(direct: str, proxy: FaultProxy) -> None:
+    store = open_store(direct, Retry(read_s=10))
+    manifest = load_manifest(store)
+    proxy.faults.extend([""] * 25 + ["late"])
+    proxy.delay = 5.0
+    began = time.monotonic()
+    _, stats = read(store, manifest, cache_mib=512)
+    assert time.monotonic() - began < 4
+    assert stats["hedges_won"] == 1
+    assert stats["hedges"] == 1
+    assert stats["retries"] == {}
+
+
+def test_concurrency_falls_under_overload_and_recovers(direct: str, proxy: FaultProxy) -> None:
+    from data_pipeline.fetch import Gate
+
+    gate = Gate(8)
+    for expected in (4, 2, 1, 1):
+        gate.retried("busy")
+        assert gate.limit == expected
+    gate.retried("checksum")
+    assert gate.limit == 1
+    for _ in range(100):
+        gate.succeeded()
+    assert gate.limit == 8
+    store = open_store(direct, RETRY)
+    manifest = load_manifest(store)
+    proxy.faults.extend([""] * 28 + ["503", "503"])
+    _, stats = read(store, manifest)
+    assert stats["concurrency"] < 4
+
+
+def test_expired_credentials_are_fetched_anew(direct: str, proxy: FaultProxy) -> None:
+    store = open_store(direct, RETRY)
+    assert isinstance(store, S3Store)
+    data = store.get("shards/000000.tar")
+    before = store._client()
+    proxy.faults.append("expired")
+    assert store.get_range("shards/000000.tar", 0, 1000) == data[:1000]
+    assert store._client() is not before

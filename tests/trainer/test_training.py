@@ -1,0 +1,116 @@
+"""Invariants 1 and 2: any world size computes the same steps, and a resumed run is the undisturbed one."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from configs.load import load_config
+from data_pipeline.store import open_store
+from trainer import checkpoint
+from trainer.engine import KINDS
+
+STAGES = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
+Tiny = Callable[..., Path]
+
+
+def state(config: Path, step: int) -> dict[str, Tensor]:
+    """Everything a checkpoint holds, whole parameters by "kind name"."""
+    store = open_store(load_config(config).run)
+    found = checkpoint.find(store, step)
+    return {
+        f"{kind} {name}": values
+        for kind in (*KINDS, checkpoint.EMA)
+        for name, values in checkpoint.load(store, found, kind).items()
+    }
+
+
+def losses(config: Path) -> list[float]:
+    """The logged loss of every step, later writers winning, as TensorBoard shows them."""
+    events = Path(load_config(config).run) / "events"
+    seen: dict[int, float] = {}
+    for path in sorted(events.iterdir(), key=lambda p: p.stat().st_mtime_ns):
+        log = EventAccumulator(str(path), size_guidance={"scalars": 0})
+        log.Reload()
+        seen |= {event.step: event.value for event in log.Scalars("train/loss")}
+    assert sorted(seen) == list(range(1, max(seen) + 1))
+    return [seen[step] for step in sorted(seen)]
+
+
+def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different, different[:5]
+
+
+@pytest.fixture(scope="module")
+def runs(tiny: Tiny, launch: Callable[..., object]) -> dict[str, Path]:
+    """Straight runs of 6 steps, and runs stopped after 3 and continued, at each stage, on 2 processes; and others from there."""
+    made: dict[str, Path] = {}
+    first, second, elsewhere = [], [], []
+    for stage, precision in STAGES:
+        options = {"zero_stage": stage, "precision": precision}
+        name = f"{stage}-{precision}"
+        made[name] = tiny(f"straight-{name}", train=options | {"steps": 6, "checkpoint_every": 1, "keep_checkpoints": 9})
+        begun = tiny(f"begun-{name}", train=options | {"steps": 3})
+        run = load_config(begun).run
+        made[f"{name} resumed"] = tiny(f"resumed-{name}", run=run, train=options | {"steps": 6})
+        first += [made[name], begun]
+        second.append(made[f"{name} resumed"])
+    made["again"] = tiny("again", train={"zero_stage": 2, "precision": "bf16"})
+    made["accumulated"] = tiny("accumulated", train={"zero_stage": 2, "precision": "fp32", "micro_batch": 2})
+    moved = tiny("moved-begun", train={"zero_stage": 2, "precision": "fp32", "steps": 3})
+    made["moved"] = tiny("moved", run=load_config(moved).run, train={"zero_stage": 3, "precision": "fp32"})
+    launch(2, *first, made["again"], made["accumulated"], moved)
+    launch(2, *second)
+    made["alone"] = tiny("alone", train={"zero_stage": 2, "precision": "fp32"})
+    launch(1, made["alone"], made["moved"])
+    made["three"] = tiny("three", train={"zero_stage": 1, "precision": "fp32"})
+    launch(3, made["three"])
+    return made
+
+
+@pytest.mark.parametrize(("stage", "precision"), STAGES)
+def test_a_resumed_run_has_the_bits_of_the_undisturbed_one(runs: dict[str, Path], stage: int, precision: str) -> None:
+    straight, resumed = runs[f"{stage}-{precision}"], runs[f"{stage}-{precision} resumed"]
+    assert_same_bits(state(straight, 6), state(resumed, 6))
+    assert losses(straight) == losses(resumed)
+
+
+def test_two_runs_of_one_config_have_the_same_bits(runs: dict[str, Path]) -> None:
+    assert_same_bits(state(runs["2-bf16"], 6), state(runs["again"], 6))
+
+
+@pytest.mark.parametrize("other", ["0-fp32", "1-fp32", "3-fp32", "accumulated", "alone", "three", "moved"])
+def test_losses_do_not_depend_on_world_size_stage_or_micro_batch(runs: dict[str, Path], other: str) -> None:
+    # In fp32 only the order of sums differs: 1e-5 relative is some 100 roundings. "moved" went from stage 2 on two processes to
+    # stage 3 on one after step 3.
+    torch.testing.assert_close(torch.tensor(losses(runs[other])), torch.tensor(losses(runs["2-fp32"])), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("stage", "precision"), STAGES)
+def test_ema_follows_the_fp32_weights_to_the_bit(runs: dict[str, Path], stage: int, precision: str) -> None:
+    config = load_config(runs[f"{stage}-{precision}"])
+    store = open_store(config.run)
+    ema: dict[str, Tensor] = {}
+    for step in range(1, 7):
+        found = checkpoint.find(store, step)
+        weights = checkpoint.load(store, found, "master")
+        if step > 1:
+            for name, values in ema.items():
+                values.lerp_(weights[name], 1 - config.train.ema_decay)
+            saved = checkpoint.load(store, found)
+            assert_same_bits(saved, ema)
+        else:
+            ema = checkpoint.load(store, found)
+            assert any(not torch.equal(ema[name], weights[name]) for name in ema)
+
+
+def test_weights_move_and_every_parameter_is_trained(runs: dict[str, Path]) -> None:
+    begin, end = state(runs["2-fp32"], 1), state(runs["2-fp32"], 6)
+    for name, values in end.items():
+        assert torch.isfinite(values).all(), name
+        assert not torch.equal(values, begin[name]), f"{name} did not move"
