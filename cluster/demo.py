@@ -4,6 +4,7 @@ The server (moto's) keeps objects in memory; a thread copies them to `runs/.s3`,
 demo, or one after an interruption, goes on where the first one stopped.
 """
 
+import logging
 import os
 import subprocess
 import sys
@@ -60,6 +61,7 @@ def local_s3(folder: Path) -> Iterator[str]:
     """moto's S3 server on a free loopback port with the objects of `folder`, which follows its changes; sets AWS_* for children."""
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for every request
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

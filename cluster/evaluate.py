@@ -76,7 +76,7 @@ def evaluate(config: Config) -> Path:
         place.check()
     manifest = load_manifest(data)
     check_data(config, manifest)
-    trained = checkpoint.find(run)
+    trained = checkpoint.find(run, config.sampling.checkpoint)
     began = time.monotonic()
     with contextlib.ExitStack() as stack:
         connect = functools.cache(
@@ -130,8 +130,7 @@ def fetch_report(config: Config) -> Path:
 def _conditions(config: Config, trained: checkpoint.Checkpoint, yardstick: _Yardstick) -> dict[str, Any]:
     """Everything that decides what a unit holds, but its w and range."""
     return {
-        "checkpoint": trained.sha256,
-        "sampling": dataclasses.asdict(config.sampling),
+        "sampling": dataclasses.asdict(config.sampling) | {"checkpoint": trained.sha256},
         "unit": config.evaluate.unit,
         "grid": config.evaluate.grid,
         "evaluator": yardstick.judge.hash,

@@ -34,11 +34,10 @@ def generate(config: Config) -> str:
     """
     run = open_store(config.run)
     run.check()
-    trained = checkpoint.find(run)
+    trained = checkpoint.find(run, config.sampling.checkpoint)
     options = config.generate
     conditions = {
-        "checkpoint": trained.sha256,
-        "sampling": dataclasses.asdict(config.sampling),
+        "sampling": dataclasses.asdict(config.sampling) | {"checkpoint": trained.sha256},
         "generate": dataclasses.asdict(options),
         "threads": config.cluster.cpus_per_worker,
         "code": units.code_version(),

@@ -83,6 +83,7 @@ class TrainConfig:
 class SamplingConfig:
     """Algorithm 2 of the paper, or a faster sampler. Network evaluations: 2 * steps with guidance, steps without."""
 
+    checkpoint: int = 0  # step of the checkpoint whose averaged weights are sampled; 0 = the newest
     sampler: str = "ancestral"  # ancestral (Algorithm 2) | ddim | dpmpp_2m | heun
     spacing: str = "u"  # how the log-SNR levels are spaced: u (the paper's, as in training) | logsnr | karras
     steps: int = 256  # T: network levels; T - 1 noisy transitions and one noiseless last step

@@ -95,7 +95,10 @@ class Order:
         g = np.asarray(positions, dtype=np.int64)
         k, c = np.divmod(g, self.streams)
         i, offset = np.divmod(k, self.window_samples)
-        u = i * self.streams + c
+        return self.in_window(i * self.streams + c, offset)
+
+    def in_window(self, u: Ints, offset: Ints) -> tuple[Ints, Ints]:
+        """Epochs and sample ids at the places `offset` (0 .. Gq - 1) of the windows u."""
         epoch, v = np.divmod(u, self.chunks // self.window_chunks)
         s = permute(offset, self.window_samples, key(self.seed, 1, u))
         slot, within = np.divmod(s, self.chunk_samples)
@@ -128,6 +131,51 @@ def slots(order: Order, global_batch: int, rank: int, world_size: int) -> Ints:
         s = s.reshape(-1, order.streams).T.reshape(-1)
     share = global_batch // world_size
     return s[rank * share : (rank + 1) * share]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Several data sets in fixed proportions: whole windows are dealt to them, so any prefix of the stream keeps the proportions.
+
+    The orders must agree in their streams and in the samples of a window. Weights are whole numbers: (3, 1) is 75 % and 25 %.
+    """
+
+    orders: tuple[Order, ...]
+    weights: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.orders) != len(self.weights) or not self.orders or min(self.weights) < 1:
+            raise ValueError(f"a mixture needs one positive whole weight per data set, got {self.weights}")
+        if len({(order.streams, order.window_samples) for order in self.orders}) > 1:
+            raise ValueError("the data sets of a mixture need equal streams and equal windows")
+
+    def locate(self, positions: Ints) -> tuple[Ints, Ints, Ints]:
+        """Data set, its epoch and the sample id in it (int64, the shape of `positions`) at the given global positions."""
+        first = self.orders[0]
+        k, c = np.divmod(np.asarray(positions, dtype=np.int64), first.streams)
+        i, offset = np.divmod(k, first.window_samples)
+        data_set, window = deal(i * first.streams + c, self.weights)
+        epoch, ids = np.empty_like(window), np.empty_like(window)
+        for number, order in enumerate(self.orders):
+            mine = data_set == number
+            epoch[mine], ids[mine] = order.in_window(window[mine], offset[mine])
+        return data_set, epoch, ids
+
+
+def deal(u: Ints, weights: tuple[int, ...]) -> tuple[Ints, Ints]:
+    """The data set that takes the u-th window, and how many windows it has taken before.
+
+    Two parts share n windows as round(n a / (a + b)) and the rest, which is exact in every period and never more than half a
+    window off; more data sets are halved again and again, so each is at most log2(data sets) / 2 windows off at any prefix.
+    """
+    if len(weights) == 1:
+        return np.zeros_like(u), u
+    half = len(weights) // 2
+    left, total = sum(weights[:half]), sum(weights)
+    before = (u * left + total // 2) // total
+    takes = ((u + 1) * left + total // 2) // total > before
+    ours, theirs = deal(before, weights[:half]), deal(u - before, weights[half:])
+    return np.where(takes, ours[0], half + theirs[0]), np.where(takes, ours[1], theirs[1])
 
 
 def permute(x: Ints, size: int, keys: Words) -> Ints:

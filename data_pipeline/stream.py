@@ -12,19 +12,21 @@ The state of the stream is one integer, the step: to resume, give it as `start_s
 
 from __future__ import annotations
 
+import functools
+import itertools
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from configs.errors import ConfigError, DataError
 from configs.schema import DataConfig
-from data_pipeline.decode import BadSample, Pixels, decode_sample
+from data_pipeline.decode import BadSample, decode_sample
 from data_pipeline.fetch import Fetch, Fetcher, Fields, plan
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import Order, slots
@@ -32,6 +34,8 @@ from data_pipeline.store import Cancelled, Store
 
 MIB = 2**20
 DONORS = 16  # donors tried for one position
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +101,7 @@ class Reader:
         return self
 
     def __next__(self) -> Batch:
-        self._start()
+        self._start(self.data.decode_threads)
         began = time.monotonic()
         if self.data.decode_threads == 0:
             batch = self._build(self._step)
@@ -111,8 +115,23 @@ class Reader:
             self._change.notify_all()
         return batch
 
+    def samples(self) -> Iterator[dict[str, Any]]:
+        """The same stream undecoded, sample by sample, as WebDataset's stages expect it: instead of the batches, not beside them.
+
+        Each is {"__key__", "__index__": global position, "png": bytes, ...}, for `webdataset.DataPipeline(reader.samples, ...)`.
+        """
+        self._start(0)
+        for step in itertools.count(self._step):
+            positions = step * self.global_batch + self.slots
+            for position, id_ in zip(positions.tolist(), self.order.locate(positions)[1].tolist(), strict=True):
+                fields = dict(self._usable(position, id_, lambda fields: fields))
+                yield {**fields, "__key__": fields["__key__"].decode(), "__index__": position}
+            with self._change:
+                self._step += 1
+                self._change.notify_all()
+
     def close(self) -> None:
-        """Stops and joins all threads. The reader cannot be used again."""
+        """Stops and joins all threads, within the store's read time-out. The reader cannot be used again."""
         with self._change:
             self._closed = True
             self._change.notify_all()
@@ -152,10 +171,10 @@ class Reader:
 
     # ------------------------------------------------------------------------------------------------------------ threads
 
-    def _start(self) -> None:
+    def _start(self, decode_threads: int) -> None:
         if self._threads or self._closed:
             return
-        targets = [self._fetch_loop] * self.data.fetch_threads + [self._decode_loop] * self.data.decode_threads
+        targets = [self._fetch_loop] * self.data.fetch_threads + [self._decode_loop] * decode_threads
         self._threads = [threading.Thread(target=self._guarded, args=(target,), daemon=True) for target in targets]
         for thread in self._threads:
             thread.start()
@@ -224,21 +243,22 @@ class Reader:
         positions = step * self.global_batch + self.slots
         ids = self.order.locate(positions)[1]
         schema = self.manifest.schema
+        decode = functools.partial(decode_sample, schema=schema)
         images = np.empty((len(ids), schema.image_size, schema.image_size, schema.channels), np.uint8)
         labels = np.empty(len(ids), np.int64)
         for row, (position, id_) in enumerate(zip(positions.tolist(), ids.tolist(), strict=True)):
-            images[row], labels[row] = self._decoded(position, id_)
+            images[row], labels[row] = self._usable(position, id_, decode)
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.float32).contiguous()
         return Batch(pixels.div_(127.5).sub_(1), torch.from_numpy(labels), torch.from_numpy(positions))
 
-    def _decoded(self, position: int, id_: int) -> tuple[Pixels, int]:
-        """The sample of a position, or its donor where it cannot be used."""
+    def _usable(self, position: int, id_: int, use: Callable[[Fields], T]) -> T:
+        """`use` of the sample of a position, or of its donor where that raises BadSample."""
         kept = self._take(id_ if self._resident else position)
         for attempt in range(DONORS):
             try:
                 if isinstance(kept, BadSample):
                     raise kept
-                return decode_sample(kept, self.manifest.schema)
+                return use(kept)
             except BadSample as error:
                 self._report(id_, error)
             id_ = self.order.donor(position, attempt)

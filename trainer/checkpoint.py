@@ -150,11 +150,11 @@ def newest(store: Store) -> Iterator[Checkpoint]:
             _log.warning("%s; trying the checkpoint before it", error)
 
 
-def find(store: Store, step: int | None = None) -> Checkpoint:
-    """The newest whole checkpoint, or that of `step`. Raises CheckpointError if there is none."""
-    found = next((c for c in newest(store) if step is None or c.step == step), None)
+def find(store: Store, step: int = 0) -> Checkpoint:
+    """The whole checkpoint of `step`, or the newest for 0. Raises CheckpointError if there is none."""
+    found = next((c for c in newest(store) if step in (0, c.step)), None)
     if found is None:
-        which = "no checkpoint" if step is None else f"no whole checkpoint of step {step}"
+        which = f"no whole checkpoint of step {step}" if step else "no checkpoint"
         raise CheckpointError(f"{store.uri}: {which}; run `freeguide train` first, or name the run as run=URI")
     return found
 

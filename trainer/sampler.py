@@ -28,8 +28,8 @@ class Sampler:
     device: torch.device
 
     @staticmethod
-    def from_run(config: Config, step: int | None = None, device: torch.device | None = None) -> "Sampler":
-        """Load the averaged weights of checkpoint `step`, or of the newest whole one. Raises CheckpointError if there is none."""
+    def from_run(config: Config, step: int = 0, device: torch.device | None = None) -> "Sampler":
+        """Load the averaged weights of checkpoint `step`, 0 for the newest. Raises CheckpointError if there is none."""
         store = open_store(config.run)
         found = checkpoint.find(store, step)
         data, device = config.data, device or torch.device("cpu")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.manifest import Manifest, Schema, Shard
-from data_pipeline.order import Order, key, permute, slots
+from data_pipeline.order import Mixture, Order, deal, key, permute, slots
 
 
 def manifest(samples: int, sample_bytes: int, q: int) -> Manifest:
@@ -148,3 +148,38 @@ def test_donors_differ_by_attempt_and_stay_the_same() -> None:
     assert donors == [order.donor(77, attempt) for attempt in range(8)]
     assert len(set(donors)) > 4
     assert all(0 <= donor < 1000 for donor in donors)
+
+
+@pytest.mark.parametrize("weights", [(1, 1), (3, 1), (1, 2, 3), (5, 1, 1, 1, 7), (1000, 1), (2, 3, 5, 7, 11, 13, 17, 19)])
+def test_a_mixture_keeps_its_proportions_at_every_prefix(weights: tuple[int, ...]) -> None:
+    total = sum(weights)
+    data_set, before = deal(np.arange(4 * total), weights)
+    for number, weight in enumerate(weights):
+        mine = data_set == number
+        assert np.array_equal(before[mine], np.arange(4 * weight))  # each takes its windows one after the other
+        share = np.cumsum(mine) - np.arange(1, 4 * total + 1) * weight / total
+        assert np.abs(share).max() <= np.ceil(np.log2(len(weights))) / 2 + 1e-9
+
+
+def test_each_data_set_of_a_mixture_keeps_its_own_epochs() -> None:
+    orders = (Order(96, 4, 4, 3, seed=0), Order(600, 6, 4, 2, seed=1))
+    mixture = Mixture(orders, (1, 2))
+    data_set, epoch, ids = mixture.locate(np.arange(12 * 8 * 3 * 20))
+    assert abs((data_set == 0).mean() - 1 / 3) < 0.01
+    for number, order in enumerate(orders):
+        for e in range(3):
+            seen = ids[(data_set == number) & (epoch == e)]
+            assert len(seen) == len(np.unique(seen)) == order.epoch_samples
+
+
+def test_a_mixture_of_one_is_that_order() -> None:
+    order = Order(1000, 4, 8, 5, seed=3)
+    positions = np.arange(5000)
+    assert np.array_equal(Mixture((order,), (7,)).locate(positions)[1:], order.locate(positions))
+
+
+def test_mixtures_that_do_not_fit_are_refused() -> None:
+    a, b = Order(96, 4, 4, 3, 0), Order(96, 4, 4, 2, 0)
+    for orders, weights in (((a, b), (1, 1)), ((a, a), (1,)), ((a, a), (1, 0)), ((), ())):
+        with pytest.raises(ValueError, match="mixture"):
+            Mixture(orders, weights)

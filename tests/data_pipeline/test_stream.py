@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import webdataset
 
 from configs.errors import ConfigError, DataError
 from data_pipeline.manifest import Manifest
@@ -83,8 +84,7 @@ def test_images_are_scaled_to_minus_one_to_one(folder: tuple[Store, Manifest]) -
     assert batch.images.max() == 1
 
 
-@pytest.mark.parametrize("streams", [1, 6, 24, 48])
-@pytest.mark.parametrize("drop", [False, True])
+@pytest.mark.parametrize(("streams", "drop"), [(1, False), (1, True), (6, True), (24, False), (24, True), (48, True)])
 def test_every_world_size_makes_the_same_global_batches(
     folder: tuple[Store, Manifest], streams: int, drop: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,3 +227,17 @@ def test_stats_count_what_was_read(folder: tuple[Store, Manifest]) -> None:
     assert stats["retries"] == {}
     assert stats["bad_samples"] == {}
     assert stats["get_s_p99"] >= stats["get_s_p50"] > 0
+
+
+def test_undecoded_samples_feed_webdatasets_own_stages(folder: tuple[Store, Manifest]) -> None:
+    order = Order(603, 8, 4, 5, seed=1)
+    whole = read(*folder, order, 3)
+    place = {"global_batch": BATCH, "rank": 0, "world_size": 1, "start_step": 0}
+    with Reader(*folder, order, **place, data=data_config()) as reader:
+        pipeline = webdataset.DataPipeline(
+            reader.samples, webdataset.decode("rgb8"), webdataset.to_tuple("png", "cls", "__index__"), webdataset.batched(BATCH)
+        )
+        for (images, labels, index), batch in zip(pipeline, whole, strict=False):
+            assert np.array_equal(images, pixels(batch))
+            assert list(labels) == batch.labels.tolist()
+            assert list(index) == batch.index.tolist()

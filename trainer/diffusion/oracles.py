@@ -47,7 +47,7 @@ class GaussianClasses:
 
     def __call__(self, z: Tensor, logsnr: Tensor, labels: Tensor) -> Tensor:
         means = torch.tensor([*self.means, self.mean], dtype=z.dtype, device=z.device)[labels]
-        variances = torch.where(labels == self.null_label, self.total_variance, self.variance)
+        variances = torch.tensor([self.variance] * len(self.means) + [self.total_variance], dtype=z.dtype, device=z.device)[labels]
         alpha, sigma = (broadcast(c, z) for c in alpha_sigma(logsnr))
         means, variances = broadcast(means, z), broadcast(variances, z)
         return sigma * (z - alpha * means) / (alpha**2 * variances + sigma**2)

@@ -12,7 +12,7 @@ the same on 1 or 64 workers, and nothing has to be saved to resume.
 `index` is the position of an example in the run (training) or the number of an image (sampling), never the place of a stored
 file: an image that comes back in the next epoch must meet fresh noise.
 
-The arithmetic is int64 tensor arithmetic, so it runs on every device. Floating-point numbers are made in float64 from one word
+The arithmetic is int64 tensor arithmetic, on whatever device `index` is. Floating-point numbers are made in float64 from one word
 each and rounded once to the asked dtype: float32 and float64 are the same stream, and the last-bit differences between the
 logarithms and cosines of two devices or two vector widths are rounded away (all but about one float32 number in 1e8).
 """
@@ -140,9 +140,10 @@ def keep_mask(seed: int, index: Tensor, shape: tuple[int, ...], p: float, stream
     """Which activations dropout keeps, each with probability 1 - p: (B, *shape) bool. `stream` is the number of the layer.
 
     Dropout asks for a number per activation and layer, far more than the noise does, and needs far less of it. So Philox is
-    called once per example and its words key a 32-bit integer hash of the element's number (the two-multiplication mixer of
-    Wellons' hash-prospector, "lowbias32"): some ten int32 operations an element instead of the thirty of Philox on int64. The
-    second key word enters between the multiplications, so that no example's mask is another's shifted or permuted.
+    called once per example and two of its words key a 32-bit integer hash of the element's number (the three-multiplication mixer
+    of Wellons' hash-prospector, "triple32"): some fifteen int32 operations an element instead of the thirty of Philox on int64.
+    The second word enters after the first multiplication, so that masks whose first words agree, or differ only in their low bits,
+    are not copies or permutations of each other.
 
     Raises:
         ValueError: p outside [0, 1], or an argument that `bits` refuses.
@@ -151,12 +152,13 @@ def keep_mask(seed: int, index: Tensor, shape: tuple[int, ...], p: float, stream
         raise ValueError(f"p is {p}, but a dropout probability must be from 0 to 1.")
     key = _signed(bits(seed, Purpose.DROPOUT, index, (2,), stream))
     x = torch.arange(math.prod(shape), dtype=torch.int32, device=index.device) ^ key[:, :1]
-    x ^= (x >> 16) & 0xFFFF  # int32 shifts copy the sign; the mask makes them logical
-    x *= 0x7FEB352D
+    x ^= (x >> 17) & 0x7FFF  # int32 shifts copy the sign; the masks make them logical
+    x *= 0xED5AD4BB - (1 << 32)
     x ^= key[:, 1:]
+    x ^= (x >> 11) & 0x1FFFFF
+    x *= 0xAC4C1B51 - (1 << 32)
     x ^= (x >> 15) & 0x1FFFF
-    x *= 0x846CA68B - (1 << 32)
-    x ^= (x >> 16) & 0xFFFF
+    x *= 0x31848BAB  # the mixer's last shift is left out: it only changes low bits, and the comparison looks at the high ones
     threshold = round((1 - p) * 2.0**32) - (1 << 31)
     return (x.long() < threshold if threshold == 1 << 31 else x < threshold).reshape(len(index), *shape)
 

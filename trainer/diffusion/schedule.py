@@ -92,7 +92,7 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True)
 class CosineSchedule:
-    """The paper's p(lambda) = sech(lambda / 2) / (4 a) (section 3.1): lambda = -2 log tan(a u + b).
+    """The paper's p(lambda) = sech(lambda / 2) / (4 a) (section 2): lambda = -2 log tan(a u + b).
 
     With b = arctan(e^(-logsnr_max / 2)) and a = arctan(e^(-logsnr_min / 2)) - b. It is the cosine schedule of Nichol & Dhariwal
     2021, truncated. As pi/2 - a - b = arctan(e^(logsnr_min / 2)) =: c, the tangent is sin(a u + b) / sin(a (1 - u) + c), which
@@ -123,7 +123,7 @@ class CosineSchedule:
 
 @dataclass(frozen=True)
 class UniformSchedule:
-    """Uniform p(lambda): the unweighted objective is then the variational bound (section 3.1; Kingma et al. 2021)."""
+    """Uniform p(lambda): the unweighted objective is then the variational bound (section 2; Kingma et al. 2021)."""
 
     logsnr_min: float = -20.0
     logsnr_max: float = 20.0

@@ -93,12 +93,14 @@ def compare(
     return Comparison(w, torch.stack(density), x, _mean(tilted), _mean(sampled))
 
 
-def draw_figure_2(path: str | Path, w: tuple[float, ...] = (0.0, 1.0, 4.0), **options: int | float) -> list[Comparison]:
+def draw_figure_2(
+    path: str | Path, w: tuple[float, ...] = (0.0, 1.0, 4.0), *, images: int = 2000, steps: int = 256, v: float = 0.3, seed: int = 0
+) -> list[Comparison]:
     """Draw figure 2 of the paper (top) and the samples of Algorithm 2 (bottom) for each w into a PNG; returns the comparisons.
 
-    Options are those of `compare`: images, steps, v, seed, side.
+    Arguments and errors as for `compare`.
     """
-    rows = [compare(each, **options) for each in w]  # type: ignore[arg-type]
+    rows = [compare(each, images=images, steps=steps, v=v, seed=seed) for each in w]
     figure = Figure(figsize=(3 * len(rows), 6.8), layout="constrained")
     axes = figure.subplots(2, len(rows), squeeze=False)
     for (above, below), row in zip(axes.T, rows, strict=True):

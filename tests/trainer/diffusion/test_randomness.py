@@ -150,6 +150,16 @@ def test_keep_masks_of_examples_and_layers_are_independent():
     assert shifts.abs().max() < 4 / math.sqrt(signs.numel())
 
 
+def test_keep_masks_need_both_key_words_to_agree(monkeypatch):
+    """One equal 32-bit word is common among the keys of many examples and layers; it must not repeat a mask, not even permuted."""
+    monkeypatch.setattr("trainer.diffusion.randomness.bits", lambda *_: torch.tensor([[5, 1], [5, 2], [5, 2**31], [7, 1]]))
+    masks = keep_mask(0, torch.arange(4), (4096,), 0.5)
+    first, others = masks[0].double() * 2 - 1, masks[1:3].double() * 2 - 1
+    assert (others @ first).abs().max() / 4096 < 4 / 64  # 4 standard errors of a correlation
+    assert (masks.sum(1) - 2048).abs().max() < 4 * 32  # 4 standard errors of a count
+    assert torch.equal(masks[3].reshape(-1, 4)[:, [2, 3, 0, 1]].flatten(), masks[0])  # equal second words: 5 and 7 permute by xor 2
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [

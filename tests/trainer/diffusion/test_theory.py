@@ -53,7 +53,7 @@ def test_algorithm_2_overshoots_the_tilted_density(sweep):
 
 def test_the_figure_is_a_png_with_both_rows(tmp_path):
     path = tmp_path / "figure2.png"
-    rows = draw_figure_2(path, (0.0, 4.0), images=50, steps=4, side=31)
+    rows = draw_figure_2(path, (0.0, 4.0), images=50, steps=4)
     assert [row.w for row in rows] == [0.0, 4.0]
     pixels = imread(path, format="png")[..., :3]
     assert pixels.shape[0] > 300
