@@ -71,9 +71,11 @@ class Retry:
     read_s: float = 10.0  # longest silence inside an answer
     first_s: float = 15.0  # an endpoint that has never answered gets this much in all
     slow_bytes_per_s: float = 4096.0  # a body slower than this, measured from read_s on, counts as stalled
+    budget: float = 100.0  # retries that may be in debt; each complete read pays a tenth of one. Beyond it, pauses are cap_s
 
-    def pause(self, tries: int, cancel: threading.Event | None) -> None:
-        seconds = random.uniform(0, min(self.cap_s, self.base_s * 2**tries))
+    def pause(self, tries: int, debt: float, cancel: threading.Event | None) -> None:
+        """Waits before the next try. Many clients that retry at will keep an overloaded server down; the budget prevents that."""
+        seconds = random.uniform(0, min(self.cap_s, self.base_s * 2**tries)) if debt <= self.budget else self.cap_s
         if cancel is None:
             time.sleep(seconds)
         elif cancel.wait(seconds):
@@ -87,6 +89,7 @@ class Traffic:
     bytes: int = 0
     gets: int = 0
     retries: Counter[str] = field(default_factory=Counter)  # by cause
+    debt: float = 0.0  # retries not yet paid for by complete reads, see Retry.budget
     first_byte_s: deque[float] = field(default_factory=lambda: deque(maxlen=2048))
     total_s: deque[float] = field(default_factory=lambda: deque(maxlen=2048))
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -95,12 +98,14 @@ class Traffic:
         with self.lock:
             self.bytes += count
             self.gets += 1
+            self.debt = max(0.0, self.debt - 0.1)
             self.first_byte_s.append(first_byte_s)
             self.total_s.append(total_s)
 
     def retried(self, cause: str) -> None:
         with self.lock:
             self.retries[cause] += 1
+            self.debt += 1
 
     def __reduce__(self) -> tuple[type["Traffic"], tuple[()]]:
         return Traffic, ()  # a store that travels to another process starts to count afresh
@@ -446,7 +451,7 @@ class S3Store(Store):
             except _FAULTS as error:
                 tries += 1
                 self._consider(error, key, None, tries, began)
-                self.retry.pause(tries, None)
+                self.retry.pause(tries, self.traffic.debt, None)
             else:
                 _contacted.add((os.getpid(), self.bucket))
                 return answer
@@ -463,7 +468,7 @@ class S3Store(Store):
         """Returns where another try makes sense, else raises the StoreError that explains `error`."""
         cause = _cause(error)
         new = (os.getpid(), self.bucket) not in _contacted
-        late = time.monotonic() - began + self.retry.read_s / 2 > self.retry.first_s or (cause == "no connection" and tries >= 3)
+        late = time.monotonic() - began + self.retry.read_s > self.retry.first_s or (cause == "no connection" and tries >= 3)
         if cause is None or tries >= self.retry.attempts or (new and late) or (cause == "expired credentials" and tries > 1):
             self._explain(error, key, at)
         if cause == "expired credentials":
@@ -493,7 +498,7 @@ class S3Store(Store):
             except _FAULTS as error:
                 tries = 1 if body.reached > reached else tries + 1
                 self._consider(error, key, start + body.reached, tries, began, on_retry)
-                self.retry.pause(tries, cancel)
+                self.retry.pause(tries, self.traffic.debt, cancel)
             else:
                 _contacted.add((os.getpid(), self.bucket))
         first = body.first_byte if body.first_byte is not None else time.monotonic()

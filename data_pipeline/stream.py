@@ -70,6 +70,8 @@ class Reader:
             raise ValueError(f"rank {rank} of {world_size}, batch {global_batch}, step {start_step} is no place in a stream")
         if global_batch % world_size:
             raise ConfigError(f"train.global_batch={global_batch} does not divide by {world_size} workers; change one of them.")
+        if min(data.fetch_threads, data.prefetch_batches, data.cache_mib) < 1 or data.decode_threads < 0:
+            raise ConfigError("data.fetch_threads, prefetch_batches and cache_mib must be at least 1, decode_threads at least 0.")
         if order.samples != manifest.samples or order.chunk_samples != manifest.chunk_samples:
             raise DataError(f"The order of this run is for another data set than {store.uri}; restore that data set.")
         self.manifest, self.order, self.data = manifest, order, data
@@ -229,7 +231,7 @@ class Reader:
     def _decode_loop(self) -> None:
         while True:
             with self._change:
-                self._wait(lambda: self._next_build < self._step + max(1, self.data.prefetch_batches))
+                self._wait(lambda: self._next_build < self._step + self.data.prefetch_batches)
                 step = self._next_build
                 self._next_build += 1
             batch = self._build(step)

@@ -195,6 +195,12 @@ def test_a_batch_that_does_not_divide_is_refused(folder: tuple[Store, Manifest])
         read(*folder, Order(603, 8, 4, 5, seed=1), 1, world=5)
 
 
+@pytest.mark.parametrize("options", [{"fetch_threads": 0}, {"decode_threads": -1}, {"prefetch_batches": 0}, {"cache_mib": 0}])
+def test_settings_that_cannot_run_are_refused(folder: tuple[Store, Manifest], options: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=r"data\.fetch_threads"):
+        read(*folder, Order(603, 8, 4, 5, seed=1), 1, **options)
+
+
 def test_an_order_of_another_data_set_is_refused(folder: tuple[Store, Manifest]) -> None:
     with pytest.raises(DataError, match="another data set"):
         read(*folder, Order(604, 8, 4, 5, seed=1), 1)

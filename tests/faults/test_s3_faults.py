@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -175,6 +176,26 @@ def test_concurrency_falls_under_overload_and_recovers(direct: str, proxy: Fault
     proxy.faults.extend([""] * 28 + ["503", "503"])
     _, stats = read(store, manifest)
     assert stats["concurrency"] < 4
+
+
+def test_a_spent_retry_budget_makes_every_pause_the_longest_one(direct: str, proxy: FaultProxy) -> None:
+    """Two retries of debt are allowed. The third and fourth wait 0.5 s instead of at most 1 ms; ten good reads pay one back."""
+    store = open_store(direct, replace(RETRY, base_s=0.0005, cap_s=0.5, budget=2.0))
+    store.get("shards/000000.tar")
+
+    def seconds(faults: int) -> float:
+        proxy.faults.extend(["503"] * faults)
+        began = time.monotonic()
+        store.get_range("shards/000000.tar", 0, 1000)
+        return time.monotonic() - began
+
+    assert seconds(2) < 0.4
+    assert seconds(2) > 0.9
+    assert store.traffic.debt == pytest.approx(3.8)
+    for _ in range(30):
+        seconds(0)
+    assert store.traffic.debt == pytest.approx(0.8)
+    assert seconds(1) < 0.4
 
 
 def test_expired_credentials_are_fetched_anew(direct: str, proxy: FaultProxy) -> None:

@@ -1,0 +1,113 @@
+"""Tests of cache.py: never stale, never torn, never over its limit, never anyone else's file."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs.errors import StoreError
+from data_pipeline.cache import CachedStore
+from data_pipeline.order import Order
+from data_pipeline.store import ChangedObject, Store, open_store
+from data_pipeline.stream import Reader
+from tests.data_pipeline.conftest import data_config, write_noise
+
+
+def cached(store: Store, folder: Path, limit: int = 10**6) -> CachedStore:
+    return CachedStore(store, folder / "cache", limit)
+
+
+def size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in (folder / "cache").iterdir())
+
+
+def test_a_second_read_comes_from_the_disk(store: Store, tmp_path: Path) -> None:
+    data = os.urandom(5000)
+    etag = store.put("key", data)
+    cache = cached(store, tmp_path)
+    gets = []
+    for _ in range(3):
+        assert cache.get_range("key", 100, 2000, etag) == data[100:2100]
+        gets.append(store.traffic.gets)
+    assert gets[0] == gets[2]
+    assert (cache.hits, cache.misses) == (2, 1)
+
+
+def test_another_version_or_range_is_another_entry(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "data"))
+    old = store.put("key", b"a" * 100)
+    cache = cached(store, tmp_path)
+    cache.get_range("key", 0, 50, old)
+    new = store.put("key", b"b" * 101)
+    assert cache.get_range("key", 0, 50, new) == b"b" * 50
+    assert cache.get_range("key", 0, 51, new) == b"b" * 51
+    with pytest.raises(ChangedObject):
+        cache.get_range("key", 0, 49, old)
+
+
+def test_reads_without_an_etag_are_not_kept(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "data"))
+    store.put("key", b"a" * 100)
+    cache = cached(store, tmp_path)
+    cache.get_range("key", 0, 50)
+    store.put("key", b"b" * 100)
+    assert cache.get_range("key", 0, 50) == b"b" * 50
+
+
+@pytest.mark.parametrize("damage", [lambda raw: raw[:-1], lambda raw: b"x" + raw[1:], lambda raw: b""])
+def test_damaged_entries_are_read_again(tmp_path: Path, damage: object) -> None:
+    store = open_store(str(tmp_path / "data"))
+    data = os.urandom(100)
+    etag = store.put("key", data)
+    cache = cached(store, tmp_path)
+    cache.get_range("key", 0, 100, etag)
+    (entry,) = (tmp_path / "cache").iterdir()
+    entry.write_bytes(damage(entry.read_bytes()))  # type: ignore[operator]
+    assert cache.get_range("key", 0, 100, etag) == data
+    assert cache.misses == 2
+    assert cache.get_range("key", 0, 100, etag) == data
+    assert cache.hits == 1
+
+
+def test_the_limit_holds_and_the_least_recently_read_go_first(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "data"))
+    etag = store.put("key", os.urandom(10_000))
+    cache = cached(store, tmp_path, limit=3 * 1004)
+    stranger = tmp_path / "cache" / "precious.txt"
+    stranger.write_bytes(b"")
+    for number in range(8):
+        cache.get_range("key", number * 1000, 1000, etag)
+        cache.get_range("key", 0, 1000, etag)  # always the last but one to be read
+        for tick, path in enumerate(sorted((tmp_path / "cache").glob("*.range"), key=lambda path: path.stat().st_mtime_ns)):
+            os.utime(path, (1000 + tick, 1000 + tick))  # clocks of files are coarse
+        assert size(tmp_path) <= 3 * 1004
+    assert cache.misses == 8
+    assert stranger.exists()
+
+
+def test_a_range_over_the_limit_is_passed_through(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "data"))
+    etag = store.put("key", bytes(10_000))
+    cache = cached(store, tmp_path, limit=5000)
+    assert len(cache.get_range("key", 0, 10_000, etag)) == 10_000
+    assert size(tmp_path) == 0
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StoreError, match="cache folder .*file/cache"):
+        CachedStore(open_store(str(tmp_path)), tmp_path / "file" / "cache", 1)
+
+
+def test_the_batches_are_the_same_through_a_cache(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "data"))
+    manifest = write_noise(store, 200, chunk_samples=4)
+    place = {"global_batch": 20, "rank": 0, "world_size": 1, "start_step": 0}
+    runs = []
+    for source in (store, cached(store, tmp_path), cached(store, tmp_path)):
+        with Reader(source, manifest, Order(200, 4, 5, 5, 0), **place, data=data_config()) as reader:
+            runs.append([next(reader).images for _ in range(12)])
+    for other in runs[1:]:
+        assert all(map(torch.equal, runs[0], other))
+    assert size(tmp_path) > 0
