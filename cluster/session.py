@@ -19,6 +19,7 @@ from configs.errors import ConfigError
 from configs.schema import Config
 
 ROOT = Path(__file__).resolve().parents[1]  # the folder of the packages
+PACKAGES = ("configs", "data_pipeline", "trainer", "cluster")
 T = TypeVar("T")
 
 
@@ -43,19 +44,20 @@ def session(config: Config, processes: int) -> Iterator[Resources]:
     """
     address = os.environ.get("RAY_ADDRESS", "")
     cpus = config.cluster.cpus_per_worker
+    runtime: dict[str, Any] = {"env_vars": dict(config.cluster.env)}
     if address and address != "local":
         _probe(address)
         options: dict[str, Any] = {"address": address}
+        if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # else this is a submitted job, and the code came with it
+            runtime["py_modules"] = [str(ROOT / package) for package in PACKAGES]
     else:
         # The command's own processes need a share too, and a laptop may have fewer cores than the config has workers.
         room = max(os.cpu_count() or 1, math.ceil(processes * cpus)) + 1
         options = {"address": "local", "num_cpus": room, "logging_level": logging.ERROR}
-    private = options["address"] == "local"
-    if private:
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+        runtime["env_vars"] = {"PYTHONPATH": path} | runtime["env_vars"]
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away with notice
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    environment = ({"PYTHONPATH": path} if private else {}) | config.cluster.env
-    ray.init(**options, runtime_env={"env_vars": environment}, log_to_driver=True)
+    ray.init(**options, runtime_env=runtime, log_to_driver=True)
     try:
         yield _resources(config, processes)
     finally:

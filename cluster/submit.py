@@ -12,10 +12,9 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from cluster.session import ROOT
+from cluster.session import PACKAGES, ROOT
 from configs.errors import ConfigError
 
-PACKAGES = ("configs", "data_pipeline", "trainer", "cluster")
 _FORWARDED = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
 
 

@@ -354,7 +354,7 @@ class S3Store(Store):
 
     def __init__(self, bucket: str, prefix: str, retry: Retry, traffic: Traffic | None = None) -> None:
         self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
-        if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9._-]{1,254}", bucket):
+        if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9._-]{2,254}", bucket):
             raise StoreError(f"{self.uri} names no bucket; give s3://bucket/prefix.")
         if prefix:
             _checked(prefix)
@@ -469,7 +469,7 @@ class S3Store(Store):
         cause = _cause(error)
         new = (os.getpid(), self.bucket) not in _contacted
         late = time.monotonic() - began + self.retry.read_s > self.retry.first_s or (cause == "no connection" and tries >= 3)
-        if cause is None or tries >= self.retry.attempts or (new and late) or (cause == "expired credentials" and tries > 1):
+        if cause is None or tries >= self.retry.attempts or (new and late) or (cause == "expired credentials" and tries > 3):
             self._explain(error, key, at)
         if cause == "expired credentials":
             with _lock:

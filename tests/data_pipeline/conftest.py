@@ -1,6 +1,7 @@
 """An S3 server of one's own for the room's tests: moto's, on a free loopback port."""
 
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from moto.server import ThreadedMotoServer
 from configs.schema import DataConfig
 from data_pipeline.manifest import Manifest, Schema, build_manifest, save_manifest
 from data_pipeline.shards import Sample, Source, pack_shard, write_shards
-from data_pipeline.store import Store, open_store
+from data_pipeline.store import Store, create_bucket, open_store
 
 KEYS = {
     "AWS_ACCESS_KEY_ID": "test",
@@ -23,16 +24,23 @@ KEYS = {
 
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
-    """The URL of a moto server; AWS_ENDPOINT_URL points to it for the whole session."""
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    os.environ.update(KEYS, AWS_ENDPOINT_URL=f"http://{host}:{port}")
-    import boto3
+    """The URL of an S3 server with a bucket `freeguide`; AWS_ENDPOINT_URL points to it for the whole session.
 
-    boto3.client("s3").create_bucket(Bucket="freeguide")
-    yield os.environ["AWS_ENDPOINT_URL"]
-    server.stop()
+    It is a moto server, or, where FREEGUIDE_TEST_S3 is set, the server at that URL with the credentials of the environment.
+    """
+    real = os.environ.get("FREEGUIDE_TEST_S3", "")
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", real)
+        if not real:
+            server.start()
+            for name, value in KEYS.items():
+                patch.setenv(name, value)
+            patch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
+        create_bucket("s3://freeguide")
+        yield os.environ["AWS_ENDPOINT_URL"]
+    if not real:
+        server.stop()
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -41,7 +49,12 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     if request.param == "folder":
         return open_store(str(tmp_path / "store"))
     request.getfixturevalue("s3_endpoint")
-    return open_store(f"s3://freeguide/{tmp_path.name}")
+    return open_store(s3_uri(tmp_path))
+
+
+def s3_uri(path: Path) -> str:
+    """A prefix of its own, also on a server that remembers earlier sessions."""
+    return f"s3://freeguide/{path.name}-{random.getrandbits(48):012x}"
 
 
 def noise_source(items: int, size: int = 8, channels: int = 3, classes: int = 10, seed: int = 0) -> Source:

@@ -96,7 +96,7 @@ def test_a_range_over_the_limit_is_passed_through(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(StoreError, match="cache folder .*file/cache"):
+    with pytest.raises(StoreError, match=r"cache folder .*file/cache"):
         CachedStore(open_store(str(tmp_path)), tmp_path / "file" / "cache", 1)
 
 

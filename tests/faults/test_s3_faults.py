@@ -13,7 +13,7 @@ from data_pipeline.manifest import Manifest, load_manifest
 from data_pipeline.order import Order
 from data_pipeline.store import ChangedObject, Retry, S3Store, Store, open_store
 from data_pipeline.stream import Batch, Reader
-from tests.data_pipeline.conftest import data_config, s3_endpoint, write_noise  # noqa: F401 (s3_endpoint is a fixture)
+from tests.data_pipeline.conftest import data_config, s3_endpoint, s3_uri, write_noise  # noqa: F401 (s3_endpoint is a fixture)
 from tests.faults.proxy import FaultProxy
 
 RETRY = Retry(attempts=4, base_s=0.01, cap_s=0.05, connect_s=1.0, read_s=0.4, first_s=4.0)
@@ -37,7 +37,7 @@ RECOVERABLE = {
 @pytest.fixture(scope="module")
 def direct(s3_endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> str:  # noqa: F811
     """The URI of a small data set, written without the proxy."""
-    uri = f"s3://freeguide/{tmp_path_factory.mktemp('faults').name}"
+    uri = s3_uri(tmp_path_factory.mktemp("faults"))
     write_noise(open_store(uri), 120, shard_samples=30, chunk_samples=4)
     return uri
 
@@ -134,7 +134,7 @@ def test_a_fault_that_stays_ends_in_one_sentence_with_shard_and_byte(fault: str,
 
 
 def test_an_object_that_changed_stops_the_stream(s3_endpoint: str, tmp_path: Path) -> None:  # noqa: F811
-    store = open_store(f"s3://freeguide/{tmp_path.name}", RETRY)
+    store = open_store(s3_uri(tmp_path), RETRY)
     manifest = write_noise(store, 120, shard_samples=30, chunk_samples=4)
     data = bytearray(store.get("shards/000002.tar"))
     data[5000] ^= 1

@@ -1,0 +1,96 @@
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+Freeguide = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """moto's S3 server with the bucket `lab`; its endpoint. Sets AWS_* for this process and its children."""
+    from moto.server import ThreadedMotoServer
+
+    from data_pipeline.store import create_bucket
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    patch = pytest.MonkeyPatch()
+    patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    patch.setenv("AWS_ACCESS_KEY_ID", "lab")
+    patch.setenv("AWS_SECRET_ACCESS_KEY", "lab-secret")
+    patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    create_bucket("s3://lab")
+    yield f"http://{host}:{port}"
+    patch.undo()
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def ray_head(s3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """A cluster started with `ray start --head`: (address for RAY_ADDRESS, address of its dashboard)."""
+    folder = tmp_path_factory.mktemp("ray")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("RAY_AUTH_MODE", "token")
+    patch.setenv("RAY_AUTH_TOKEN_PATH", str(folder / "token"))
+    patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    patch.setenv("PYTHONPATH", "")  # the code has to come with the job
+    (folder / "token").write_text("0123456789abcdef0123456789abcdef")
+    port, dashboard, client = free_port(), free_port(), free_port()
+    head = subprocess.Popen(
+        [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=4", "--node-ip-address=127.0.0.1", f"--port={port}",
+         f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}", "--object-store-memory=200000000", "--disable-usage-stats"],
+        cwd=folder, stdout=(folder / "head.log").open("w"), stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    url = f"http://127.0.0.1:{dashboard}"
+    deadline = time.monotonic() + 90
+    while True:
+        try:
+            urllib.request.urlopen(f"{url}/api/version", timeout=5).close()
+            break
+        except urllib.error.HTTPError:
+            break  # it answers, and asks for the token
+        except OSError:
+            assert head.poll() is None and time.monotonic() < deadline, (folder / "head.log").read_text()
+            time.sleep(0.5)
+    yield f"127.0.0.1:{port}", url
+    os.killpg(head.pid, signal.SIGTERM)
+    try:
+        head.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        os.killpg(head.pid, signal.SIGKILL)
+        head.wait()
+    patch.undo()
+
+
+@pytest.fixture
+def freeguide(tmp_path: Path) -> Freeguide:
+    """freeguide("train", "configs/digits.yaml", ...) runs the command line in an empty folder."""
+
+    def run(
+        command: str, config: str, *arguments: str, cwd: Path = tmp_path, **environment: str
+    ) -> "subprocess.CompletedProcess[str]":
+        here = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        return subprocess.run(
+            [sys.executable, "-m", "cluster", command, str(ROOT / config), *arguments],
+            cwd=cwd, env=os.environ | here | environment, capture_output=True, text=True, timeout=280,
+        )  # fmt: skip
+
+    return run

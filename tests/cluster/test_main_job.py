@@ -1,0 +1,135 @@
+"""The main job on S3 and Ray, small: prepare, train, evaluate, generate, each again, and each as a submitted job."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+
+from configs.load import load_config
+from data_pipeline.manifest import load_manifest
+from data_pipeline.store import open_store
+from trainer import checkpoint
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    "run=s3://lab/runs/small",
+    "data.uri=s3://lab/data/digits",
+    "model.channels=16",
+    "model.head_channels=16",
+    "train.steps=8",
+    "train.global_batch=16",
+    "train.checkpoint_every=4",
+    "train.log_every=4",
+    "sampling.steps=3",
+    "evaluate.images=60",
+    "evaluate.unit=20",
+    "evaluate.w=[0,1]",
+    "evaluate.grid=2",
+    "evaluate.evaluator_epochs=2",
+    "generate.images=50",
+    "generate.unit=20",
+    "generate.w=0.5",
+]
+DIGITS = "configs/digits.yaml"
+
+
+def test_the_whole_job_runs_and_nothing_is_done_twice(freeguide, ray_head, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    address, dashboard = ray_head
+    job = {"RAY_ADDRESS": address}
+
+    def ok(command: str, *more: str, **environment: str) -> str:
+        ended = freeguide(command, DIGITS, *SMALL, *more, **(job | environment))
+        assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
+        return ended.stdout
+
+    assert "1797 images 8x8x1, 10 classes" in ok("prepare")
+    run = open_store("s3://lab/runs/small")
+
+    assert "trained to step 8" in ok("train")
+    found = checkpoint.find(run)
+    assert (found.step, found.files.keys()) == (8, {f"{Path(found.key).parent}/rank-{r:05d}.safetensors" for r in range(2)})
+    assert any(info.key.startswith("events/") for info in run.list())
+    before = {info.key: info.etag for info in run.list()}
+    assert "nothing to do" in ok("train", RAY_ADDRESS="127.0.0.1:1")  # a cluster that does not exist is not asked
+    assert {info.key: info.etag for info in run.list()} == before
+
+    assert "resuming from step 8 of 10" in ok("train", "train.steps=10", "cluster.workers=1", "train.zero_stage=1")
+    assert checkpoint.find(run).step == 10
+
+    first = ok("evaluate")
+    assert "6 work units, 0 of them done" in first
+    report = tmp_path / "runs" / "digits"
+    files = {path.name: path.read_bytes() for path in report.iterdir()}
+    assert {
+        "report.json",
+        "table.md",
+        "fid_over_w.png",
+        "frontier.png",
+        "samples.png",
+        "samples_w0.png",
+        "index.html",
+    } <= files.keys()
+    rows = json.loads(files["report.json"])["rows"]
+    assert [(row["w"], row["n"], row["nfe"], row["checkpoint_step"]) for row in rows] == [(0, 60, 3, 10), (1, 60, 6, 10)]
+    assert "6 work units, 6 of them done" in ok("evaluate", RAY_ADDRESS="127.0.0.1:1")
+    again = {path.name: path.read_bytes() for path in report.iterdir()}
+    assert {name for name in files if files[name] != again[name]} <= {"times.json"}
+
+    uri = ok("generate").strip().rsplit(" ", 1)[1]
+    made = open_store(uri)
+    with np.load(io.BytesIO(made.get("samples.npz")), allow_pickle=False) as arrays:
+        images, labels = arrays["arr_0"], arrays["arr_1"]
+    assert (images.shape, images.dtype, labels.tolist()) == ((50, 8, 8, 1), np.uint8, [i % 10 for i in range(50)])
+    assert load_manifest(made).samples == 50
+    local = tmp_path / "shards"
+    local.mkdir()
+    for shard in load_manifest(made).shards:
+        (local / Path(shard.key).name).write_bytes(made.get(shard.key))
+    read = list(webdataset.WebDataset(sorted(map(str, local.iterdir())), shardshuffle=False).decode("l8"))
+    assert [int(sample["cls"]) for sample in read] == labels.tolist()
+    assert all(np.array_equal(sample["png"], image[..., 0]) for sample, image in zip(read, images, strict=True))
+    assert uri in ok("generate", RAY_ADDRESS="127.0.0.1:1")
+
+    submitted = ok("train", "run=s3://lab/runs/submitted", "--submit", dashboard, RAY_ADDRESS="")
+    assert "trained to step 8" in submitted
+    assert checkpoint.find(open_store("s3://lab/runs/submitted")).step == 8
+
+
+def test_a_submitted_job_that_fails_gives_its_exit_code_and_its_sentence(freeguide, ray_head) -> None:  # type: ignore[no-untyped-def]
+    ended = freeguide("train", DIGITS, *SMALL, "data.uri=s3://no-such-bucket/data", "--submit", ray_head[1])
+    assert ended.returncode == 2, ended.stdout + ended.stderr
+    assert "freeguide: error: " in ended.stdout
+    assert "no-such-bucket" in ended.stdout
+
+
+def test_rays_own_submit_runs_the_same_command(ray_head, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """`ray job submit --working-dir . -- python -m cluster ...` from a checkout, without the distribution installed."""
+    copy = tmp_path / "checkout"
+    copy.mkdir()
+    for package in ("configs", "data_pipeline", "trainer", "cluster"):
+        (copy / package).symlink_to(ROOT / package)
+    ended = subprocess.run(
+        [str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", ray_head[1], "--working-dir", ".", "--",
+         "python", "-m", "cluster", "prepare", DIGITS, "data.uri=s3://lab/data/digits"],
+        cwd=copy, env=os.environ, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "1797 images 8x8x1" in ended.stdout
+
+
+@pytest.mark.parametrize("name", ["digits", "imagenet64", "imagenet128", "image_folder"])
+def test_inspect_prints_what_a_config_means(freeguide, name: str) -> None:  # type: ignore[no-untyped-def]
+    ended = freeguide("inspect", f"configs/{name}.yaml")
+    assert ended.returncode == 0, ended.stderr
+    config = load_config(ROOT / "configs" / f"{name}.yaml")
+    assert f"global batch              {config.train.global_batch} = {config.cluster.workers} workers" in ended.stdout
+    if name == "imagenet64":
+        # The published network has 295.9 M parameters; fixed variance takes 3 output channels away, the null class adds a row.
+        assert "parameters                295,900,035" in ended.stdout
+        assert "219.314 GFLOP" in ended.stdout
