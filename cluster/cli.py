@@ -15,6 +15,7 @@ from configs.schema import Config
 
 COMMANDS = {
     "prepare": "write images as WebDataset shards with a manifest",
+    "index": "write the manifest of WebDataset tars that are there already",
     "train": "train on a Ray cluster; run again to resume",
     "generate": "write a labelled set of samples as shards and .npz",
     "evaluate": "measure FID and IS over w and write the report; run again to resume",
@@ -30,7 +31,7 @@ RAY_ENVIRONMENT = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 for a failure, 2 for what the user can mend."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     for name, value in RAY_ENVIRONMENT.items():  # Ray reads these when it is imported
         os.environ.setdefault(name, value)
     try:
@@ -44,6 +45,14 @@ def main(arguments: list[str] | None = None) -> int:
         if getattr(options, "submit", None):
             return _submit(options, config)
         _run(options.command)(config)
+        if getattr(options, "order", False):
+            from cluster.inspect import inspect_order
+
+            inspect_order(config)
+        if getattr(options, "theory", None):
+            from cluster.inspect import inspect_theory
+
+            inspect_theory(config, options.theory)
     except UserError as error:
         print(f"freeguide: error: {error}", file=sys.stderr)
         return 2
@@ -59,6 +68,10 @@ def _run(command: str) -> Callable[[Config], object]:
         from cluster.prepare import prepare
 
         return prepare
+    if command == "index":
+        from cluster.prepare import index
+
+        return index
     if command == "train":
         from cluster.train import train
 
@@ -90,6 +103,15 @@ def _submit(options: argparse.Namespace, config: Config) -> int:
     return code
 
 
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if any(word.startswith("-") for word in rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.overrides += rest  # overrides may also follow an option; argparse alone stops at the first
+    return options
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="freeguide", description="Train and measure classifier-free-guidance diffusion models on clusters."
@@ -101,7 +123,12 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "overrides", nargs="*", metavar="key=value", help="options that win over the file, for example train.lr=1e-4"
         )
-        if name != "inspect":
+        if name == "inspect":
+            command.add_argument(
+                "--order", action="store_true", help="measure how well the order of the data set at data.uri mixes"
+            )
+            command.add_argument("--theory", metavar="PNG", help="draw the paper's figure 2 beside what Algorithm 2 samples")
+        else:
             command.add_argument(
                 "--submit",
                 metavar="URL",

@@ -4,6 +4,11 @@ import torch
 
 from configs.load import to_yaml
 from configs.schema import Config, TrainConfig
+from data_pipeline import quality
+from data_pipeline.manifest import load_manifest
+from data_pipeline.order import Order
+from data_pipeline.store import open_store
+from trainer.diffusion.theory import draw_figure_2
 from trainer.networks.build import build_network, count_parameters, forward_flops
 from trainer.sampler import evaluations
 
@@ -34,6 +39,22 @@ def inspect(config: Config) -> None:
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"{name:<{width}}  {value}")
+
+
+def inspect_order(config: Config) -> None:
+    """Print how well this config's order of its data set mixes, beside independent draws. Raises UserError without the data set."""
+    store = open_store(config.data.uri)
+    store.check()
+    manifest = load_manifest(store)
+    batch = config.train.global_batch
+    print()
+    print(quality.table(manifest, Order.choose(manifest, batch, config.seed, config.data.cache_mib), batch))
+
+
+def inspect_theory(config: Config, path: str) -> None:
+    """Draw figure 2 of the paper, and what Algorithm 2 with the config's steps and v really samples, into a PNG."""
+    draw_figure_2(path, steps=config.sampling.steps, v=config.sampling.v, seed=config.sampling.seed)
+    print(f"\nfigure 2 of the paper, and samples with T={config.sampling.steps}, v={config.sampling.v:g}: {path}")
 
 
 def _state_bytes(parameters: int, train: TrainConfig, workers: int) -> int:

@@ -87,8 +87,9 @@ def _name_checks(config: Config, command: str) -> Checks:
         "diffusion.schedule": ["cosine", "uniform", "normal", "flow"],
         "diffusion.prediction": ["eps", "x", "v", "edm"],
         "diffusion.loss_weight": ["paper", "v", "min_snr", "edm", "elbo"],
-        "train.schedule": ["constant", "cosine"],
-        "train.precision": ["fp32", "bf16"],
+        "model.network": ["adm", "dit"],
+        "train.schedule": ["constant", "cosine", "inverse_sqrt"],
+        "train.precision": ["fp32", "bf16", "fp16"],
         "train.zero_stage": [0, 1, 2, 3],
         "sampling.sampler": ["ancestral", "ddim", "dpmpp_2m", "heun"],
         "sampling.spacing": ["u", "logsnr", "karras"],
@@ -102,7 +103,7 @@ def _name_checks(config: Config, command: str) -> Checks:
 def _range_checks(config: Config, command: str) -> Checks:
     at_least_one = {
         "data": ["image_size", "classes", "shard_samples", "fetch_threads", "decode_threads", "prefetch_batches", "cache_mib"],
-        "train": ["steps", "global_batch", "log_every", "checkpoint_every", "keep_checkpoints"],
+        "train": ["steps", "global_batch", "decay_steps", "log_every", "checkpoint_every", "keep_checkpoints"],
         "sampling": ["steps", "batch"],
         "generate": ["images", "unit"],
         "evaluate": ["images", "unit", "evaluator_epochs", "grid"],
@@ -121,6 +122,9 @@ def _range_checks(config: Config, command: str) -> Checks:
         "train.weight_decay",
         "train.grad_clip",
         "train.sample_every",
+        "train.keep_every",
+        "train.bad_steps",
+        "train.watchdog_seconds",
         "generate.w",
     ):
         value = _value(config, key)
@@ -161,10 +165,44 @@ def _train_checks(config: Config, command: str) -> Checks:
         f"(train.global_batch={batch} over cluster.workers={workers})",
     )
     yield len(train.betas) == 2 and all(0 <= b < 1 for b in train.betas), f"train.betas={train.betas}: two decays in [0, 1)"
-    yield 0 <= train.ema_decay < 1, f"train.ema_decay={train.ema_decay}: a decay lies in [0, 1)"
+    yield from _average_checks(config)
     yield (
-        train.precision != "bf16" or train.zero_stage >= 1,
-        "train.precision=bf16 with train.zero_stage=0: DeepSpeed keeps fp32 masters of bf16 from stage 1 on; use stage 1 or fp32",
+        train.precision == "fp32" or train.zero_stage >= 1,
+        f"train.precision={train.precision} with train.zero_stage=0: DeepSpeed keeps fp32 masters from stage 1 on; "
+        f"use stage 1 or fp32",
+    )
+    yield (
+        train.precision == "fp32" or train.zero_stage >= 2 or micro in (0, share),
+        f"train.micro_batch={micro} with train.precision={train.precision} at train.zero_stage=1 would add gradients up in "
+        f"{train.precision}; use stage 2 or 3, where they are added up in fp32",
+    )
+    yield (
+        command != "train" or not config.model.learn_sigma,
+        "model.learn_sigma=true cannot be trained: the objective fixes the variance with v (sampling.v); set it to false",
+    )
+    fewest = config.cluster.min_workers
+    yield 0 <= fewest <= workers, f"cluster.min_workers={fewest}: must lie between 0 and cluster.workers={workers}"
+    for count in range(fewest, workers) if fewest else ():
+        yield (
+            batch % count == 0 and (micro == 0 or batch // count % micro == 0),
+            f"train.global_batch={batch} cannot be shared by {count} workers, which cluster.min_workers={fewest} allows: "
+            f"every number of workers from there to cluster.workers={workers} must divide it (in micro-batches, where set)",
+        )
+
+
+def _average_checks(config: Config) -> Checks:
+    train = config.train
+    yield 0 <= train.ema_decay < 1, f"train.ema_decay={train.ema_decay}: a decay lies in [0, 1)"
+    for name in ("ema_half_lives", "ema_sigma_rel"):
+        values = getattr(train, name)
+        yield len(set(values)) == len(values) and all(v > 0 for v in values), f"train.{name}={values}: positive values, each once"
+    # 0.2886751 = 12^-1/2 belongs to the plain mean of all steps, the widest profile of EDM2's family.
+    widest = max(train.ema_sigma_rel, default=0.0)
+    yield widest < 0.2886, f"train.ema_sigma_rel={train.ema_sigma_rel}: relative widths lie below 0.2886"
+    sampled = config.sampling.ema
+    yield (
+        re.fullmatch(r"ema|master|half_life_\d+|sigma_rel_0?\.\d+", sampled) is not None,
+        f"sampling.ema={sampled}: one of ema, master, half_life_N (train.ema_half_lives), sigma_rel_X such as sigma_rel_0.1",
     )
 
 

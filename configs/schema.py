@@ -15,6 +15,8 @@ class DataConfig:
     uri: str = MISSING  # where the shards and their manifest stand
     source: str = "folder"  # what `prepare` reads: digits (scikit-learn's) | folder (class/name.png) | idx (Fashion-MNIST's files)
     path: str = ""  # source=folder: the folder of class folders; source=idx: the folder of the IDX files
+    shards: str = ""  # what `index` reads: tars under `uri` in brace notation, a-{000..099}.tar; empty = all of them
+    skip_broken: bool = False  # whether `index` leaves out broken tars instead of stopping
     image_size: int = 64  # pixels per side; larger images are centre-cropped and resized as ADM does
     channels: int = 3  # 1 = grey, 3 = RGB
     classes: int = 1000  # number of classes; labels are 0 .. classes - 1
@@ -30,19 +32,24 @@ class DataConfig:
 
 @dataclass
 class ModelConfig:
-    """The ADM U-Net (Dhariwal & Nichol 2021). Defaults: the network of the paper's 64x64 models."""
+    """The ADM U-Net (Dhariwal & Nichol 2021) or a DiT (Peebles & Xie 2023). Defaults: the network of the paper's 64x64 models.
 
-    network: str = "adm"  # adm
-    channels: int = 192  # width of the first level
+    A DiT reads network, channels, heads, depth, patch and learn_sigma; it has no dropout.
+    """
+
+    network: str = "adm"  # adm | dit
+    channels: int = 192  # adm: width of the first level; dit: width of a token
     channel_mult: list[int] = field(default_factory=lambda: [1, 2, 3, 4])  # width of each level, in units of `channels`
     res_blocks: int = 3  # residual blocks per level
     attention: list[int] = field(default_factory=lambda: [32, 16, 8])  # feature-map sizes (pixels) that get self-attention
-    heads: int = 4  # attention heads where head_channels is 0
+    heads: int = 4  # adm: attention heads where head_channels is 0; dit: attention heads
     head_channels: int = 64  # channels per attention head; 0 = use `heads`
     resblock_updown: bool = True  # change resolution inside residual blocks (BigGAN's way) instead of by strided convolution
     scale_shift_norm: bool = True  # condition by scale and shift of the group norm (adaptive group norm)
     dropout: float = 0.1  # dropped activations in residual blocks; masks are drawn by global sample index
     learn_sigma: bool = False  # ADM's second set of output channels; the paper fixes the variance with v, so off
+    depth: int = 28  # dit: transformer blocks
+    patch: int = 2  # dit: pixels per side of a token
 
 
 @dataclass
@@ -64,19 +71,27 @@ class TrainConfig:
     micro_batch: int = 0  # images per worker and forward pass; 0 = the worker's whole share, without accumulation
     lr: float = 3e-4  # AdamW's peak learning rate
     warmup_steps: int = 0  # steps of linear warm-up from 0 to lr
-    schedule: str = "constant"  # after the warm-up: constant | cosine (to 0 at the last step)
+    schedule: str = "constant"  # after the warm-up: constant | cosine (to 0 at the last step) | inverse_sqrt (EDM2's)
+    decay_steps: int = 70_000  # inverse_sqrt: step up to which lr is constant; from there it falls as 1 / sqrt(step)
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # AdamW's moment decays
     adam_eps: float = 1e-8  # AdamW's epsilon
     weight_decay: float = 0.0  # AdamW's decoupled weight decay
     grad_clip: float = 1.0  # largest global gradient norm; 0 = no clipping
     ema_decay: float = 0.9999  # decay per step of the averaged weights that sampling uses
-    precision: str = "bf16"  # fp32 | bf16 (fp32 master weights and moments)
+    ema_half_lives: list[int] = field(default_factory=list)  # further averages, by half-life in images
+    ema_sigma_rel: list[float] = field(default_factory=list)  # EDM2's power-function averages, as [0.05, 0.1]: any other follows
+    precision: str = "bf16"  # fp32 | bf16 | fp16 (GPUs only, with loss scaling); master weights and moments are fp32 always
+    recompute: bool = False  # activation checkpointing: a second forward in the backward pass saves memory
+    compile: bool = False  # torch.compile the network; the first step takes minutes
     zero_stage: int = 2  # DeepSpeed ZeRO stage: 0 | 1 | 2 | 3; bf16 needs at least 1
     deepspeed: dict[str, Any] = field(default_factory=dict)  # handed to DeepSpeed as it is, over what freeguide sets
     log_every: int = 50  # steps between two lines of progress and TensorBoard scalars
     sample_every: int = 0  # steps between two TensorBoard sample grids; 0 = only at the end
     checkpoint_every: int = 1000  # steps between two checkpoints
     keep_checkpoints: int = 2  # newest checkpoints that stay; older ones are deleted after a newer one is complete
+    keep_every: int = 0  # checkpoints of steps that it divides stay for good; 0 = none
+    bad_steps: int = 10  # steps of a run that may have gradients that are not finite; such a step moves no weight
+    watchdog_seconds: float = 600.0  # a worker without progress for longer ends itself, so that it is restarted; 0 = never
 
 
 @dataclass
@@ -84,6 +99,7 @@ class SamplingConfig:
     """Algorithm 2 of the paper, or a faster sampler. Network evaluations: 2 * steps with guidance, steps without."""
 
     checkpoint: int = 0  # step of the checkpoint whose averaged weights are sampled; 0 = the newest
+    ema: str = "ema"  # weights to sample: ema (train.ema_decay) | half_life_N | sigma_rel_X (any X, from snapshots) | master (raw)
     sampler: str = "ancestral"  # ancestral (Algorithm 2) | ddim | dpmpp_2m | heun
     spacing: str = "u"  # how the log-SNR levels are spaced: u (the paper's, as in training) | logsnr | karras
     steps: int = 256  # T: network levels; T - 1 noisy transitions and one noiseless last step
@@ -117,6 +133,7 @@ class EvaluateConfig:
 @dataclass
 class ClusterConfig:
     workers: int = 1  # training workers, one GPU each on a GPU cluster
+    min_workers: int = 0  # elastic training: go on with as few where nodes are lost, and take new ones in; 0 = always `workers`
     actors: int = 1  # sampling actors
     cpus_per_worker: float = 1.0  # CPU cores that Ray sets aside for one worker or actor, and threads of its torch
     gpus_per_worker: float = -1.0  # GPUs per worker or actor; -1 = one where the cluster has GPUs, else none

@@ -26,7 +26,7 @@ from data_pipeline.decode import BadSample, Pixels, encode_png
 from data_pipeline.manifest import Manifest, Schema, ShardIndex, Uint32s, build_manifest, load_manifest, save_manifest
 from data_pipeline.store import MissingObject, Store
 
-Progress = Callable[[int, int], None]  # (shards done, shards in all)
+Progress = Callable[[int, int, tuple[str, ...]], None]  # (shards done, shards in all, images left out of the last one)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,10 +108,11 @@ def write_shards(
         return there
     bad: list[str] = []
     for unit in range(plan.units):
-        bad += plan.write(source, store, unit).bad
+        index = plan.write(source, store, unit)
+        bad += index.bad
         _check_budget(bad, bad_images, source.items, final=unit == plan.units - 1)
         if progress is not None:
-            progress(unit + 1, plan.units)
+            progress(unit + 1, plan.units, index.bad)
     return plan.finish(source, store, bad_images)
 
 

@@ -32,7 +32,7 @@ import urllib3.exceptions
 
 from configs.errors import StoreError
 
-PIECE = 2**20  # bytes of one read of a body: larger costs nothing more, smaller costs CPU
+PIECE = 2**18  # most bytes of one read of a body: smaller ones cost CPU for calls, larger ones for memory that is not filled
 MULTIPART = 64 * 2**20  # bytes above which an upload goes in parts; S3 still publishes it at once
 AGAIN = "prepare or index the data again"
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
@@ -503,7 +503,7 @@ class S3Store(Store):
                 _contacted.add((os.getpid(), self.bucket))
         first = body.first_byte if body.first_byte is not None else time.monotonic()
         self.traffic.read(body.reached, first - began, time.monotonic() - began)
-        return bytes(body.buffer)
+        return b"".join(body.pieces)
 
     def _receive(self, key: str, body: "_Body", cancel: threading.Event | None) -> None:
         """One answer: as many of the missing bytes as it brings. Raises one of _FAULTS where it does not bring them all."""
@@ -570,12 +570,9 @@ class _Body:
     start: int
     length: int | None
     etag: str | None
-    buffer: bytearray = field(default_factory=bytearray)
+    pieces: list[bytes] = field(default_factory=list)
     first_byte: float | None = None  # on the monotonic clock
     reached: int = 0
-
-    def __post_init__(self) -> None:
-        self.buffer = bytearray(self.length or 0)
 
     @property
     def complete(self) -> bool:
@@ -594,7 +591,6 @@ class _Body:
             if status != 200 or answer["ResponseMetadata"]["HTTPHeaders"].get("content-length") is None:
                 raise _Fault("no length")
             self.length, self.etag = int(answer["ContentLength"]), etag
-            self.buffer = bytearray(self.length)
             return
         if status != 206:
             raise _Fault("range ignored")
@@ -610,7 +606,7 @@ class _Body:
     def append(self, piece: bytes) -> None:
         if self.first_byte is None:
             self.first_byte = time.monotonic()
-        self.buffer[self.reached : self.reached + len(piece)] = piece
+        self.pieces.append(piece)
         self.reached += len(piece)
 
 

@@ -25,7 +25,7 @@ from trainer.diffusion.objective import training_loss
 from trainer.diffusion.randomness import Purpose, uniform
 from trainer.ema import Ema
 from trainer.engine import Engine, join_process_group
-from trainer.networks.build import build_network, forward_flops
+from trainer.networks.build import build_network, forward_flops, network_options
 from trainer.networks.layers import DropoutKey
 from trainer.sampler import Sampler, grid, noise_schedule
 from trainer.telemetry import Telemetry
@@ -158,7 +158,7 @@ def run_identity(config: Config, manifest: Manifest, order: Order) -> dict[str, 
         "seed": config.seed,
         "train.global_batch": config.train.global_batch,
         "order": order.to_dict(),
-        **{f"model.{name}": value for name, value in vars(config.model).items()},
+        **{f"model.{name}": getattr(config.model, name) for name in network_options(config.model)},
         **{f"diffusion.{name}": value for name, value in vars(config.diffusion).items()},
     }
 

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cluster.metrics.features import Measured
 from configs.errors import DataError
 
 FEATURES = 64  # width of the penultimate layer
@@ -94,6 +95,14 @@ class Evaluator:
                 f, logits = network(_to_input(images[rows]).to(device))
                 features[rows], probabilities[rows] = f.cpu().numpy(), logits.softmax(dim=1).cpu().numpy()
         return features, probabilities
+
+    @property
+    def resize(self) -> str:
+        return "none"
+
+    def measure(self, images: NDArray[np.uint8], device: str = "cpu") -> Measured:
+        """`features` in the form that all extractors share."""
+        return Measured(*self.features(images, device=device))
 
     def to_bytes(self) -> bytes:
         """A safetensors file that holds the weights and what `from_bytes` needs; equal evaluators give equal bytes."""

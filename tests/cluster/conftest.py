@@ -43,6 +43,19 @@ def s3() -> Iterator[str]:
     server.stop()
 
 
+@pytest.fixture
+def strict_s3(s3: str) -> Iterator[None]:
+    """The server with its credentials checked for one test: moto does not do so by itself."""
+
+    def authenticate(after: str) -> None:
+        url, plain = f"{s3}/moto-api/reset-auth", {"Content-Type": "text/plain"}
+        urllib.request.urlopen(urllib.request.Request(url, after.encode(), plain, method="POST")).close()
+
+    authenticate("0")
+    yield
+    authenticate("inf")
+
+
 @pytest.fixture(scope="session")
 def ray_head(s3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
     """A cluster started with `ray start --head`: (address for RAY_ADDRESS, address of its dashboard)."""
@@ -54,11 +67,15 @@ def ray_head(s3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tupl
     patch.setenv("PYTHONPATH", "")  # the code has to come with the job
     (folder / "token").write_text("0123456789abcdef0123456789abcdef")
     port, dashboard, client = free_port(), free_port(), free_port()
+    ports = [f"--port={port}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
+    small = ["--num-cpus=4", "--object-store-memory=200000000", "--node-ip-address=127.0.0.1", "--disable-usage-stats"]
     head = subprocess.Popen(
-        [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=4", "--node-ip-address=127.0.0.1", f"--port={port}",
-         f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}", "--object-store-memory=200000000", "--disable-usage-stats"],
-        cwd=folder, stdout=(folder / "head.log").open("w"), stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
+        [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", *ports, *small],
+        cwd=folder,
+        stdout=(folder / "head.log").open("w"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
     url = f"http://127.0.0.1:{dashboard}"
     deadline = time.monotonic() + 90
     while True:
@@ -68,7 +85,8 @@ def ray_head(s3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tupl
         except urllib.error.HTTPError:
             break  # it answers, and asks for the token
         except OSError:
-            assert head.poll() is None and time.monotonic() < deadline, (folder / "head.log").read_text()
+            alive = head.poll() is None and time.monotonic() < deadline
+            assert alive, (folder / "head.log").read_text()
             time.sleep(0.5)
     yield f"127.0.0.1:{port}", url
     os.killpg(head.pid, signal.SIGTERM)

@@ -153,9 +153,9 @@ def test_more_bad_images_than_the_budget_stop_and_name_the_first(store: Store) -
 
 
 def test_progress_counts_shards(tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[int, int, tuple[str, ...]]] = []
     write_shards(noise_source(30), open_store(str(tmp_path)), shard_samples=10, progress=lambda *at: seen.append(at))
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert seen == [(1, 3, ()), (2, 3, ()), (3, 3, ())]
 
 
 # ------------------------------------------------------------------------------------------------------------- manifest

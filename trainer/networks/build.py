@@ -17,7 +17,8 @@ from trainer.networks.adm import ADM
 from trainer.networks.classifier import Classifier
 from trainer.networks.dit import DiT, DiTConfig
 
-NETWORKS = ("adm",)  # names that `model.network` may have
+NETWORKS = ("adm", "dit")  # names that `model.network` may have
+_DIT = ("network", "channels", "heads", "depth", "patch", "learn_sigma")  # the options that a DiT reads
 
 
 def build_network(model: ModelConfig | DiTConfig, *, image_size: int, channels: int, classes: int, seed: int = 0) -> nn.Module:
@@ -48,6 +49,11 @@ def build_classifier(model: ModelConfig, *, image_size: int, channels: int, clas
         return Classifier(model, image_size=image_size, channels=channels, classes=classes)
 
 
+def network_options(model: ModelConfig) -> list[str]:
+    """Names of the options that decide the network `model.network`, and so the meaning of its weights."""
+    return [name for name in vars(model) if (name in _DIT if model.network == "dit" else name not in ("depth", "patch"))]
+
+
 def count_parameters(module: nn.Module) -> int:
     """Number of parameters; fixed tables are not parameters."""
     return sum(parameter.numel() for parameter in module.parameters())
@@ -71,6 +77,9 @@ def _constructor(model: ModelConfig | DiTConfig, image_size: int, channels: int,
         return lambda: DiT(model, image_size=image_size, channels=channels, classes=classes)
     if model.network not in NETWORKS:
         raise ConfigError(f"model.network is {model.network!r}, which does not exist: choose one of {', '.join(NETWORKS)}.")
+    if model.network == "dit":
+        dit = DiTConfig(model.channels, model.depth, model.heads, model.patch, model.learn_sigma)
+        return _constructor(dit, image_size, channels, classes)
     _check_adm(model, image_size)
     return lambda: ADM(model, image_size=image_size, channels=channels, classes=classes)
 
@@ -121,12 +130,13 @@ def _check_adm(model: ModelConfig, image_size: int) -> None:
 
 
 def _check_dit(model: DiTConfig, image_size: int) -> None:
-    for name in ("width", "depth", "heads", "patch"):
-        if getattr(model, name) < 1:
-            raise ConfigError(f"{name} of the DiT is {getattr(model, name)}: set it to at least 1.")
+    # Named as in `model.*`, where `width` is `channels`.
+    for option, value in (("channels", model.width), ("depth", model.depth), ("heads", model.heads), ("patch", model.patch)):
+        if value < 1:
+            raise ConfigError(f"model.{option} is {value}: set it to at least 1.")
     if image_size % model.patch:
-        raise ConfigError(f"patch of the DiT is {model.patch}: set it to a divisor of data.image_size, which is {image_size}.")
+        raise ConfigError(f"model.patch is {model.patch}: set it to a divisor of data.image_size, which is {image_size}.")
     if model.width % model.heads:
-        raise ConfigError(f"heads of the DiT is {model.heads}: set it to a divisor of its width, which is {model.width}.")
+        raise ConfigError(f"model.heads is {model.heads}: set it to a divisor of model.channels, which is {model.width}.")
     if model.width % 4:
-        raise ConfigError(f"width of the DiT is {model.width}: set it to a multiple of 4, as positions take a quarter each.")
+        raise ConfigError(f"model.channels is {model.width}: set it to a multiple of 4, as positions take a quarter each.")

@@ -7,7 +7,14 @@ import torch
 
 from configs.errors import ConfigError
 from configs.schema import ModelConfig
-from trainer.networks.build import NETWORKS, build_classifier, build_network, count_parameters, forward_flops
+from trainer.networks.build import (
+    NETWORKS,
+    build_classifier,
+    build_network,
+    count_parameters,
+    forward_flops,
+    network_options,
+)
 from trainer.networks.dit import DiTConfig
 
 TINY: dict[str, Any] = {"channels": 16, "channel_mult": [1, 2], "res_blocks": 1, "attention": [4], "head_channels": 8}
@@ -85,16 +92,24 @@ def test_a_network_that_cannot_be_is_one_sentence(options: dict[str, Any], data:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"patch": 3}, ["patch", "3", "8"]),
-        ({"heads": 5}, ["heads", "5", "32"]),
-        ({"width": 34, "heads": 2}, ["width", "34", "4"]),
-        ({"depth": 0}, ["depth", "0"]),
+        ({"patch": 3}, ["model.patch", "3", "8"]),
+        ({"heads": 5}, ["model.heads", "5", "32"]),
+        ({"channels": 34, "heads": 2}, ["model.channels", "34", "4"]),
+        ({"depth": 0}, ["model.depth", "0"]),
     ],
 )
 def test_a_dit_that_cannot_be_is_one_sentence(options: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(ConfigError) as error:
-        build_network(DiTConfig(**{"width": 32, "depth": 1, "heads": 4, **options}), **DATA)
+        build_network(ModelConfig(**{"network": "dit", "channels": 32, "depth": 1, "heads": 4, **options}), **DATA)
     assert all(word in str(error.value) for word in words)
+
+
+def test_a_dit_is_built_from_the_options_of_the_model() -> None:
+    model = ModelConfig(network="dit", channels=32, depth=2, heads=4, patch=4)
+    ours = build_network(model, **DATA)
+    assert same_weights(ours, build_network(DiTConfig(width=32, depth=2, heads=4, patch=4), **DATA))
+    assert network_options(model) == ["network", "channels", "heads", "learn_sigma", "depth", "patch"]
+    assert not {"depth", "patch"} & set(network_options(ModelConfig()))
 
 
 def test_parameters_are_counted_once() -> None:

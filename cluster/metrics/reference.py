@@ -1,0 +1,185 @@
+"""The real images that samples are measured against: their statistics, and the features of some of them.
+
+They come from a manifest (measured here), from an `.npz` of statistics (ADM's `mu, sigma, mu_s, sigma_s`, EDM's `mu, sigma`, or
+one written here) or from an `.npz` of images (`arr_0`). A file that holds both, as ADM's references do, gives its statistics to
+FID and its images to precision, recall and KID. Pickles are refused: reading one runs whatever its author wrote.
+"""
+
+import hashlib
+import io
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.metrics import moments
+from cluster.metrics.features import UNIT, Extractor, Measured, concatenated, read_object
+from configs.errors import DataError
+from data_pipeline.manifest import Manifest
+from data_pipeline.scan import scan
+from data_pipeline.store import Store
+
+Array = NDArray[np.float64]
+
+KEPT = 10_000  # images whose features are kept for precision, recall and KID, as in ADM's reference files
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Mean (d,) and covariance (d, d) of n images' features; n = 0 where their file does not say."""
+
+    mean: Array
+    covariance: Array
+    n: int
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    dataset: str  # name of the data set, as published tables call it ("imagenet64"); "" = not named
+    pool: Statistics  # of the extractor's features
+    spatial: Statistics | None = None  # of its spatial features, for sFID
+    features: NDArray[np.float32] | None = None  # (M, d) of up to KEPT images
+
+    @property
+    def sha256(self) -> str:
+        """Fingerprint of everything that metrics read, little-endian."""
+        digest = hashlib.sha256()
+        for statistics in (self.pool, self.spatial):
+            if statistics is not None:
+                digest.update(f"n={statistics.n} d={len(statistics.mean)}\n".encode())
+                digest.update(np.ascontiguousarray(statistics.mean, "<f8").tobytes())
+                digest.update(np.ascontiguousarray(statistics.covariance, "<f8").tobytes())
+        if self.features is not None:
+            digest.update(f"features {self.features.shape}\n".encode() + np.ascontiguousarray(self.features, "<f4").tobytes())
+        return digest.hexdigest()
+
+    def to_bytes(self, extractor: Extractor) -> bytes:
+        """An `.npz` that other tools read too (mu, sigma, mu_s, sigma_s) and that names the extractor; no pickle."""
+        arrays: dict[str, Any] = {"mu": self.pool.mean, "sigma": self.pool.covariance, "n": np.int64(self.pool.n)}
+        if self.spatial is not None:
+            arrays |= {"mu_s": self.spatial.mean, "sigma_s": self.spatial.covariance}
+        if self.features is not None:
+            arrays["features"] = self.features
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays, extractor=np.array(extractor.hash), dataset=np.array(self.dataset))
+        return buffer.getvalue()
+
+
+def from_manifest(store: Store, manifest: Manifest, extractor: Extractor, dataset: str = "", device: str = "cpu") -> Reference:
+    """Measure every image of a manifest, in its order. Raises DataError for unreadable images."""
+    return _measured(_blocks(image for image, _ in scan(store, manifest)), manifest.samples, extractor, dataset, device)
+
+
+def from_npz(data: bytes, where: str, extractor: Extractor, dataset: str = "", device: str = "cpu") -> Reference:
+    """Read the statistics or images of an `.npz`. `where` names it in errors. Raises DataError for whatever does not fit."""
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+            # ADM's files hold thousands of images that are not wanted where features are already there.
+            arrays = {name: archive[name] for name in archive.files if name in _NAMES and not _spare(name, archive.files)}
+    except (OSError, EOFError, ValueError, TypeError, AttributeError, KeyError, zipfile.BadZipFile):
+        raise DataError(
+            f"{where} is not an .npz of plain arrays; a pickle could run code and is never read, so save mu and sigma with np.savez"
+        ) from None
+    if "extractor" in arrays and str(arrays["extractor"]) != extractor.hash:
+        raise DataError(
+            f"{where} was measured with the weights {str(arrays['extractor'])[:12]} and not with those of {extractor.name} "
+            f"({extractor.hash[:12]}); measure the reference again"
+        )
+    dataset = dataset or str(arrays.get("dataset", ""))
+    images = arrays.get("arr_0")
+    if "mu" not in arrays:
+        if images is None:
+            raise DataError(f"{where} holds neither mu and sigma nor images as arr_0; give a file of one or the other")
+        _check_images(images, where)
+        return _measured(_blocks(iter(images)), len(images), extractor, dataset, device)
+    n = int(arrays.get("n", 0))
+    pool = _statistics(arrays, "mu", "sigma", n, where)
+    spatial = _statistics(arrays, "mu_s", "sigma_s", n, where) if "mu_s" in arrays else None
+    features = arrays.get("features")
+    if images is not None:
+        _check_images(images, where)
+        features = extractor.measure(images[_spread(len(images))], device).features
+    if features is not None and (features.ndim != 2 or features.shape[1] != len(pool.mean)):
+        raise DataError(
+            f"{where} has statistics of {len(pool.mean)} dimensions and features {features.shape} from {extractor.name}; use the "
+            "extractor that made the statistics"
+        )
+    return Reference(dataset, pool, spatial, features)
+
+
+def load_npz(uri: str, extractor: Extractor, dataset: str = "", device: str = "cpu") -> Reference:
+    """`from_npz` of a path or URI."""
+    if uri.endswith((".pkl", ".pickle")):
+        raise DataError(f"{uri} is a pickle, which could run code and is never read; save its mu and sigma with np.savez")
+    return from_npz(read_object(uri, "correct the path of the reference"), uri, extractor, dataset, device)
+
+
+_NAMES = {"mu", "sigma", "mu_s", "sigma_s", "n", "features", "extractor", "dataset", "arr_0"}
+
+
+def _spare(name: str, present: list[str]) -> bool:
+    return name == "arr_0" and "features" in present
+
+
+def _statistics(arrays: dict[str, Any], mu: str, sigma: str, n: int, where: str) -> Statistics:
+    """Checked mean and covariance, float64. Raises DataError for missing, mis-shaped, not finite or not symmetric arrays."""
+    if sigma not in arrays:
+        raise DataError(f"{where} holds {mu} but not {sigma}; a Frechet distance needs both")
+    mean, cov = arrays[mu], arrays[sigma]
+    floating = np.issubdtype(mean.dtype, np.floating) and np.issubdtype(cov.dtype, np.floating)
+    if not floating or mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
+        raise DataError(
+            f"{where} needs {mu} (d,) and {sigma} (d, d) as floats, not {mean.dtype} {mean.shape} and {cov.dtype} {cov.shape}; "
+            "compute the statistics again"
+        )
+    mean, cov = mean.astype(np.float64), cov.astype(np.float64)
+    if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
+        raise DataError(f"{where} holds NaN or infinity in {mu} or {sigma}; compute the statistics again")
+    # Statistics that were computed in float32 are symmetric to about 1e-7 of their largest entry.
+    if np.abs(cov - cov.T).max() > 1e-5 * np.abs(cov).max():
+        raise DataError(f"{sigma} of {where} is not symmetric and so no covariance; compute the statistics again")
+    return Statistics(mean, (cov + cov.T) / 2.0, n)
+
+
+def _check_images(images: NDArray[Any], where: str) -> None:
+    if images.dtype != np.uint8 or images.ndim != 4 or len(images) < 2:
+        raise DataError(
+            f"arr_0 of {where} must hold two images or more, uint8 (N, H, W, C), not {images.dtype} {images.shape}; save them so"
+        )
+
+
+def _measured(blocks: Iterator[NDArray[np.uint8]], n: int, extractor: Extractor, dataset: str, device: str) -> Reference:
+    wanted, seen = _spread(n), 0
+    pools, spatials, kept = [], [], []
+    for block in blocks:
+        measured = extractor.measure(block, device)
+        pools.append(moments.from_features(measured.features))
+        if measured.spatial is not None:
+            spatials.append(moments.from_features(measured.spatial))
+        here = wanted[(wanted >= seen) & (wanted < seen + len(block))] - seen
+        kept.append(Measured(measured.features[here]))
+        seen += len(block)
+        # One running sum instead of one matrix per block: the same additions in the same order.
+        pools, spatials = [moments.merged(pools)], [moments.merged(spatials)] if spatials else []
+    pool = pools[0]
+    spatial = Statistics(spatials[0].mean, spatials[0].covariance, n) if spatials else None
+    return Reference(dataset, Statistics(pool.mean, pool.covariance, n), spatial, concatenated(kept).features)
+
+
+def _blocks(images: Iterator[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:
+    block: list[NDArray[np.uint8]] = []
+    for image in images:
+        block.append(image)
+        if len(block) == UNIT:
+            yield np.stack(block)
+            block = []
+    if block:
+        yield np.stack(block)
+
+
+def _spread(n: int) -> NDArray[np.int64]:
+    """Up to KEPT indices below n, evenly spaced, so that data sorted by class are kept in proportion."""
+    return np.arange(min(n, KEPT), dtype=np.int64) * n // min(n, KEPT)
