@@ -1,60 +1,58 @@
-"""The report of an evaluation: one table, two figures, the samples, and a page that holds them all.
+"""The report of an evaluation: tables, figures, the samples, and a page that holds them all.
 
 Rows are sorted and checked first: all that share a table agree in every condition but w and those the caller names as varying
-(an experiment over p_uncond, say); each combination of these is a series with its own curve. Equal rows and grids give equal
-bytes, file by file: nothing here knows the date or the machine. What does depend on the machine (seconds, images/s) goes into
-`times.json` and nowhere else.
+(an experiment over p_uncond, say); each combination of these is a series with its own curve. Series are compared at equal Inception
+score, never at equal w. Published numbers stand beside ours where the conditions match and are grey, with the reason, where not.
 
-Files: report.json (rows, readable by `rows.from_json`), table.md, fid_over_w.png, frontier.png (FID against IS, the paper's
-figure 4), samples_w<w>.png for each w, samples.png (several w side by side), index.html (all of it in one file).
+Equal rows and grids give equal bytes, file by file: nothing here knows the date or the machine. What does depend on the machine
+(seconds, images/s) goes into `times.json` and `cost.md` and nowhere else.
+
+Files: report.json (rows, readable by `rows.from_json`), report.csv (every field of every row), table.md, fid_over_w.png,
+frontier.png (FID against IS, the paper's figure 4), samples_w<w>.png for each w, samples.png (several w side by side), index.html
+(all of it in one file).
 """
 
 import base64
+import csv
 import html
 import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import pairwise
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import matplotlib.style
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from cluster.metrics.rows import Row, require_comparable, to_json
+from cluster import figures
+from cluster.figures import COLOURS, GREY, INK, Series, best_of, distance
+from cluster.metrics.frontier import common_scores, fid_at, over_seeds
+from cluster.metrics.published import beside, rows_of, why_not_beside
+from cluster.metrics.rows import Row, require_comparable, require_same_instrument, to_json
 from configs.errors import DataError
 
-Series = tuple[str, list[Row]]  # label ("" where nothing varies) and rows in the order of w
 
-COLOURS = ("#2f5d8c", "#c8553d", "#4a7c59", "#7d5ba6", "#b8860b", "#3c8d93")
-INK, GREY = "#222222", "#666666"
-SHARES = (("precision", "o-"), ("recall", "s--"), ("accuracy", "^:"))  # quantities between 0 and 1 and their lines
-STYLE: dict[str, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": "#888888",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "grid.color": "#ececec",
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-    "legend.frameon": False,
-    "lines.linewidth": 1.8,
-    "lines.markersize": 5,
-}
+@dataclass(frozen=True)
+class Cost:
+    """What the sweep took. One network evaluation is one forward pass for one image."""
+
+    images: int  # made, over all w
+    evaluations: int  # of the network, as they were made: shared prefixes once, unguided steps with one forward
+    naive_evaluations: int  # of sampling every w by itself with both predictions at every step where w is not 0
+    device_seconds: float  # of sampling and measuring, added over actors
+    device: str  # what the actors ran on: "NVIDIA H100", "CPU"
+
+
+@dataclass(frozen=True)
+class _Table:
+    heading: str
+    heads: list[str]
+    lines: list[list[str]]
+    bold: frozenset[tuple[int, int]] = frozenset()  # (line, column)
+    note: str = ""
+    grey: bool = False  # not comparable with the rest; the note says why
 
 
 def write_report(
@@ -65,32 +63,42 @@ def write_report(
     title: str,
     classes: Sequence[str] = (),
     varying: Sequence[str] = (),
+    others: Sequence[Row] = (),
+    cost: Cost | None = None,
     times: Mapping[str, float] | None = None,
 ) -> list[Path]:
     """Write the report of `rows` into the folder `out_dir` and return the files written, in a fixed order.
 
     `grids[w]` is uint8 (rows, columns, H, W, C): a column for each class of `classes`, and at each place the same noise for every
     w. `varying` names the conditions besides w in which rows may differ; the grids are then of whichever series the caller chose.
-    `times` (name -> seconds or rate) becomes times.json. Raises DataError for no rows, two rows of one w, rows that do not
-    compare, and grids that are not of one shape.
+    `others` are rows of other people's images (`cluster.score`), measured alike. `times` (name -> seconds or rate) becomes
+    times.json, with the seconds of `cost`. Raises DataError for no rows, two rows of one w, rows that do not compare, and grids
+    that are not of one shape.
     """
     series = _series(list(rows), varying)
     ordered = [row for _, members in series for row in members]
+    require_same_instrument([ordered[0], *others])
     _check_grids(grids, classes)
+    tables = _tables(series, ordered, varying, others, cost)
     files: dict[str, bytes] = {
         "report.json": _json(ordered, title, varying, series).encode(),
-        "table.md": _markdown(ordered, title, varying, series).encode(),
+        "report.csv": _csv([*ordered, *others]).encode(),
+        "table.md": _markdown(title, tables).encode(),
+        "fid_over_w.png": figures.curves(series),
     }
-    with matplotlib.style.context(["default", STYLE]):
-        files["fid_over_w.png"] = _curves(series)
-        files["frontier.png"] = _frontier(series)
+    matching = [number for number in rows_of(ordered[0].dataset) if why_not_beside(ordered[0]) is None and number.w is None]
+    files["frontier.png"] = figures.frontier(series, others, matching)
     for w in sorted(grids):
-        files[f"samples_w{w:g}.png"] = _png(Image.fromarray(_tiled(grids[w])))
+        files[f"samples_w{w:g}.png"] = figures.png(Image.fromarray(figures.tiled(grids[w])))
     if grids:
-        files["samples.png"] = _png(_side_by_side(grids, classes, series))
-    files["index.html"] = _page(files, ordered, title, varying, series).encode()
-    if times is not None:
-        files["times.json"] = (json.dumps(dict(sorted(times.items())), indent=1, allow_nan=False) + "\n").encode()
+        files["samples.png"] = figures.png(figures.side_by_side(grids, classes, series))
+    files["index.html"] = _page(files, title, tables).encode()
+    seconds = dict(times or {})
+    if cost is not None:
+        files["cost.md"] = _cost_in_seconds(cost).encode()
+        seconds |= {"device_seconds": cost.device_seconds, "images_per_device_second": cost.images / cost.device_seconds}
+    if times is not None or cost is not None:
+        files["times.json"] = (json.dumps(dict(sorted(seconds.items())), indent=1, allow_nan=False) + "\n").encode()
     out_dir.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         (out_dir / name).write_bytes(data)
@@ -102,14 +110,18 @@ def _series(rows: list[Row], varying: Sequence[str]) -> list[Series]:
         raise DataError("a report needs at least one metric row; evaluate at least one w")
     require_comparable(rows, varying)
     groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in sorted(rows, key=lambda row: (*(getattr(row, name) for name in varying), row.w)):
-        members = groups.setdefault(tuple(getattr(row, name) for name in varying), [])
+    for row in sorted(rows, key=lambda row: (*((v is not None, v) for v in _key(row, varying)), row.w)):
+        members = groups.setdefault(_key(row, varying), [])
         if members and members[-1].w == row.w:
             raise DataError(f"run {row.run!r} has two rows for w = {row.w:g} under the same conditions; keep one of them")
         members.append(row)
     return [
         (", ".join(f"{name} {_plain(value)}" for name, value in zip(varying, key, strict=True)), g) for key, g in groups.items()
     ]
+
+
+def _key(row: Row, varying: Sequence[str]) -> tuple[Any, ...]:
+    return tuple(getattr(row, name) for name in varying)
 
 
 def _check_grids(grids: Mapping[float, NDArray[np.uint8]], classes: Sequence[str]) -> None:
@@ -124,313 +136,265 @@ def _check_grids(grids: Mapping[float, NDArray[np.uint8]], classes: Sequence[str
         )
 
 
-# ----------------------------------------------------------------------------------------------------------------- words
+# --- tables ---
+
+
+def _tables(
+    series: list[Series], ordered: list[Row], varying: Sequence[str], others: Sequence[Row], cost: Cost | None
+) -> list[_Table]:
+    tables = [_metrics(series, ordered, varying)]
+    if len(series) > 1:
+        tables += _matched(series)
+    tables += [_seeds(ordered, name) for name in ("seed", "run") if tuple(varying) == (name,) and len(series) > 1]
+    if others:
+        tables.append(_others(others))
+    tables.append(_published(ordered[0]))
+    if cost is not None:
+        tables.append(_evaluations(cost))
+    return tables
+
+
+def _metrics(series: list[Series], ordered: list[Row], varying: Sequence[str]) -> _Table:
+    """The paper's table: a line for each w, the best FID of each series bold, the paper's own numbers where they match."""
+    shown = _columns(ordered)
+    heads = [*varying, "w", *(head for head, _ in shown)]
+    best = {id(best_of(members)) for _, members in series}
+    printed = [[number for number in rows_of(row.dataset) if beside(row, number)] for row in ordered]
+    if any(printed):
+        heads += ["paper's FID", "paper's IS"]
+    lines = []
+    for row, numbers in zip(ordered, printed, strict=True):
+        cells = [_plain(value) for value in _key(row, varying)] + [f"{row.w:g}"] + [form(row) for _, form in shown]
+        if any(printed):
+            cells.append(" / ".join(distance(number.fid) for number in numbers) or "-")
+            cells.append(" / ".join(f"{number.inception_score:g}" for number in numbers if number.inception_score) or "-")
+        lines.append(cells)
+    bold = frozenset((line, len(varying) + 1) for line, row in enumerate(ordered) if id(row) in best)
+    return _Table("", heads, lines, bold, _caption(ordered[0], varying))
+
+
+def _columns(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], str]]]:
+    """Heads and forms of the values that at least one row has."""
+
+    def number(name: str, form: Callable[[float], str]) -> Callable[[Row], str]:
+        return lambda row: "-" if getattr(row, name) is None else form(getattr(row, name))
+
+    def with_spread(row: Row) -> str:
+        return distance(row.fid) + ("" if row.fid_std is None else f" ± {row.fid_std:.2g}")
+
+    name = rows[0].fid_name
+    columns: list[tuple[str, str, Callable[[Row], str]]] = [
+        (f"{name} ↓", "fid", with_spread),
+        ("IS ↑", "inception_score", lambda row: f"{row.inception_score:.2f} ± {row.inception_score_std:.2f}"),
+        ("accuracy", "accuracy", number("accuracy", "{:.3f}".format)),
+        ("precision", "precision", number("precision", "{:.3f}".format)),
+        ("recall", "recall", number("recall", "{:.3f}".format)),
+        ("KID × 1000", "kid", number("kid", lambda kid: f"{1000 * kid:.3f}")),
+        (f"{name} ∞", "fid_infinity", number("fid_infinity", distance)),
+        ("sFID", "sfid", number("sfid", distance)),
+        ("FD-DINOv2", "fd_dinov2", number("fd_dinov2", distance)),
+        ("NFE", "nfe", number("nfe", str)),
+    ]
+    return [(head, form) for head, field, form in columns if any(getattr(row, field) is not None for row in rows)]
+
+
+def _matched(series: list[Series]) -> list[_Table]:
+    """FID of every series at the Inception scores that all of them reach; empty where they share none."""
+    members = [rows for _, rows in series]
+    scores = common_scores(members)
+    found = [[fid_at(rows, score) for rows in members] for score in scores]
+    lowest = [min(value for value in values if value is not None) for values in found]
+    bold = frozenset((line, 1 + i) for line, values in enumerate(found) for i, value in enumerate(values) if value == lowest[line])
+    lines = [
+        [f"{score:g}", *("-" if value is None else distance(value) for value in values)]
+        for score, values in zip(scores, found, strict=True)
+    ]
+    name = members[0][0].fid_name
+    note = (
+        f"{name} on straight lines between neighbouring w, at Inception scores that all curves reach. Guidance trades one for the "
+        "other, so models compare here and not at equal w."
+    )
+    return (
+        [_Table(f"{name} at equal Inception score", ["IS", *(label for label, _ in series)], lines, bold, note)] if scores else []
+    )
+
+
+def _seeds(ordered: list[Row], name: str) -> _Table:
+    gathered = over_seeds(ordered, (name,))
+
+    def spread(mean: float, std: float | None) -> str:
+        return distance(mean) if std is None else f"{distance(mean)} ± {std:.2g}"
+
+    lines = [
+        [f"{g.w:g}", spread(g.fid.mean, g.fid.std), spread(g.inception_score.mean, g.inception_score.std), str(g.fid.k)]
+        for g in gathered
+    ]
+    what = {"seed": "sampling seeds", "run": "runs"}[name]
+    note = f"Mean ± standard deviation of one value (denominator k - 1) over k {what}; never the best of them."
+    return _Table(f"Over {what}", ["w", ordered[0].fid_name, "IS", "k"], lines, note=note)
+
+
+def _others(others: Sequence[Row]) -> _Table:
+    shown = _columns(others)
+    lines = [[row.run, *(form(row) for _, form in shown)] for row in others]
+    note = "Images made by others, measured here with the same n, reference and extractor. How they were rounded is not known."
+    return _Table("Other models, measured here", ["images", *(head for head, _ in shown)], lines, note=note)
+
+
+def _published(row: Row) -> _Table:
+    """What papers printed for this data set; only a sentence where they printed nothing."""
+    reason, numbers = why_not_beside(row), rows_of(row.dataset)
+    if not numbers:
+        return _Table("", [], [], note=f"No published numbers stand here because {reason}.", grey=True)
+
+    def cell(value: float | None) -> str:
+        return "-" if value is None else f"{value:g}"
+
+    lines = [
+        [n.model, cell(n.w), cell(n.p_uncond), cell(n.steps), f"{n.fid:g}", cell(n.inception_score), n.source] for n in numbers
+    ]
+    note = "Printed by the papers named; each measured 50 000 images with Inception's features."
+    if reason is not None:
+        note = f"Not comparable with the rows above because {reason}. " + note
+    heads = ["model", "w", "p_uncond", "T", "FID", "IS", "source"]
+    return _Table(f"Published for {row.dataset}", heads, lines, note=note, grey=reason is not None)
+
+
+def _evaluations(cost: Cost) -> _Table:
+    lines = [
+        ["this sweep", f"{cost.evaluations:,}", f"{cost.evaluations / cost.images:.1f}"],
+        ["every w by itself", f"{cost.naive_evaluations:,}", f"{cost.naive_evaluations / cost.images:.1f}"],
+    ]
+    share = cost.evaluations / cost.naive_evaluations
+    note = f"{share:.0%} of the naive sweep, which runs both predictions at every step of every w > 0. Seconds are in cost.md."
+    return _Table("Cost", ["", "network evaluations", "per image"], lines, note=note)
+
+
+def _cost_in_seconds(cost: Cost) -> str:
+    naive = cost.device_seconds * cost.naive_evaluations / cost.evaluations
+    rows = [
+        ("device", cost.device),
+        ("images", f"{cost.images:,}"),
+        ("network evaluations", f"{cost.evaluations:,}"),
+        ("device-seconds", f"{cost.device_seconds:,.1f}"),
+        ("images per device-second", f"{cost.images / cost.device_seconds:.3g}"),
+        ("device-seconds of a naive sweep at this speed", f"{naive:,.1f}"),
+    ]
+    return "\n".join(["| | |", "|---|---:|", *(f"| {name} | {value} |" for name, value in rows)]) + "\n"
+
+
+# --- words ---
 
 
 def _plain(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _distance(value: float) -> str:
-    """Two decimals, as the paper prints FID; three significant digits below one."""
-    return f"{value:.2f}" if value >= 1 else f"{value:.3g}"
-
-
-def _best(members: list[Row]) -> Row:
-    return min(members, key=lambda row: row.fid)
+    return "not known" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _json(ordered: list[Row], title: str, varying: Sequence[str], series: list[Series]) -> str:
-    best = [{"series": label, "w": _best(members).w, "fid": _best(members).fid} for label, members in series]
+    best = [{"series": label, "w": best_of(members).w, "fid": best_of(members).fid} for label, members in series]
     document = {"title": title, "varying": list(varying), "best": best} | json.loads(to_json(ordered))
     return json.dumps(document, indent=1, allow_nan=False) + "\n"
 
 
-def _cells(ordered: list[Row], varying: Sequence[str], series: list[Series]) -> tuple[list[str], list[tuple[list[str], int]]]:
-    """Heads of the table, and for each row its cells and the column to be set bold (-1: none)."""
-
-    def optional(value: float | None, form: Callable[[float], str]) -> str:
-        return "-" if value is None else form(value)
-
-    columns: list[tuple[str, Callable[[Row], float | None], Callable[[Row], str]]] = [
-        (f"{ordered[0].fid_name} ↓", lambda row: row.fid, lambda row: _distance(row.fid)),
-        ("IS ↑", lambda row: row.inception_score, lambda row: f"{row.inception_score:.2f} ± {row.inception_score_std:.2f}"),
-        ("accuracy", lambda row: row.accuracy, lambda row: f"{row.accuracy:.3f}"),
-        ("precision", lambda row: row.precision, lambda row: optional(row.precision, "{:.3f}".format)),
-        ("recall", lambda row: row.recall, lambda row: optional(row.recall, "{:.3f}".format)),
-        ("KID × 1000", lambda row: row.kid, lambda row: optional(row.kid, lambda kid: f"{1000 * kid:.3f}")),
-        (f"{ordered[0].fid_name} ∞", lambda row: row.fid_infinity, lambda row: optional(row.fid_infinity, _distance)),
-        ("NFE", lambda row: row.nfe, lambda row: str(row.nfe)),
-    ]
-    shown = [column for column in columns if any(column[1](row) is not None for row in ordered)]
-    heads = [*varying, "w", *(head for head, _, _ in shown)]
-    best = {id(_best(members)) for _, members in series}
-    lines = []
-    for row in ordered:
-        conditions = [_plain(getattr(row, name)) for name in varying]
-        cells = [*conditions, f"{row.w:g}", *(form(row) for _, _, form in shown)]
-        lines.append((cells, len(varying) + 1 if id(row) in best else -1))
-    return heads, lines
+def _csv(rows: Sequence[Row]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(asdict(rows[0])), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: "" if value is None else value for name, value in asdict(row).items()} for row in rows)
+    return text.getvalue()
 
 
 def _caption(row: Row, varying: Sequence[str]) -> str:
     """Every condition that all rows share, in words."""
+    clip = {True: "x clipped to [-1, 1]", False: "x not clipped", None: "clipping of x not known"}
     said = {
         "run": f"run {row.run}",
-        "checkpoint_step": f"checkpoint of step {row.checkpoint_step}",
-        "ema": f"EMA {row.ema:g}" if row.ema else "raw weights",
-        "p_uncond": f"p_uncond {row.p_uncond:g}",
+        "checkpoint_step": f"checkpoint of step {_plain(row.checkpoint_step)}",
+        "ema": "raw weights" if row.ema == 0 else f"EMA {_plain(row.ema)}",
+        "p_uncond": f"p_uncond {_plain(row.p_uncond)}",
         "sampler": f"sampler {row.sampler}",
-        "steps": f"T = {row.steps}",
-        "v": f"v = {row.v:g}",
-        "clip": "x clipped to [-1, 1]" if row.clip else "x not clipped",
-        "seed": f"sampling seed {row.seed}",
+        "steps": f"T = {_plain(row.steps)}",
+        "v": f"v = {_plain(row.v)}",
+        "clip": clip[row.clip],
+        "options": row.options,
+        "seed": f"sampling seed {_plain(row.seed)}",
         "code_version": f"code {row.code_version}",
     }
-    model = ", ".join(words for name, words in said.items() if name not in varying)
+    model = ", ".join(words for name, words in said.items() if words and name not in varying)
+    real = f"{row.reference_n} images" if row.reference_n else "a number of images that its file does not say"
     measured = (
-        f"n = {row.n} images, labels {row.labels}, rounding {row.rounding}, resize {row.resize}; reference of {row.reference_n} "
-        f"images ({row.reference[:12]}); features of {row.extractor} ({row.extractor_hash[:12]})"
+        f"n = {row.n} images, labels {row.labels}, rounding {row.rounding}, resize {row.resize}; reference "
+        f"{row.dataset or 'without a name'}, of {real} ({row.reference[:12]}); features of {row.extractor} "
+        f"({row.extractor_hash[:12]})"
     )
-    if row.fid_name == "FID":
-        return f"{model}; {measured}."
-    return f"{model}; {measured}. {row.fid_name} is the Fréchet distance of these features and compares with no other FID."
+    if row.dinov2:
+        measured += f"; DINOv2 ({row.dinov2[:12]}) against its reference ({row.dinov2_reference[:12]})"
+    words = [f"{model}; {measured}."]
+    if row.fid_std is not None:
+        words.append(f"± after {row.fid_name}: standard deviation over sets of n images of one network, by jackknife.")
+    if row.fid_name != "FID":
+        words.append(f"{row.fid_name} is the Fréchet distance of these features and compares with no other FID.")
+    return " ".join(words)
 
 
-def _markdown(ordered: list[Row], title: str, varying: Sequence[str], series: list[Series]) -> str:
-    heads, lines = _cells(ordered, varying, series)
-    table = ["| " + " | ".join(heads) + " |", "|" + "---:|" * len(heads)]
-    for cells, bold in lines:
-        marked = [f"**{cell}**" if column == bold else cell for column, cell in enumerate(cells)]
-        table.append("| " + " | ".join(cell.replace("|", "\\|") for cell in marked) + " |")
-    return f"# {title}\n\n" + "\n".join(table) + f"\n\n{_caption(ordered[0], varying)}\n"
+def _markdown(title: str, tables: Sequence[_Table]) -> str:
+    parts = [f"# {title}"]
+    for table in tables:
+        if table.heading:
+            parts.append(f"## {table.heading}")
+        if table.lines:
+            lines = ["| " + " | ".join(table.heads) + " |", "|" + "---:|" * len(table.heads)]
+            for i, cells in enumerate(table.lines):
+                marked = [f"**{cell}**" if (i, column) in table.bold else cell for column, cell in enumerate(cells)]
+                lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in marked) + " |")
+            parts.append("\n".join(lines))
+        if table.note:
+            parts.append(f"*{table.note}*" if table.grey else table.note)
+    return "\n\n".join(parts) + "\n"
 
 
-def _page(files: Mapping[str, bytes], ordered: list[Row], title: str, varying: Sequence[str], series: list[Series]) -> str:
-    heads, lines = _cells(ordered, varying, series)
-    table = "".join(f"<th>{html.escape(head)}</th>" for head in heads)
-    for cells, bold in lines:
-        tags = "".join(
-            f"<td{' class=best' if column == bold else ''}>{html.escape(cell)}</td>" for column, cell in enumerate(cells)
-        )
-        table += f"</tr>\n<tr>{tags}"
+# --- the page ---
+
+
+def _page(files: Mapping[str, bytes], title: str, tables: Sequence[_Table]) -> str:
     pictures = "".join(
         f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(files[name]).decode()}">\n'
         for name in ("fid_over_w.png", "frontier.png", "samples.png")
         if name in files
     )
+    first, *rest = (_section(table) for table in tables)
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{html.escape(title)}</title>
 <style>
-body {{ font: 15px/1.5 system-ui, sans-serif; color: {INK}; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }}
+body {{ font: 15px/1.5 system-ui, sans-serif; color: {INK}; max-width: 84rem; margin: 2rem auto; padding: 0 1rem }}
+section {{ overflow-x: auto }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
-th, td {{ padding: .2rem .9rem; text-align: right; border-bottom: 1px solid #eee }}
+th, td {{ padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #eee; white-space: nowrap }}
 th {{ border-bottom: 2px solid {INK}; font-weight: 600 }}
 .best {{ font-weight: 700; color: {COLOURS[1]} }}
+.grey, .grey th, .grey td {{ color: #999 }}
+h2 {{ font-size: 1.1rem; margin: 2rem 0 .5rem }}
 p {{ color: {GREY}; max-width: 60rem }}
 img {{ display: block; max-width: 100%; margin: 2rem 0 }}
 </style>
 <h1>{html.escape(title)}</h1>
-<table><tr>{table}</tr></table>
-<p>{html.escape(_caption(ordered[0], varying))}</p>
-{pictures}</html>
+{first}
+{pictures}{"".join(rest)}</html>
 """
 
 
-# --------------------------------------------------------------------------------------------------------------- figures
-
-
-def _curves(series: list[Series]) -> bytes:
-    """FID, IS with its spread, and accuracy, precision and recall, each over w."""
-    figure = Figure(figsize=(13.5, 3.9), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    for colour, (label, rows) in zip(_colours(series), series, strict=True):
-        w = [row.w for row in rows]
-        left.plot(w, [row.fid for row in rows], "o-", color=colour, label=label)
-        best = _best(rows)
-        left.plot(best.w, best.fid, "o", markersize=11, markerfacecolor="none", markeredgecolor=colour)
-        score = np.array([row.inception_score for row in rows])
-        spread = np.array([row.inception_score_std for row in rows])
-        middle.plot(w, score, "o-", color=colour, label=label)
-        middle.fill_between(w, score - spread, score + spread, color=colour, alpha=0.15, linewidth=0)
-        for (name, line), colour_ in zip(SHARES, COLOURS, strict=False):
-            points = [(row.w, getattr(row, name)) for row in rows if getattr(row, name) is not None]
-            if points:
-                right.plot(*zip(*points, strict=True), line, color=colour if len(series) > 1 else colour_)
-    _log_if_wide(left, [row.fid for _, rows in series for row in rows])
-    name = series[0][1][0].fid_name
-    if len(series) == 1:
-        best = _best(series[0][1])
-        left.set_title(f"{name}: best {_distance(best.fid)} at w = {best.w:g}")
-    else:
-        left.set_title(f"{name} (ring: best)")
-        left.legend()
-    middle.set_title("Inception score, ± std of the splits")
-    right.set_title("shares of images")
-    measured = [(name, line) for name, line in SHARES if any(getattr(row, name) is not None for _, rows in series for row in rows)]
-    for name, line in measured:
-        colour = GREY if len(series) > 1 else COLOURS[SHARES.index((name, line))]
-        right.plot([], [], line, color=colour, label=name)
-    right.legend(fontsize=9)
-    for axes in (left, middle, right):
-        _guidance_axis(axes, sorted({row.w for _, rows in series for row in rows}))
-    return _drawn(figure)
-
-
-def _frontier(series: list[Series]) -> bytes:
-    """FID against IS, one curve per series, points labelled with w."""
-    figure = Figure(figsize=(7.2, 5.4), layout="constrained")
-    axes = figure.subplots()
-    for colour, (label, rows) in zip(_colours(series), series, strict=True):
-        axes.plot([row.inception_score for row in rows], [row.fid for row in rows], "o-", color=colour, label=label)
-        best = _best(rows)
-        axes.plot(best.inception_score, best.fid, "o", markersize=11, markerfacecolor="none", markeredgecolor=colour)
-    rows = [row for _, members in series for row in members]
-    _log_if_wide(axes, [row.fid for row in rows])
-    axes.set_xlabel("Inception score (higher is better)")
-    axes.set_ylabel(f"{rows[0].fid_name} (lower is better)")
-    axes.set_title("What guidance trades: points are labelled with w, the ring is the best FID")
-    axes.margins(0.12, 0.08)
-    if len(series) > 1:
-        axes.legend()
-    FigureCanvasAgg(figure).draw()  # the layout must stand before labels can be kept apart
-    _label_points(axes, series)
-    return _drawn(figure)
-
-
-def _label_points(axes: Axes, series: list[Series]) -> None:
-    """Write w beside the points, the ends and the best first, wherever neither a curve nor another label is in the way."""
-    curves = [axes.transData.transform([(row.inception_score, row.fid) for row in rows]) for _, rows in series]
-    obstacles = np.concatenate([_dense(points) for points in curves])
-    wanted = []
-    for colour, (_, rows), points in zip(_colours(series), series, curves, strict=True):
-        first = {0, len(rows) - 1, rows.index(_best(rows))}
-        for index, row in enumerate(rows):
-            along = points[min(index + 1, len(rows) - 1)] - points[max(index - 1, 0)]
-            normal = np.array([along[1], -along[0]]) / (np.hypot(*along) or 1.0)
-            words = f"w = {row.w:g}" if index in (0, len(rows) - 1) else f"{row.w:g}"
-            wanted.append((index not in first, words, points[index], normal, colour))
-    taken = np.empty((0, 4))  # centre and half size of each label's box
-    for _, words, point, normal, colour in sorted(wanted, key=lambda label: label[0]):
-        half = np.array([3.5 * len(words) + 2.0, 8.0])
-        for outward in (normal, -normal):
-            centre = point + outward * (10.0 + np.abs(outward) @ half)
-            clear = (np.abs(obstacles - centre) > half + 2.0).any(axis=1).all()
-            if clear and (np.abs(taken[:, :2] - centre) > half + taken[:, 2:]).any(axis=1).all():
-                taken = np.vstack([taken, [*centre, *half]])
-                place = axes.transData.inverted().transform(centre)
-                axes.text(place[0], place[1], words, ha="center", va="center", fontsize=9, color=colour)
-                break
-
-
-def _dense(points: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Points on the polyline `points` (n, 2), 25 to a stretch."""
-    steps = np.linspace(0.0, 1.0, 25)[:, None]
-    stretches = [a + steps * (b - a) for a, b in pairwise(points)]
-    return np.concatenate([points, *stretches])
-
-
-def _colours(series: list[Series]) -> list[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(len(series))]
-
-
-def _log_if_wide(axes: Axes, values: list[float]) -> None:
-    """A logarithmic axis where the values span more than a factor of eight, with ticks at 1, 2, 3, 5, 10."""
-    if min(values) > 0 and max(values) / min(values) > 8:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _guidance_axis(axes: Axes, w: list[float]) -> None:
-    """The axis of w: linear near 0, where the paper's list is dense, logarithmic beyond; ticks at measured values."""
-    axes.set_xlabel("guidance weight w")
-    axes.set_xscale("asinh", linear_width=0.5)
-    position = np.arcsinh(np.array(w) / 0.5)
-    span = float(position[-1] - position[0]) or 1.0
-    axes.set_xlim(*(0.5 * np.sinh([position[0] - 0.05 * span, position[-1] + 0.05 * span])))
-    apart = 0.07 * span
-    ticks: list[int] = []
-    for index in sorted(
-        range(len(w)), key=lambda i: (i not in (0, len(w) - 1), w[i] != round(w[i]))
-    ):  # the ends, whole numbers, the rest
-        if all(abs(position[index] - position[other]) >= apart for other in ticks):
-            ticks.append(index)
-    axes.xaxis.set_major_locator(FixedLocator([w[i] for i in sorted(ticks)]))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_locator(NullLocator())
-
-
-def _drawn(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
-    return buffer.getvalue()
-
-
-# --------------------------------------------------------------------------------------------------------------- samples
-
-
-def _tiled(grid: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """A grid (R, K, H, W, C) as one RGB picture on white, each pixel enlarged to a square so that small images can be seen."""
-    scale = max(1, 56 // grid.shape[2])
-    large = grid.repeat(scale, axis=2).repeat(scale, axis=3)
-    rows, columns, height, width, _ = large.shape
-    gap = 3
-    canvas = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
-    for r in range(rows):
-        for c in range(columns):
-            top, left = gap + r * (height + gap), gap + c * (width + gap)
-            canvas[top : top + height, left : left + width] = large[r, c]
-    return canvas
-
-
-def _side_by_side(grids: Mapping[float, NDArray[np.uint8]], classes: Sequence[str], series: list[Series]) -> Image.Image:
-    """Up to four grids in lines of at most 1800 pixels, each under its w and, where one series makes it unambiguous, its FID."""
-    measured = {row.w: row for row in series[0][1]} if len(series) == 1 else {}
-    chosen = _chosen(sorted(grids), _best(series[0][1]).w)
-    tiles = [_tiled(grids[w]) for w in chosen]
-    height, width, _ = tiles[0].shape
-    margin, head, foot = 36, 96 if classes else 66, 64
-    across = min(len(tiles), max(1, (1800 - margin) // (width + margin)))
-    lines = -(-len(tiles) // across)
-    canvas = Image.new("RGB", (margin + across * (width + margin), lines * (head + height) + foot), "white")
-    draw = ImageDraw.Draw(canvas)
-    for index, (w, tile) in enumerate(zip(chosen, tiles, strict=True)):
-        left, top = margin + index % across * (width + margin), index // across * (head + height) + head
-        canvas.paste(Image.fromarray(tile), (left, top))
-        baseline = top - head + 54
-        draw.text((left + 3, baseline), f"w = {w:g}", INK, _font(26, bold=True), anchor="ls")
-        if w in measured:
-            words = f"{measured[w].fid_name} {_distance(measured[w].fid)}   IS {measured[w].inception_score:.2f}"
-            draw.text((left + width - 3, baseline), words, GREY, _font(19), anchor="rs")
-        cell = (width - 3) / grids[w].shape[1]
-        for column, name in enumerate(classes):
-            draw.text((left + 3 + (column + 0.5) * cell, top - 6), name, GREY, _font(15), anchor="ms")
-    words = "The same noise at the same place for every w."
-    draw.text((margin + 3, lines * (head + height) + 38), words, GREY, _font(17), anchor="ls")
-    return canvas
-
-
-def _chosen(w: list[float], best: float) -> list[float]:
-    """At most four: the smallest, the best if it was drawn, the largest, and the one nearest the middle of the others."""
-    if len(w) <= 4:
-        return w
-    chosen = {w[0], w[-1], *([best] if best in w else [])}
-    for candidate in sorted(w, key=lambda value: abs(w.index(value) - len(w) / 2)):
-        if len(chosen) < 4:
-            chosen.add(candidate)
-    return sorted(chosen)
-
-
-def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """Matplotlib's own font: the same on every machine, unlike the system's."""
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
+def _section(table: _Table) -> str:
+    text = f"<h2>{html.escape(table.heading)}</h2>\n" if table.heading else ""
+    if table.lines:
+        lines = "".join(f"<th>{html.escape(head)}</th>" for head in table.heads)
+        for i, cells in enumerate(table.lines):
+            tags = "".join(
+                f"<td{' class=best' if (i, column) in table.bold else ''}>{html.escape(cell)}</td>"
+                for column, cell in enumerate(cells)
+            )
+            lines += f"</tr>\n<tr>{tags}"
+        text += f"<table><tr>{lines}</tr></table>\n"
+    if table.note:
+        text += f"<p>{html.escape(table.note)}</p>\n"
+    return f"<section{' class=grey' if table.grey else ''}>\n{text}</section>\n"

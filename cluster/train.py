@@ -4,6 +4,7 @@ A restarted worker group goes on from the newest whole checkpoint by itself, and
 checkpoint mechanism is not used.
 """
 
+import logging
 import os
 import tempfile
 import time
@@ -58,6 +59,7 @@ def _worker(job: dict[str, Any]) -> None:
 
     from trainer.loop import train
 
+    logging.getLogger("botocore").setLevel(logging.WARNING)  # Ray turns on INFO, and every client says where its keys come from
     torch.set_num_threads(job["threads"])
     os.environ["LOCAL_RANK"] = str(ray.train.get_context().get_local_rank())
     train(from_yaml(job["config"]))

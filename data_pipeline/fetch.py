@@ -37,7 +37,7 @@ class Fetch:
     """Neighbouring chunks that are read together."""
 
     first: int  # the earliest position that waits for it
-    bytes: int
+    bytes: int  # what it may add to the bytes that are held
     chunks: tuple[int, ...]
     wanted: tuple[Wanted, ...]  # for each chunk
 
@@ -71,7 +71,8 @@ def _join(manifest: Manifest, ids: Ints, slots: Ints, positions: Ints) -> list[F
     groups: list[list[int]] = []
     sizes: list[int] = []
     for row, chunk in enumerate(numbers.tolist()):
-        size = sum(end - start for _, start, end in manifest.ranges(chunk))
+        windows = -(-int(ends[row] - begins[row]) // manifest.chunk_samples)  # two where an epoch ends inside the generation
+        size = windows * sum(end - start for _, start, end in manifest.ranges(chunk))
         if row == 0 or chunk != numbers[row - 1] + 1 or sizes[-1] + size > JOINED:
             groups.append([])
             sizes.append(0)

@@ -29,7 +29,7 @@ from configs.schema import DataConfig
 from data_pipeline.decode import BadSample, decode_sample
 from data_pipeline.fetch import Fetch, Fetcher, Fields, plan
 from data_pipeline.manifest import Manifest
-from data_pipeline.order import Order, slots
+from data_pipeline.order import Ints, Order, slots
 from data_pipeline.store import Cancelled, Store
 
 MIB = 2**20
@@ -124,9 +124,7 @@ class Reader:
         """
         self._start(0)
         for step in itertools.count(self._step):
-            positions = step * self.global_batch + self.slots
-            for position, id_ in zip(positions.tolist(), self.order.locate(positions)[1].tolist(), strict=True):
-                fields = dict(self._usable(position, id_, lambda fields: fields))
+            for position, fields in self._usable(step, dict):
                 yield {**fields, "__key__": fields["__key__"].decode(), "__index__": position}
             with self._change:
                 self._step += 1
@@ -192,12 +190,15 @@ class Reader:
                 self._change.notify_all()
 
     def _wait(self, condition: Any) -> None:
-        """Waits, with `_change` held, until the condition is true. Raises what another thread has raised."""
-        self._change.wait_for(lambda: condition() or self._error is not None or self._closed)
+        """Waits, with `_change` held, until the condition is true; where it cannot become so, raises what another thread has raised."""
+        while not condition():
+            if self._closed:
+                raise Cancelled
+            if self._error is not None:
+                raise self._error
+            self._change.wait()
         if self._closed:
             raise Cancelled
-        if self._error is not None:
-            raise self._error
 
     def _fetch_loop(self) -> None:
         while True:
@@ -242,20 +243,23 @@ class Reader:
     # ------------------------------------------------------------------------------------------------------------ batches
 
     def _build(self, step: int) -> Batch:
-        positions = step * self.global_batch + self.slots
-        ids = self.order.locate(positions)[1]
         schema = self.manifest.schema
         decode = functools.partial(decode_sample, schema=schema)
-        images = np.empty((len(ids), schema.image_size, schema.image_size, schema.channels), np.uint8)
-        labels = np.empty(len(ids), np.int64)
-        for row, (position, id_) in enumerate(zip(positions.tolist(), ids.tolist(), strict=True)):
-            images[row], labels[row] = self._usable(position, id_, decode)
+        shape = (len(self.slots), schema.image_size, schema.image_size, schema.channels)
+        images, labels, index = np.empty(shape, np.uint8), np.empty(len(self.slots), np.int64), np.empty(len(self.slots), np.int64)
+        for row, (position, (image, label)) in enumerate(self._usable(step, decode)):
+            images[row], labels[row], index[row] = image, label, position
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.float32).contiguous()
-        return Batch(pixels.div_(127.5).sub_(1), torch.from_numpy(labels), torch.from_numpy(positions))
+        return Batch(pixels.div_(127.5).sub_(1), torch.from_numpy(labels), torch.from_numpy(index))
 
-    def _usable(self, position: int, id_: int, use: Callable[[Fields], T]) -> T:
-        """`use` of the sample of a position, or of its donor where that raises BadSample."""
-        kept = self._take(id_ if self._resident else position)
+    def _usable(self, step: int, use: Callable[[Fields], T]) -> Iterator[tuple[int, T]]:
+        """For each position of a step: the position, and `use` of its sample, or of a donor where that raises BadSample."""
+        positions = step * self.global_batch + self.slots
+        ids = self.order.locate(positions)[1]
+        for position, id_, sample in zip(positions.tolist(), ids.tolist(), self._take(positions, ids), strict=True):
+            yield position, self._or_donor(position, id_, sample, use)
+
+    def _or_donor(self, position: int, id_: int, kept: Fields | BadSample, use: Callable[[Fields], T]) -> T:
         for attempt in range(DONORS):
             try:
                 if isinstance(kept, BadSample):
@@ -267,15 +271,24 @@ class Reader:
             kept = self._fetcher.sample(id_)
         raise DataError(f"{DONORS} donors in a row for position {position} cannot be read either; index the data again.")
 
-    def _take(self, slot: int) -> Fields | BadSample:
+    def _take(self, positions: Ints, ids: Ints) -> list[Fields | BadSample]:
+        """Waits for the samples of these positions and hands them over."""
+        wanted = (ids if self._resident else positions).tolist()
+        missing = wanted
+
+        def arrived() -> bool:
+            nonlocal missing
+            missing = [slot for slot in missing if slot not in self._kept]
+            return not missing
+
         with self._change:
-            self._wait(lambda: slot in self._kept)
+            self._wait(arrived)
             if self._resident:
-                return self._kept[slot]
-            sample = self._kept.pop(slot)
-            self._hold(-_size(sample))
+                return [self._kept[slot] for slot in wanted]
+            samples = [self._kept.pop(slot) for slot in wanted]
+            self._hold(-sum(map(_size, samples)))
             self._change.notify_all()
-            return sample
+            return samples
 
     def _report(self, id_: int, error: BadSample) -> None:
         """Counts an unusable sample. Raises DataError over the budget."""

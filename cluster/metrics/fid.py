@@ -18,6 +18,7 @@ network; the noise of training needs runs of several seeds.
 
 import warnings
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -117,8 +118,9 @@ def fid_infinity(
 def fid_spread(features: NDArray[np.floating], reference: Gaussian, groups: int = GROUPS) -> float:
     """Standard deviation of the FID of features (n, d) over sets of n images of the same model, by the delete-a-group jackknife.
 
-    The groups are consecutive and of nearly equal size m; with F_j the FID without group j, the variance is
-    sum_j (P_j - P)^2 / (n / m - 1) / G over the pseudo-values P_j = (n / m) F - (n / m - 1) F_j with mean P (Busing et al. 1999).
+    The groups are consecutive and of nearly equal size m. With F_j the FID without group j, the pseudo-values are
+    P_j = (n / m) F - (n / m - 1) F_j, P is the jackknife estimate, and the variance is the mean of (P_j - P)^2 / (n / m - 1)
+    (Busing et al. 1999).
     Raises DataError if fewer than two groups are asked for, or what stays without one would not exceed d images.
     """
     n, d = features.shape
@@ -130,7 +132,7 @@ def fid_spread(features: NDArray[np.floating], reference: Gaussian, groups: int 
     _check(mean, cov)
     root = _root(cov)
     edges = [i * n // groups for i in range(groups + 1)]
-    parts = [from_features(features[first:last]) for first, last in zip(edges, edges[1:], strict=False)]
+    parts = [from_features(features[first:last]) for first, last in pairwise(edges)]
     total, outer = sum(part.total for part in parts), sum(part.outer for part in parts)
 
     def distance(left: Moments) -> float:

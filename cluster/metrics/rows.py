@@ -14,49 +14,61 @@ from typing import Any
 from configs.errors import DataError
 
 INCEPTION = "inception-2015-12-05"  # the only extractor whose distances are called FID
-SCHEMA = "freeguide-rows/1"
+SCHEMA = "freeguide-rows/2"
 
 # What was measured with. Rows that differ in one of these never share a column, whatever the reader has been told.
-MEASUREMENT = ("n", "reference", "reference_n", "extractor", "extractor_hash", "resize", "rounding", "labels")
+INSTRUMENT = ("n", "dataset", "reference", "reference_n", "extractor", "extractor_hash", "resize", "dinov2", "dinov2_reference")
+MEASUREMENT = (*INSTRUMENT, "rounding", "labels")
 # What was measured. Rows may differ in these where an experiment varies them by name, as the paper varies p_uncond.
-MODEL = ("run", "checkpoint_step", "p_uncond", "ema", "sampler", "steps", "v", "clip", "seed", "code_version")
+MODEL = ("run", "checkpoint_step", "p_uncond", "ema", "sampler", "steps", "v", "clip", "options", "seed", "code_version")
+UNKNOWN = "not known"  # rounding or labels of images that somebody else made
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Raises DataError on construction if a number is not finite or a count is not positive."""
+    """A value that was not measured is None, and so is a fact of the model that its maker did not state (see `cluster.score`).
 
-    w: float  # guidance weight of the paper: (1 + w) eps_c - w eps_u
+    Raises DataError on construction if a number is not finite or a count is not positive.
+    """
+
+    w: float  # guidance weight of the paper: (1 + w) eps_c - w eps_u; 0 = without guidance
 
     fid: float
+    fid_std: float | None = None  # over sets of n images of the same network, by jackknife; not over training runs
     inception_score: float
     inception_score_std: float  # over the splits
-    accuracy: float  # share of images that the extractor's classifier gives the label they were made for
+    accuracy: float | None = None  # share of images that the extractor's classifier gives the label they were made for
     precision: float | None = None
     recall: float | None = None
     kid: float | None = None
     kid_std: float | None = None
     fid_infinity: float | None = None
-    nfe: int  # network evaluations per image
+    sfid: float | None = None  # of Inception's spatial features
+    fd_dinov2: float | None = None
+    nfe: int | None = None  # network evaluations per image
 
     n: int  # generated images
-    reference: str  # sha256 of the reference's moments
-    reference_n: int
+    dataset: str = ""  # of the reference, as published tables name it; "" = not named, and so beside no published number
+    reference: str  # sha256 of the reference's statistics and features
+    reference_n: int  # images behind the statistics; 0 = their file does not say
     extractor: str  # name of the feature network: an evaluator's name, or INCEPTION
     extractor_hash: str
     resize: str  # from the image to the extractor's input; "none" where the extractor takes the image as it is
+    dinov2: str = ""  # sha256 of DINOv2's weights where fd_dinov2 was measured
+    dinov2_reference: str = ""  # sha256 of its reference
     rounding: str  # from samples to uint8
     labels: str  # rule of the labels: balanced | random
 
     run: str
-    checkpoint_step: int
-    p_uncond: float
-    ema: float  # decay of the averaged weights; 0 = the raw weights
-    sampler: str
-    steps: int  # T
-    v: float  # interpolation of the log-variance
-    clip: bool  # x clamped to [-1, 1] at every step
-    seed: int
+    checkpoint_step: int | None = None
+    p_uncond: float | None = None
+    ema: float | None = None  # decay of the averaged weights; 0 = the raw weights
+    sampler: str = UNKNOWN
+    steps: int | None = None  # T
+    v: float | None = None  # interpolation of the log-variance
+    clip: bool | None = None  # x clamped to [-1, 1] at every step
+    options: str = ""  # sampling options without a column of their own that differ from the paper's, see `further_options`
+    seed: int | None = None
     code_version: str
 
     def __post_init__(self) -> None:
@@ -66,16 +78,33 @@ class Row:
                 raise DataError(
                     f"{field.name} of the row w = {self.w:g} of run {self.run!r} is {value}; look at that run's samples"
                 )
-        for name in ("n", "reference_n", "steps", "nfe"):
-            if getattr(self, name) < 1:
-                raise DataError(
-                    f"{name} of the row w = {self.w:g} of run {self.run!r} is {getattr(self, name)}; it must be 1 or more"
-                )
+        for name, least in (("n", 1), ("reference_n", 0), ("steps", 1), ("nfe", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise DataError(f"{name} of the row w = {self.w:g} of run {self.run!r} is {value}; it must be {least} or more")
 
     @property
     def fid_name(self) -> str:
         """`FID` for Inception's features, `FID-<evaluator>` for any other."""
         return "FID" if self.extractor == INCEPTION else f"FID-{self.extractor}"
+
+
+def further_options(sampling: Any) -> str:
+    """The options of a SamplingConfig that have no column in a row and differ from their defaults, as "key=value, ...".
+
+    Whatever is added to the configuration is so part of the row's conditions from the first day.
+    """
+    columns = {*MODEL, "labels", "checkpoint", "batch"}  # the checkpoint has its step; the batch decides memory, not images
+    defaults = type(sampling)()
+    names = sorted(field.name for field in fields(sampling) if field.name not in columns)
+    changed = [name for name in names if getattr(sampling, name) != getattr(defaults, name)]
+    return ", ".join(f"{name}={getattr(sampling, name)}" for name in changed)
+
+
+def require_same_instrument(rows: Sequence[Row]) -> None:
+    """Raise DataError unless all rows were measured with the same n, reference and extractors, whoever made their images."""
+    for name in INSTRUMENT:
+        _require_equal(rows, name)
 
 
 def require_comparable(rows: Sequence[Row], varying: Sequence[str] = ()) -> None:
@@ -87,15 +116,18 @@ def require_comparable(rows: Sequence[Row], varying: Sequence[str] = ()) -> None
         if name not in MODEL:
             raise ValueError(f"{name!r} may not vary within a comparison; only {', '.join(MODEL)} may")
     for name in (*MEASUREMENT, *MODEL):
-        if name in varying:
-            continue
-        for row in rows[1:]:
-            first, other = getattr(rows[0], name), getattr(row, name)
-            if first != other:
-                raise DataError(
-                    f"rows w = {rows[0].w:g} and w = {row.w:g} cannot be compared because {name} is {first!r} in one and {other!r} "
-                    f"in the other; measure both with the same {name}"
-                )
+        if name not in varying:
+            _require_equal(rows, name)
+
+
+def _require_equal(rows: Sequence[Row], name: str) -> None:
+    for row in rows[1:]:
+        first, other = getattr(rows[0], name), getattr(row, name)
+        if first != other:
+            raise DataError(
+                f"rows w = {rows[0].w:g} and w = {row.w:g} cannot be compared because {name} is {first!r} in one and {other!r} "
+                f"in the other; measure both with the same {name}"
+            )
 
 
 def to_json(rows: Iterable[Row]) -> str:
@@ -109,7 +141,7 @@ def from_json(text: str, where: str = "rows") -> list[Row]:
         document = json.loads(text)
         if document["schema"] != SCHEMA:
             raise ValueError(f"its schema is {document['schema']!r}, not {SCHEMA!r}")
-        return [Row(**{name: _typed(name, value) for name, value in row.items()}) for row in document["rows"]]
+        return [Row(**{name: typed(name, value) for name, value in row.items()}) for row in document["rows"]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{where} does not hold metric rows ({error}); measure again with this version") from None
 
@@ -117,11 +149,11 @@ def from_json(text: str, where: str = "rows") -> list[Row]:
 _TYPES: dict[str, Any] = {field.name: field.type for field in fields(Row)}
 
 
-def _typed(name: str, value: Any) -> Any:
+def typed(name: str, value: Any) -> Any:
     """The value, if JSON gave it the type of the field (an int will do for a float). KeyError for an unknown field."""
     kind = _TYPES[name]
     if isinstance(value, int) and not isinstance(value, bool) and kind in (float, float | None):
         return float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+    if not isinstance(value, kind) or (kind in (int, int | None) and isinstance(value, bool)):
         raise TypeError(f"{name} is {value!r}")
     return value

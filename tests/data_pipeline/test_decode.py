@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import resource
 import struct
 import time
 import tracemalloc
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_pipeline.decode import BadSample, decode_image, decode_label, decode_sample, encode_png, fit
+from data_pipeline.decode import MAX_PIXELS, BadSample, decode_image, decode_label, decode_sample, encode_png, fit
 from data_pipeline.manifest import Schema
 
 SCHEMA = Schema(8, 3, 10)
@@ -188,8 +189,11 @@ def outcome(fields: dict[str, bytes]) -> str:
     return "good"
 
 
+DAMAGED = st.sampled_from(["png", "jpg", "webp", "npy"]), st.binary(max_size=200), st.integers(0, 400), st.binary(max_size=8)
+
+
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
-@given(st.sampled_from(["png", "jpg", "webp", "npy"]), st.binary(max_size=200), st.integers(0, 400), st.binary(max_size=8))
+@given(*DAMAGED)
 def test_damaged_images_never_crash(ext: str, noise: bytes, at: int, patch: bytes) -> None:
     good = {"png": encode_png(IMAGE), "jpg": encoded("JPEG"), "webp": encoded("WEBP"), "npy": npy(IMAGE)}[ext]
     for data in (noise, good[:at], good[:at] + patch + good[at + len(patch) :], good[:at] + patch + good[at:]):
@@ -205,3 +209,15 @@ OBJECTS = st.dictionaries(st.sampled_from(["label", "cls", "x"]), SCALARS | st.l
 def test_strange_labels_never_crash(raw: bytes) -> None:
     for ext in ("cls", "json"):
         assert outcome({"png": encode_png(IMAGE), ext: raw}) in ("good", "label")
+
+
+@pytest.mark.slow
+@settings(max_examples=10_000, deadline=None, database=None)
+@given(*DAMAGED)
+def test_damaged_images_never_crash_at_length(ext: str, noise: bytes, at: int, patch: bytes) -> None:
+    """Memory too: a damaged header may claim up to MAX_PIXELS, which Pillow holds twice with 4 bytes each and NumPy once with 3."""
+    test_damaged_images_never_crash.hypothesis.inner_test(ext, noise, at, patch)
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - MEMORY) * 1024 < 12 * MAX_PIXELS
+
+
+MEMORY = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,5 +1,6 @@
 """Tests of store.py: a folder and a bucket behave alike, and every failure is one sentence."""
 
+import http.server
 import os
 import pickle
 import socket
@@ -240,6 +241,41 @@ def test_reads_from_many_threads_share_one_client(s3_endpoint: str, tmp_path: Pa
     assert not wrong
     assert store.traffic.gets >= 16
     assert store.traffic.bytes >= 16 * 5000
+
+
+class RangeServer(http.server.BaseHTTPRequestHandler):
+    """A server that keeps connections, which moto does not, and counts them."""
+
+    protocol_version = "HTTP/1.1"
+    data = bytes(range(256)) * 1000
+    connections = 0
+
+    def setup(self) -> None:
+        super().setup()
+        type(self).connections += 1
+
+    def do_GET(self) -> None:
+        first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {first}-{last}/{len(self.data)}")
+        self.send_header("Content-Length", str(last - first + 1))
+        self.send_header("ETag", '"1"')
+        self.end_headers()
+        self.wfile.write(self.data[first : last + 1])
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_reads_one_after_the_other_share_one_connection(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), RangeServer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_address[1]}")
+        store = open_store("s3://bucket-3", Retry(cap_s=9.0))
+        for start in range(0, 200_000, 20_000):
+            assert store.get_range("key", start, 30_000) == RangeServer.data[start : start + 30_000]
+        server.shutdown()
+    assert RangeServer.connections == 1
 
 
 def test_a_child_process_makes_its_own_client(s3_endpoint: str, tmp_path: Path) -> None:

@@ -162,8 +162,13 @@ DAMAGE = st.tuples(
 )
 
 
+NAMES = st.sampled_from(["a", "n" * 80 + "/" + "m" * 80, "ü"])
+FORMATS = st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+DAMAGES = st.lists(DAMAGE, min_size=1, max_size=6)
+
+
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
-@given(st.sampled_from(["a", "n" * 80 + "/" + "m" * 80, "ü"]), st.sampled_from([0, 1, 2]), st.lists(DAMAGE, min_size=1, max_size=6))
+@given(NAMES, FORMATS, DAMAGES)
 def test_damaged_tars_never_crash_the_walk(name: str, format_: int, damages: list[Damage]) -> None:
     """Bytes overwritten, cut out or doubled anywhere, checksums mended or not, in tars of all three dialects."""
     members = [(f"{name}{i}.{ext}", b"12345" * i) for i in range(3) for ext in ("cls", "png")]
@@ -180,3 +185,10 @@ def test_damaged_tars_never_crash_the_walk(name: str, format_: int, damages: lis
             block, field = min(at, len(data) - 512) // 512 * 512, [0, 124, 156, 345][length % 4]
             data = patch_header(data, block, slice(field, field + len(value)), value)
     check(data)
+
+
+@pytest.mark.slow
+@settings(max_examples=10_000, deadline=None, database=None)
+@given(NAMES, FORMATS, DAMAGES)
+def test_damaged_tars_never_crash_the_walk_at_length(name: str, format_: int, damages: list[Damage]) -> None:
+    test_damaged_tars_never_crash_the_walk.hypothesis.inner_test(name, format_, damages)

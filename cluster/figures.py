@@ -1,0 +1,272 @@
+"""The pictures of a report: curves over w, the frontier of FID and IS, and sample grids.
+
+Equal rows and grids give equal bytes: fonts are matplotlib's own, files carry no text chunks, and nothing knows the date. A user's
+matplotlib settings change nothing.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.style
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from cluster.metrics.published import Published
+from cluster.metrics.rows import Row
+
+Series = tuple[str, list[Row]]  # label ("" where nothing varies) and rows in the order of w
+
+COLOURS = ("#2f5d8c", "#c8553d", "#4a7c59", "#7d5ba6", "#b8860b", "#3c8d93")
+INK, GREY = "#222222", "#666666"
+SHARES = (("precision", "o-"), ("recall", "s--"), ("accuracy", "^:"))  # quantities between 0 and 1 and their lines
+STYLE: dict[str, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": "#888888",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "grid.color": "#ececec",
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5,
+}
+
+
+def best_of(rows: Sequence[Row]) -> Row:
+    return min(rows, key=lambda row: row.fid)
+
+
+def distance(value: float) -> str:
+    """Two decimals, as the paper prints FID; three significant digits below one."""
+    return f"{value:.2f}" if value >= 1 else f"{value:.3g}"
+
+
+def curves(series: list[Series]) -> bytes:
+    """FID and IS with their spreads, and accuracy, precision and recall, each over w."""
+    with matplotlib.style.context(["default", STYLE]):
+        return _curves(series)
+
+
+def frontier(series: list[Series], others: Sequence[Row] = (), published: Sequence[Published] = ()) -> bytes:
+    """FID against IS, one curve per series, points labelled with w; single points for `others`, grey ones for `published`."""
+    with matplotlib.style.context(["default", STYLE]):
+        return _frontier(series, others, published)
+
+
+def _curves(series: list[Series]) -> bytes:
+    figure = Figure(figsize=(13.5, 3.9), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    for colour, (label, rows) in zip(_colours(series), series, strict=True):
+        w = [row.w for row in rows]
+        left.plot(w, [row.fid for row in rows], "o-", color=colour, label=label)
+        known = [row for row in rows if row.fid_std is not None]
+        if known:
+            error = [2.0 * (row.fid_std or 0.0) for row in known]
+            left.errorbar([row.w for row in known], [row.fid for row in known], error, fmt="none", color=colour, capsize=2)
+        best = best_of(rows)
+        left.plot(best.w, best.fid, "o", markersize=11, markerfacecolor="none", markeredgecolor=colour)
+        score = np.array([row.inception_score for row in rows])
+        spread = np.array([row.inception_score_std for row in rows])
+        middle.plot(w, score, "o-", color=colour, label=label)
+        middle.fill_between(w, score - spread, score + spread, color=colour, alpha=0.15, linewidth=0)
+        for (name, line), colour_ in zip(SHARES, COLOURS, strict=False):
+            points = [(row.w, getattr(row, name)) for row in rows if getattr(row, name) is not None]
+            if points:
+                right.plot(*zip(*points, strict=True), line, color=colour if len(series) > 1 else colour_)
+    _log_if_wide(left, [row.fid for _, rows in series for row in rows])
+    name = series[0][1][0].fid_name
+    if len(series) == 1:
+        best = best_of(series[0][1])
+        left.set_title(f"{name}: best {distance(best.fid)} at w = {best.w:g}")
+    else:
+        left.set_title(f"{name} (ring: best)")
+        left.legend()
+    middle.set_title("Inception score, ± std of the splits")
+    right.set_title("shares of images")
+    measured = [(name, line) for name, line in SHARES if any(getattr(row, name) is not None for _, rows in series for row in rows)]
+    for name, line in measured:
+        colour = GREY if len(series) > 1 else COLOURS[SHARES.index((name, line))]
+        right.plot([], [], line, color=colour, label=name)
+    right.legend(fontsize=9)
+    for axes in (left, middle, right):
+        _guidance_axis(axes, sorted({row.w for _, rows in series for row in rows}))
+    return _drawn(figure)
+
+
+def _frontier(series: list[Series], others: Sequence[Row], published: Sequence[Published]) -> bytes:
+    figure = Figure(figsize=(7.2, 5.4), layout="constrained")
+    axes = figure.subplots()
+    for colour, (label, rows) in zip(_colours(series), series, strict=True):
+        axes.plot([row.inception_score for row in rows], [row.fid for row in rows], "o-", color=colour, label=label)
+        best = best_of(rows)
+        axes.plot(best.inception_score, best.fid, "o", markersize=11, markerfacecolor="none", markeredgecolor=colour)
+    rows = [row for _, members in series for row in members]
+    _log_if_wide(axes, [row.fid for row in rows])
+    places = [(row.run, row.inception_score, row.fid) for row in others]
+    places += [(number.model, number.inception_score, number.fid) for number in published if number.inception_score is not None]
+    for name, score, fid in places:
+        axes.plot(score, fid, "D", color=GREY, markersize=4)
+        axes.annotate(name, (score, fid), (6, -3), textcoords="offset points", fontsize=8, color=GREY)
+    axes.set_xlabel("Inception score (higher is better)")
+    axes.set_ylabel(f"{rows[0].fid_name} (lower is better)")
+    axes.set_title("What guidance trades: points are labelled with w, the ring is the best FID")
+    axes.margins(0.12, 0.08)
+    if len(series) > 1:
+        axes.legend()
+    FigureCanvasAgg(figure).draw()  # the layout must stand before labels can be kept apart
+    _label_points(axes, series)
+    return _drawn(figure)
+
+
+def _label_points(axes: Axes, series: list[Series]) -> None:
+    """Write w beside the points, the ends and the best first, wherever neither a curve nor another label is in the way."""
+    curves = [axes.transData.transform([(row.inception_score, row.fid) for row in rows]) for _, rows in series]
+    obstacles = np.concatenate([_dense(points) for points in curves])
+    wanted = []
+    for colour, (_, rows), points in zip(_colours(series), series, curves, strict=True):
+        first = {0, len(rows) - 1, rows.index(best_of(rows))}
+        for index, row in enumerate(rows):
+            along = points[min(index + 1, len(rows) - 1)] - points[max(index - 1, 0)]
+            normal = np.array([along[1], -along[0]]) / (np.hypot(*along) or 1.0)
+            words = f"w = {row.w:g}" if index in (0, len(rows) - 1) else f"{row.w:g}"
+            wanted.append((index not in first, words, points[index], normal, colour))
+    taken = np.empty((0, 4))  # centre and half size of each label's box
+    for _, words, point, normal, colour in sorted(wanted, key=lambda label: label[0]):
+        half = np.array([3.5 * len(words) + 2.0, 8.0])
+        for outward in (normal, -normal):
+            centre = point + outward * (10.0 + np.abs(outward) @ half)
+            clear = (np.abs(obstacles - centre) > half + 2.0).any(axis=1).all()
+            if clear and (np.abs(taken[:, :2] - centre) > half + taken[:, 2:]).any(axis=1).all():
+                taken = np.vstack([taken, [*centre, *half]])
+                place = axes.transData.inverted().transform(centre)
+                axes.text(place[0], place[1], words, ha="center", va="center", fontsize=9, color=colour)
+                break
+
+
+def _dense(points: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Points on the polyline `points` (n, 2), 25 to a stretch."""
+    steps = np.linspace(0.0, 1.0, 25)[:, None]
+    stretches = [a + steps * (b - a) for a, b in pairwise(points)]
+    return np.concatenate([points, *stretches])
+
+
+def _colours(series: list[Series]) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(len(series))]
+
+
+def _log_if_wide(axes: Axes, values: list[float]) -> None:
+    """A logarithmic axis where the values span more than a factor of eight, with ticks at 1, 2, 3, 5, 10."""
+    if min(values) > 0 and max(values) / min(values) > 8:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _guidance_axis(axes: Axes, w: list[float]) -> None:
+    """The axis of w: linear near 0, where the paper's list is dense, logarithmic beyond; ticks at measured values."""
+    axes.set_xlabel("guidance weight w")
+    axes.set_xscale("asinh", linear_width=0.5)
+    position = np.arcsinh(np.array(w) / 0.5)
+    span = float(position[-1] - position[0]) or 1.0
+    axes.set_xlim(*(0.5 * np.sinh([position[0] - 0.05 * span, position[-1] + 0.05 * span])))
+    apart = 0.07 * span
+    ticks: list[int] = []
+    for index in sorted(
+        range(len(w)), key=lambda i: (i not in (0, len(w) - 1), w[i] != round(w[i]))
+    ):  # the ends, whole numbers, the rest
+        if all(abs(position[index] - position[other]) >= apart for other in ticks):
+            ticks.append(index)
+    axes.xaxis.set_major_locator(FixedLocator([w[i] for i in sorted(ticks)]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _drawn(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+# --- samples ---
+
+
+def tiled(grid: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A grid (R, K, H, W, C) as one RGB picture on white, each pixel enlarged to a square so that small images can be seen."""
+    scale = max(1, 56 // grid.shape[2])
+    large = grid.repeat(scale, axis=2).repeat(scale, axis=3)
+    rows, columns, height, width, _ = large.shape
+    gap = 3
+    canvas = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
+    for r in range(rows):
+        for c in range(columns):
+            top, left = gap + r * (height + gap), gap + c * (width + gap)
+            canvas[top : top + height, left : left + width] = large[r, c]
+    return canvas
+
+
+def side_by_side(grids: Mapping[float, NDArray[np.uint8]], classes: Sequence[str], series: list[Series]) -> Image.Image:
+    """Up to four grids in lines of at most 1800 pixels, each under its w and, where one series makes it unambiguous, its FID."""
+    measured = {row.w: row for row in series[0][1]} if len(series) == 1 else {}
+    chosen = _chosen(sorted(grids), best_of(series[0][1]).w)
+    tiles = [tiled(grids[w]) for w in chosen]
+    height, width, _ = tiles[0].shape
+    margin, head, foot = 36, 96 if classes else 66, 64
+    across = min(len(tiles), max(1, (1800 - margin) // (width + margin)))
+    lines = -(-len(tiles) // across)
+    canvas = Image.new("RGB", (margin + across * (width + margin), lines * (head + height) + foot), "white")
+    draw = ImageDraw.Draw(canvas)
+    for index, (w, tile) in enumerate(zip(chosen, tiles, strict=True)):
+        left, top = margin + index % across * (width + margin), index // across * (head + height) + head
+        canvas.paste(Image.fromarray(tile), (left, top))
+        baseline = top - head + 54
+        draw.text((left + 3, baseline), f"w = {w:g}", INK, _font(26, bold=True), anchor="ls")
+        if w in measured:
+            words = f"{measured[w].fid_name} {distance(measured[w].fid)}   IS {measured[w].inception_score:.2f}"
+            draw.text((left + width - 3, baseline), words, GREY, _font(19), anchor="rs")
+        cell = (width - 3) / grids[w].shape[1]
+        for column, name in enumerate(classes):
+            draw.text((left + 3 + (column + 0.5) * cell, top - 6), name, GREY, _font(15), anchor="ms")
+    words = "The same noise at the same place for every w."
+    draw.text((margin + 3, lines * (head + height) + 38), words, GREY, _font(17), anchor="ls")
+    return canvas
+
+
+def _chosen(w: list[float], best: float) -> list[float]:
+    """At most four: the smallest, the best if it was drawn, the largest, and the one nearest the middle of the others."""
+    if len(w) <= 4:
+        return w
+    chosen = {w[0], w[-1], *([best] if best in w else [])}
+    for candidate in sorted(w, key=lambda value: abs(w.index(value) - len(w) / 2)):
+        if len(chosen) < 4:
+            chosen.add(candidate)
+    return sorted(chosen)
+
+
+def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """Matplotlib's own font: the same on every machine, unlike the system's."""
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,96 @@
+"""From what extractors said of a set of images to the values of its row: the one way for `evaluate` and for `score`.
+
+The set comes in units, in the order of the images. Moments are formed per unit and added in that order, so a row's bits depend on
+the units and never on who made them.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.metrics import moments
+from cluster.metrics.features import Extractor, Measured, concatenated
+from cluster.metrics.fid import GROUPS, fid, fid_infinity, fid_spread
+from cluster.metrics.inception_score import class_accuracy, inception_score
+from cluster.metrics.kid import kid
+from cluster.metrics.precision_recall import precision_recall
+from cluster.metrics.reference import Reference
+from cluster.metrics.rows import INCEPTION
+from configs.errors import DataError
+
+POINTS = 15  # subsets of FID-infinity
+# Fields of a row that `values` decides.
+VALUES = (
+    *("fid", "fid_std", "fid_infinity", "inception_score", "inception_score_std", "accuracy"),
+    *("precision", "recall", "kid", "kid_std", "sfid", "fd_dinov2"),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Yardstick:
+    """An extractor and the real images as it sees them."""
+
+    extractor: Extractor
+    reference: Reference
+
+
+def values(
+    units: Sequence[Measured],
+    labels: NDArray[np.integer] | None,
+    yardstick: Yardstick,
+    dinov2: Sequence[Measured] | None = None,
+    dinov2_yardstick: Yardstick | None = None,
+) -> dict[str, float | None]:
+    """The values of a row, by the names of its fields, from N images in units; `labels` (N,) are those that made the images.
+
+    What the reference or the extractor does not allow is None: precision, recall and KID without features of real images, sFID
+    without spatial ones, FID-infinity and the FID's spread for fewer images than they need. Class accuracy needs an own evaluator:
+    Inception's 1008 classes are not numbered as ImageNet's labels. Raises DataError where FID or IS cannot be computed.
+    """
+    reference, whole = yardstick.reference, concatenated(units)
+    if whole.probabilities is None:
+        raise DataError(
+            f"{yardstick.extractor.name} has no classes and so no Inception score; measure with Inception or an evaluator"
+        )
+    n, d = whole.features.shape
+    score = inception_score(whole.probabilities)
+    found: dict[str, float | None] = {
+        "fid": fid(moments.merged(moments.from_features(unit.features) for unit in units), reference.pool),
+        "fid_std": fid_spread(whole.features, reference.pool) if n - -(-n // GROUPS) > d and n >= GROUPS else None,
+        "fid_infinity": fid_infinity(whole.features, reference.pool, POINTS).value if n // 3 > d else None,
+        "inception_score": score.mean,
+        "inception_score_std": score.std,
+    }
+    if labels is not None and yardstick.extractor.name != INCEPTION:
+        found["accuracy"] = class_accuracy(whole.probabilities, labels)
+    if reference.features is not None:
+        near, distance = precision_recall(whole.features, reference.features), kid(whole.features, reference.features)
+        found |= {"precision": near.precision, "recall": near.recall, "kid": distance.mean, "kid_std": distance.std}
+    if reference.spatial is not None and whole.spatial is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # too few images were reported with the FID already
+            spatial = moments.merged(moments.from_features(unit.spatial) for unit in units if unit.spatial is not None)
+            found["sfid"] = fid(spatial, reference.spatial)
+    if dinov2 is not None and dinov2_yardstick is not None:
+        pool = moments.merged(moments.from_features(unit.features) for unit in dinov2)
+        found["fd_dinov2"] = fid(pool, dinov2_yardstick.reference.pool)
+    return found
+
+
+def conditions(yardstick: Yardstick, dinov2: Yardstick | None = None) -> dict[str, Any]:
+    """The conditions of a row that the measurement decides, by the names of its fields."""
+    known = {
+        "dataset": yardstick.reference.dataset,
+        "reference": yardstick.reference.sha256,
+        "reference_n": yardstick.reference.pool.n,
+        "extractor": yardstick.extractor.name,
+        "extractor_hash": yardstick.extractor.hash,
+        "resize": yardstick.extractor.resize,
+    }
+    if dinov2 is not None:
+        known |= {"dinov2": dinov2.extractor.hash, "dinov2_reference": dinov2.reference.sha256}
+    return known

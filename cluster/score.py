@@ -1,0 +1,206 @@
+"""Scoring images that somebody else made, with the same rows as our own.
+
+    freeguide score SAMPLES --reference REFERENCE --extractor WEIGHTS
+
+SAMPLES is an `.npz` (`arr_0` uint8 NHWC, `arr_1` labels where known: what ADM and others publish), a folder of images of one size,
+or shards with a manifest. What their maker did not state (steps, v, rounding) stands in the row as not known.
+
+The Inception score needs every split to hold all classes. Files keep their order, as ADM's evaluator does; images that are sorted
+by class, as folders are, are dealt in one fixed permutation first.
+"""
+
+import io
+import json
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.metrics import measure
+from cluster.metrics import reference as references
+from cluster.metrics.features import UNIT, Extractor, load_extractor, read_object
+from cluster.metrics.measure import Yardstick
+from cluster.metrics.reference import Reference
+from cluster.metrics.rows import UNKNOWN, Row, typed
+from cluster.units import code_version
+from configs.errors import ConfigError, DataError
+from data_pipeline.decode import decode_image
+from data_pipeline.manifest import NAME, load_manifest
+from data_pipeline.scan import scan_all
+from data_pipeline.sources import EXTENSIONS
+from data_pipeline.store import open_store
+
+LOSSY = {".jpg", ".jpeg", ".webp"}
+DEAL = 20220726  # seed of the permutation for images sorted by class
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    images: NDArray[np.uint8]  # (N, H, W, C)
+    labels: NDArray[np.int64] | None  # (N,) where known
+    lossy: bool = False  # some file was compressed with loss, which moves FID
+
+    @property
+    def dealt(self) -> "Samples":
+        """In a fixed random order if they are sorted by class, else as they are."""
+        labels = self.labels
+        if labels is None or len(labels) < 2 or labels[0] == labels[-1] or (np.diff(labels) < 0).any():
+            return self
+        order = np.random.default_rng(DEAL).permutation(len(labels))
+        return Samples(self.images[order], labels[order], self.lossy)
+
+
+def score(
+    samples: str,
+    *,
+    reference: str,
+    extractor: str,
+    dinov2: str = "",
+    dinov2_reference: str = "",
+    dataset: str = "",
+    name: str = "",
+    w: float = 0.0,
+    facts: dict[str, Any] | None = None,
+    device: str = "cpu",
+) -> Row:
+    """Measure images and return their row.
+
+    `samples`, `reference`, `extractor` and the two of DINOv2 are paths or URIs (see the module, `load_reference`, `load_extractor`).
+    `dataset` names the reference's data, `name` (default: the samples' own) the row's run, `w` the guidance weight (0 = without)
+    and `facts` what is known of the model, by the names of a Row's fields (p_uncond, steps, nfe, rounding, ...). Raises DataError
+    for images, references or weights that cannot be used, StoreError where a store does not answer, ConfigError for unknown facts.
+    """
+    if bool(dinov2) != bool(dinov2_reference):
+        raise DataError("FD-DINOv2 needs DINOv2's weights and a reference measured with them; give both or neither")
+    judge = load_extractor(extractor)
+    yardstick = Yardstick(judge, load_reference(reference, judge, dataset, device))
+    second = None
+    if dinov2:
+        other = load_extractor(dinov2)
+        second = Yardstick(other, load_reference(dinov2_reference, other, dataset, device))
+    found = load_samples(samples, judge.channels)
+    return score_samples(found, yardstick, second, name=name or samples, w=w, facts=facts, device=device)
+
+
+def score_samples(
+    samples: Samples,
+    yardstick: Yardstick,
+    dinov2: Yardstick | None = None,
+    *,
+    name: str,
+    w: float = 0.0,
+    facts: dict[str, Any] | None = None,
+    device: str = "cpu",
+) -> Row:
+    """`score` of images and yardsticks in memory."""
+    samples = samples.dealt
+    units = [yardstick.extractor.measure(block, device) for block in _blocks(samples.images)]
+    others = [dinov2.extractor.measure(block, device) for block in _blocks(samples.images)] if dinov2 else None
+    given = _checked(facts or {}, {"w", "n", "run", "code_version", *measure.VALUES, *measure.conditions(yardstick, dinov2)})
+    known = {"rounding": f"{UNKNOWN}, compressed with loss" if samples.lossy else UNKNOWN, "labels": UNKNOWN} | given
+    return Row(
+        w=w,
+        n=len(samples.images),
+        run=name,
+        **measure.values(units, samples.labels, yardstick, others, dinov2),  # type: ignore[arg-type]
+        **measure.conditions(yardstick, dinov2),
+        **known,
+        code_version=code_version(),
+    )
+
+
+def _checked(facts: dict[str, Any], measured: set[str]) -> dict[str, Any]:
+    for name in facts:
+        if name in measured:
+            raise ConfigError(f"{name} is measured and cannot be given as a fact of the model; leave it out")
+    try:
+        return {name: typed(name, value) for name, value in facts.items()}
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{error} is no fact of a model; give fields of a metric row such as steps=256 or p_uncond=0.1") from None
+
+
+def load_reference(uri: str, extractor: Extractor, dataset: str = "", device: str = "cpu") -> Reference:
+    """The reference at a path or URI: an `.npz` (`metrics.reference` says which) or a data set with a manifest, measured now."""
+    if uri.endswith((".npz", ".pkl", ".pickle")):
+        return references.load_npz(uri, extractor, dataset, device)
+    store = open_store(uri)
+    store.check()
+    return references.from_manifest(store, load_manifest(store), extractor, dataset, device)
+
+
+def load_samples(uri: str, channels: int) -> Samples:
+    """Images at a path or URI, decoded to `channels` where they are files. Raises DataError for whatever is not a set of images."""
+    if uri.endswith(".npz"):
+        return _from_npz(read_object(uri, "correct the path of the samples"), uri)
+    store = open_store(uri)
+    store.check()
+    if store.exists(NAME):
+        return Samples(*scan_all(store, load_manifest(store)))
+    return _from_files(uri, channels)
+
+
+def _from_npz(data: bytes, where: str) -> Samples:
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+            images, labels = archive["arr_0"], archive["arr_1"] if "arr_1" in archive.files else None
+    except KeyError:
+        raise DataError(f"{where} has no arr_0; save its images with np.savez as the first array") from None
+    except (OSError, EOFError, ValueError, TypeError, AttributeError, zipfile.BadZipFile):
+        raise DataError(f"{where} is not an .npz of plain arrays (pickled objects are never read); save its images again") from None
+    if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
+        raise DataError(f"arr_0 of {where} must be images uint8 (N, H, W, C), not {images.dtype} {images.shape}; save them so")
+    if labels is None:
+        return Samples(images, None)
+    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(
+            f"arr_1 of {where} must be one whole number for each of {len(images)} images, not {labels.dtype} {labels.shape}; "
+            "save the labels so"
+        )
+    return Samples(images, labels.astype(np.int64))
+
+
+def _from_files(folder: str, channels: int) -> Samples:
+    """Image files below a folder or prefix, in the order of their names. Class folders give labels, numbered in sorted order."""
+    store = open_store(folder)
+    keys = sorted(info.key for info in store.list() if Path(info.key).suffix.lower() in EXTENSIONS)
+    if not keys:
+        raise DataError(f"{folder} holds no images ({', '.join(sorted(EXTENSIONS))}) and no {NAME}; give the place of the samples")
+    images: list[NDArray[np.uint8]] = []
+    for key in keys:
+        try:
+            image = decode_image(store.get(key), channels)
+        except DataError as error:
+            raise DataError(f"{folder}/{key}: {error}; leave it out or make it again") from None
+        if images and image.shape != images[0].shape:
+            raise DataError(
+                f"{folder}/{key} is {image.shape[1]} x {image.shape[0]} pixels and {keys[0]} is {images[0].shape[1]} x "
+                f"{images[0].shape[0]}; score images of one size"
+            )
+        images.append(image)
+    parents = [str(Path(key).parent) for key in keys]
+    classes = {parent: number for number, parent in enumerate(sorted(set(parents)))}
+    labels = np.array([classes[parent] for parent in parents], np.int64) if len(classes) > 1 else None
+    lossy = any(Path(key).suffix.lower() in LOSSY for key in keys)
+    return Samples(np.stack(images), labels, lossy)
+
+
+def _blocks(images: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
+    return (images[start : start + UNIT] for start in range(0, len(images), UNIT))
+
+
+def facts_of(pairs: Sequence[str]) -> dict[str, Any]:
+    """`key=value` words of a command line as facts: numbers and true or false where they read so, else text."""
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, sign, text = pair.partition("=")
+        if not sign:
+            raise DataError(f"{pair!r} is no fact of the samples; write key=value, for example steps=256")
+        try:
+            found[key] = json.loads(text)
+        except ValueError:
+            found[key] = text
+    return found
