@@ -79,9 +79,8 @@ def evaluate(config: Config) -> Path:
     trained = checkpoint.find(run, config.sampling.checkpoint)
     began = time.monotonic()
     with contextlib.ExitStack() as stack:
-        connect = functools.cache(
-            lambda: stack.enter_context(session(config, config.cluster.actors))
-        )  # where all is done, Ray is not started
+        # Where all is done already, Ray is not started.
+        connect = functools.cache(lambda: stack.enter_context(session(config, config.cluster.actors)))
         yardstick = _yardstick(config, data, manifest, connect)
         prefix = f"evaluate/{units.fingerprint(_conditions(config, trained, yardstick))}/"
         store = run.child(prefix)
@@ -94,7 +93,7 @@ def evaluate(config: Config) -> Path:
                 pass
     rows, grids, seconds = _fold(config, store, plan, trained, yardstick)
     folder = Path("runs") / config.name
-    write_report(
+    written = write_report(
         rows,
         grids,
         folder,
@@ -106,7 +105,8 @@ def evaluate(config: Config) -> Path:
             "job_seconds": time.monotonic() - began,
         },
     )
-    units.publish_folder(store, folder, "report/")
+    for path in written:
+        store.put(f"report/{path.name}", path.read_bytes())
     run.put(LATEST, json.dumps({"report": f"{prefix}report/"}).encode())
     print((folder / "table.md").read_text())
     print(f"report: {folder}/index.html  (also in {store.uri}/report)")

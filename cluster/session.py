@@ -57,7 +57,12 @@ def session(config: Config, processes: int) -> Iterator[Resources]:
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
         runtime["env_vars"] = {"PYTHONPATH": path} | runtime["env_vars"]
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away with notice
-    ray.init(**options, runtime_env=runtime, log_to_driver=True)
+    try:
+        ray.init(**options, runtime_env=runtime, log_to_driver=True)
+    except ConnectionError as error:
+        raise ConfigError(
+            f"RAY_ADDRESS={address}: the Ray cluster there did not let us in ({error}); check the address and RAY_AUTH_TOKEN_PATH"
+        ) from error
     try:
         yield _resources(config, processes)
     finally:

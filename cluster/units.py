@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, Protocol
 
 import ray
 
 from cluster.session import ROOT, Resources
+from configs.errors import UserError
 from configs.schema import Config
 from data_pipeline.store import Store
 
@@ -54,7 +54,10 @@ def missing(store: Store, units: Sequence[Unit], suffix: str) -> list[Unit]:
 
 
 def run(units: Sequence[Unit], make_worker: Callable[[], Worker], config: Config, resources: Resources) -> Iterator[Unit]:
-    """Make `units` on a pool of up to `cluster.actors` actors that Ray Data places, restarts and retries; yields finished ones."""
+    """Make `units` on up to `cluster.actors` actors that Ray Data places, restarts and retries; yields finished ones.
+
+    Raises the UserError of an actor, with its sentence.
+    """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -70,6 +73,8 @@ def run(units: Sequence[Unit], make_worker: Callable[[], Worker], config: Config
     )
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it reports what `progress` says already
     for row in done.iter_rows():
+        if row["error"]:
+            raise UserError(row["error"])
         yield Unit(float(row["w"]), int(row["first"]), int(row["last"]))
 
 
@@ -80,8 +85,11 @@ class _Actor:
         self._work = make_worker()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        self._work(Unit(float(row["w"]), int(row["first"]), int(row["last"])))
-        return row
+        try:
+            self._work(Unit(float(row["w"]), int(row["first"]), int(row["last"])))
+        except UserError as error:  # as data: Ray would wrap it, log its traceback and drop its type
+            return row | {"error": str(error)}
+        return row | {"error": ""}
 
 
 @cache
@@ -101,9 +109,3 @@ def code_version() -> str:
 def fingerprint(conditions: dict[str, Any]) -> str:
     """A short name for everything that decides the content of a job's units."""
     return hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def publish_folder(store: Store, folder: Path, prefix: str) -> None:
-    """Copy the files of a local folder to the store."""
-    for path in sorted(folder.iterdir()):
-        store.put(f"{prefix}{path.name}", path.read_bytes())

@@ -61,11 +61,7 @@ def ray_head(s3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tupl
     """A cluster started with `ray start --head`: (address for RAY_ADDRESS, address of its dashboard)."""
     folder = tmp_path_factory.mktemp("ray")
     patch = pytest.MonkeyPatch()
-    patch.setenv("RAY_AUTH_MODE", "token")
-    patch.setenv("RAY_AUTH_TOKEN_PATH", str(folder / "token"))
-    patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     patch.setenv("PYTHONPATH", "")  # the code has to come with the job
-    (folder / "token").write_text("0123456789abcdef0123456789abcdef")
     port, dashboard, client = free_port(), free_port(), free_port()
     ports = [f"--port={port}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
     small = ["--num-cpus=4", "--object-store-memory=200000000", "--node-ip-address=127.0.0.1", "--disable-usage-stats"]
