@@ -1,4 +1,4 @@
-"""Where images come from before they are shards: scikit-learn's digits, folders of class folders, IDX files.
+"""Where images come from before they are shards: scikit-learn's digits, folders of class folders, IDX files, Parquet.
 
 Every source deals its items in one fixed shuffle (a keyed bijection, see `order.permute`), so that each shard and each chunk holds
 a mixture of the classes.
@@ -37,7 +37,9 @@ def open_source(data: DataConfig) -> Source:
         if data.channels != 1:
             raise ConfigError("data.source=idx is grey; set data.channels=1.")
         return idx(data.path, data.image_size, data.classes)
-    raise ConfigError(f"data.source={data.source} is unknown; choose digits, folder or idx.")
+    if data.source == "parquet":
+        return parquet(data.path, data.image_size, data.channels, data.classes)
+    raise ConfigError(f"data.source={data.source} is unknown; choose digits, folder, idx or parquet.")
 
 
 def digits() -> Source:
@@ -105,6 +107,46 @@ def idx(path: str, image_size: int | None = None, classes: int | None = None, sp
     if classes is not None and found > classes:
         raise DataError(f"{path} has {found} classes, but data.classes is {classes}; set data.classes={found}.")
     return _from_arrays(images[..., None], labels, Schema(size, 1, classes or found))
+
+
+def parquet(
+    path: str, image_size: int, channels: int, classes: int | None = None, image: str = "image", label: str = "label"
+) -> Source:
+    """A Parquet file or a folder of them: a column of encoded images (bytes, or Hugging Face's {bytes, path}) and one of labels.
+
+    The encoded images are held in memory. Raises DataError where the files, their columns or their labels do not fit.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    root = Path(path)
+    files = sorted(root.glob("*.parquet")) if root.is_dir() else [root] if root.is_file() else []
+    if not path or not files:
+        raise DataError(f"There are no Parquet files at {path!r}; set data.path to a file or a folder of them.")
+    try:
+        table = pyarrow.concat_tables([pyarrow.parquet.read_table(file, columns=[image, label]) for file in files])
+        images, numbers = table.column(image), table.column(label)
+        if numbers.null_count:
+            raise ValueError(f"{numbers.null_count} labels are missing")
+        labels = numbers.to_numpy().astype(np.int64)
+    except (pyarrow.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"The Parquet files at {path} need columns {image!r} and {label!r} ({str(error).splitlines()[0]})."
+        ) from error
+    found = int(labels.max(initial=-1)) + 1
+    if (classes is not None and found > classes) or labels.min(initial=0) < 0:
+        raise DataError(f"{path} has labels {labels.min()} to {found - 1}; set data.classes={found}, and number classes from 0.")
+    digest = hashlib.sha256("".join(f"{file.name}\0{file.stat().st_size}\0" for file in files).encode()).hexdigest()
+
+    def read(item: int) -> Sample:
+        try:
+            cell = images[item].as_py()
+            data = cell["bytes"] if isinstance(cell, dict) else cell
+            return Sample(fit(decode_image(data or b"", channels), image_size), int(labels[item]))
+        except BadSample as error:
+            raise BadSample(error.cause, f"row {item} of {path}: {error}") from error
+
+    return Source(Schema(image_size, channels, classes or found), len(labels), _shuffled(read, len(labels)), f"parquet {digest}")
 
 
 def _area(image: Pixels, size: int) -> Pixels:

@@ -190,7 +190,7 @@ class Reader:
                 self._change.notify_all()
 
     def _wait(self, condition: Any) -> None:
-        """Waits, with `_change` held, until the condition is true; where it cannot become so, raises what another thread has raised."""
+        """Waits, with `_change` held, until the condition is true; before it is, raises what another thread has raised."""
         while not condition():
             if self._closed:
                 raise Cancelled

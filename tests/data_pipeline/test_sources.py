@@ -5,14 +5,17 @@ import io
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import sklearn.datasets
 from PIL import Image
 
 from configs.errors import ConfigError, DataError
-from data_pipeline.decode import BadSample
-from data_pipeline.sources import digits, idx, image_folder, open_source
+from data_pipeline.decode import BadSample, decode_image
+from data_pipeline.sources import digits, idx, image_folder, open_source, parquet
 from tests.data_pipeline.conftest import data_config
+from tests.data_pipeline.tars import png
 
 
 def test_digits_are_scikit_learns() -> None:
@@ -148,11 +151,54 @@ def test_a_gzip_bomb_is_not_unpacked(tmp_path: Path) -> None:
         idx(str(tmp_path))
 
 
+def write_parquet(path: Path, images: list[bytes | None], labels: list[int], struct: bool) -> None:
+    cells = [{"bytes": data, "path": "x.png"} for data in images] if struct else images
+    path.parent.mkdir(exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.table({"image": cells, "label": labels, "other": [0] * len(labels)}), path)
+
+
+@pytest.mark.parametrize("struct", [False, True])
+def test_parquet_files_with_an_image_column(tmp_path: Path, struct: bool) -> None:
+    images = [png(number) for number in range(10)]
+    write_parquet(tmp_path / "data" / "a.parquet", list(images[:6]), list(range(6)), struct)
+    write_parquet(tmp_path / "data" / "b.parquet", list(images[6:]), list(range(6, 10)), struct)
+    source = parquet(str(tmp_path / "data"), 8, 3)
+    assert (source.items, source.schema.classes) == (10, 10)
+    for sample in map(source.read, range(10)):
+        assert np.array_equal(sample.image, decode_image(images[sample.label], 3))
+    assert sorted(source.read(item).label for item in range(10)) == list(range(10))
+    assert parquet(str(tmp_path / "data" / "b.parquet"), 8, 3).items == 4
+
+
+def test_parquet_files_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no Parquet files"):
+        parquet(str(tmp_path), 8, 3)
+    write_parquet(tmp_path / "a.parquet", [png(0), b"no image", None], [0, 1, 2], True)
+    source = parquet(str(tmp_path), 8, 3)
+    outcomes = []
+    for item in range(3):
+        try:
+            outcomes.append(source.read(item).label)
+        except BadSample as error:
+            outcomes.append(str(error).split(" of ")[0])
+    assert sorted(map(str, outcomes)) == ["0", "row 1", "row 2"]
+    with pytest.raises(DataError, match=r"set data\.classes=3"):
+        parquet(str(tmp_path), 8, 3, 2)
+    with pytest.raises(DataError, match="need columns 'picture' and 'label'"):
+        parquet(str(tmp_path), 8, 3, image="picture")
+    pyarrow.parquet.write_table(pyarrow.table({"image": [png(0)], "label": pyarrow.array([None], "int64")}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="1 labels are missing"):
+        parquet(str(tmp_path), 8, 3)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(DataError, match="need columns"):
+        parquet(str(tmp_path), 8, 3)
+
+
 def test_the_configuration_names_the_source(tmp_path: Path) -> None:
     assert open_source(data_config(source="digits", channels=1)).items == 1797
     with pytest.raises(ConfigError, match=r"set data\.image_size=8, channels=1"):
         open_source(data_config(source="digits", image_size=16, channels=1))
-    with pytest.raises(ConfigError, match="choose digits, folder or idx"):
+    with pytest.raises(ConfigError, match="choose digits, folder, idx or parquet"):
         open_source(data_config(source="imagenet"))
     folder(tmp_path, {"a": 2})
     assert open_source(data_config(source="folder", path=str(tmp_path))).items == 2
