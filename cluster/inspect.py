@@ -12,6 +12,8 @@ from trainer.diffusion.theory import draw_figure_2
 from trainer.networks.build import build_network, count_parameters, forward_flops
 from trainer.sampler import evaluations
 
+H100_FLOPS = 989e12  # dense bf16 FLOP/s, by its data sheet
+
 
 def inspect(config: Config) -> None:
     """Print the resolved config, the network's size, and what a step, a checkpoint and an evaluation cost. Raises ConfigError."""
@@ -29,11 +31,11 @@ def inspect(config: Config) -> None:
         "forward cost of an image": f"{flops / 1e9:,.3f} GFLOP (2 per multiply-accumulate)",
         "global batch": f"{train.global_batch} = {workers} workers x {share // micro} accumulation x {micro} micro-batch",
         "cost of a training step": f"{3 * flops * train.global_batch / 1e12:,.3f} TFLOP (forward, and twice that backward)",
-        "cost of the training": f"{3 * flops * seen / 1e18:,.4g} EFLOP, {seen:,} images",
+        "cost of the training": f"{3 * flops * seen / 1e18:,.4g} EFLOP, {seen:,} images, {_hours(3 * flops * seen)}",
         "ZeRO state per worker": f"{_mib(_state_bytes(parameters, train, workers))} (weights, gradients, moments, average)",
         "checkpoint": f"{_mib(16 * parameters)} (fp32 weights, two moments, average)",
         "evaluation": f"{len(config.evaluate.w)} values of w x {measured} images, {nfe:,} network evaluations, "
-        f"{nfe * flops / 1e18:,.4g} EFLOP",
+        f"{nfe * flops / 1e18:,.4g} EFLOP, {_hours(nfe * flops)}",
     }
     print(to_yaml(config))
     width = max(map(len, rows))
@@ -64,6 +66,10 @@ def _state_bytes(parameters: int, train: TrainConfig, workers: int) -> int:
     gradients = working * parameters // (workers if stage >= 2 else 1)
     states = (12 if train.precision == "fp32" else 16) * parameters // (workers if stage >= 1 else 1)
     return weights + gradients + states
+
+
+def _hours(flops: float) -> str:
+    return f"{flops / (0.4 * H100_FLOPS) / 3600:,.3g} GPU-hours at 40 % of an H100's bf16 peak"
 
 
 def _mib(count: int) -> str:
