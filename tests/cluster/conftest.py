@@ -62,6 +62,9 @@ def ray_head(s3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tupl
     folder = tmp_path_factory.mktemp("ray")
     patch = pytest.MonkeyPatch()
     patch.setenv("PYTHONPATH", "")  # the code has to come with the job
+    patch.setenv(
+        "PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    )  # `python` is the node's, with the requirements
     port, dashboard, client = free_port(), free_port(), free_port()
     ports = [f"--port={port}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
     small = ["--num-cpus=4", "--object-store-memory=200000000", "--node-ip-address=127.0.0.1", "--disable-usage-stats"]

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from configs.load import load_config
 from data_pipeline.manifest import load_manifest
-from data_pipeline.store import open_store
+from data_pipeline.store import Store, open_store
 from trainer import checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +55,7 @@ def test_the_whole_job_runs_and_nothing_is_done_twice(freeguide, ray_head, tmp_p
     assert "trained to step 8" in ok("train")
     found = checkpoint.find(run)
     assert (found.step, found.files.keys()) == (8, {f"{Path(found.key).parent}/rank-{r:05d}.safetensors" for r in range(2)})
-    assert any(info.key.startswith("events/") for info in run.list())
+    assert_tensorboard_shows_the_run(run, tmp_path / "events")
     before = {info.key: info.etag for info in run.list()}
     assert "nothing to do" in ok("train", RAY_ADDRESS="127.0.0.1:1")  # a cluster that does not exist is not asked
     assert {info.key: info.etag for info in run.list()} == before
@@ -99,6 +100,22 @@ def test_the_whole_job_runs_and_nothing_is_done_twice(freeguide, ray_head, tmp_p
     submitted = ok("train", "run=s3://lab/runs/submitted", "--submit", dashboard, RAY_ADDRESS="")
     assert "trained to step 8" in submitted
     assert checkpoint.find(open_store("s3://lab/runs/submitted")).step == 8
+
+
+def assert_tensorboard_shows_the_run(run: Store, folder: Path) -> None:
+    folder.mkdir()
+    for info in run.list("events/"):
+        (folder / Path(info.key).name).write_bytes(run.get(info.key))
+    log = EventAccumulator(str(folder))
+    log.Reload()
+    tags = log.Tags()
+    assert {"train/loss", "train/gradient_norm", "train/lr", "speed/images_per_second", "speed/data_wait_percent"} <= {
+        *tags["scalars"]
+    }
+    assert [event.step for event in log.Scalars("train/loss")] == list(range(1, 9))
+    assert any(tag.startswith("loss_by_logsnr/") for tag in tags["scalars"])
+    assert tags["images"] == ["samples/w=0.5"]
+    assert [image.step for image in log.Images("samples/w=0.5")] == [8]
 
 
 def test_a_submitted_job_that_fails_gives_its_exit_code_and_its_sentence(freeguide, ray_head) -> None:  # type: ignore[no-untyped-def]

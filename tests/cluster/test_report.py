@@ -1,6 +1,7 @@
 """The report: equal rows give equal bytes, every number stands beside its conditions, and the pictures are the pixels."""
 
 import base64
+import csv
 import io
 import json
 import re
@@ -11,14 +12,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cluster import figures
+from cluster.metrics.published import PUBLISHED
 from cluster.metrics.rows import INCEPTION, Row, from_json
-from cluster.report import write_report
+from cluster.report import Cost, write_report
 from configs.errors import DataError
 
 WEIGHTS = [0.0, 0.1, 0.3, 0.75, 1.0, 2.0, 4.0]
 FIDS = [13.68, 10.32, 6.26, 4.19, 5.2, 15.27, 40.16]
 SCORES = [7.33, 7.58, 7.99, 8.57, 8.76, 9.13, 9.16]
-BASE = ["report.json", "table.md", "fid_over_w.png", "frontier.png", "index.html"]
+BASE = ["report.json", "report.csv", "table.md", "fid_over_w.png", "frontier.png", "index.html"]
 
 
 def _rows(**changes: object) -> list[Row]:
@@ -63,6 +66,13 @@ def _grids(channels: int = 1) -> dict[float, np.ndarray]:
     return {w: generator.integers(0, 256, size=(2, 3, 8, 8, channels), dtype=np.uint8) for w in WEIGHTS}
 
 
+@pytest.fixture
+def words_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the figures, which take a second to draw, where a test reads tables."""
+    monkeypatch.setattr(figures, "curves", lambda *_: b"")
+    monkeypatch.setattr(figures, "frontier", lambda *_: b"")
+
+
 def _contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -84,6 +94,7 @@ def test_times_are_kept_apart_from_everything_else(tmp_path):
     assert one == two
 
 
+@pytest.mark.usefixtures("words_only")
 def test_report_json_reads_back_as_the_rows_and_names_the_best(tmp_path):
     rows = _rows()
     write_report(rows, {}, tmp_path, title="x")
@@ -92,6 +103,7 @@ def test_report_json_reads_back_as_the_rows_and_names_the_best(tmp_path):
     assert json.loads(text)["best"] == [{"series": "", "w": 0.75, "fid": 4.19}]
 
 
+@pytest.mark.usefixtures("words_only")
 def test_the_table_has_one_line_per_w_and_only_the_best_fid_is_bold(tmp_path):
     write_report(_rows(), {}, tmp_path, title="Fashion")
     lines = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("|")]
@@ -101,6 +113,7 @@ def test_the_table_has_one_line_per_w_and_only_the_best_fid_is_bold(tmp_path):
     assert [line for line in lines if "**" in line] == ["| 0.75 | **4.19** | 8.57 ± 0.08 | 0.950 | 0.900 | 0.600 | 128 |"]
 
 
+@pytest.mark.usefixtures("words_only")
 def test_every_condition_stands_in_the_caption_of_table_and_page(tmp_path):
     write_report(_rows(), {}, tmp_path, title="Fashion")
     said = "s3://bucket/fashion|6000|EMA 0.999|p_uncond 0.1|ancestral|T = 64|v = 0.3|clipped|seed 17|0.1.0+abc|n = 5000|balanced"
@@ -110,6 +123,7 @@ def test_every_condition_stands_in_the_caption_of_table_and_page(tmp_path):
         assert [words for words in said.split("|") if words not in text] == []
 
 
+@pytest.mark.usefixtures("words_only")
 def test_columns_that_nobody_measured_are_left_out_and_gaps_are_dashes(tmp_path):
     rows = _rows(precision=None, recall=None)
     rows[1] = replace(rows[1], kid=0.00125, kid_std=0.0001, fid_infinity=0.5)
@@ -120,13 +134,15 @@ def test_columns_that_nobody_measured_are_left_out_and_gaps_are_dashes(tmp_path)
     assert "| 0 | 13.68 | 7.33 ± 0.08 | 0.950 | - | - | 64 |" in text
 
 
+@pytest.mark.usefixtures("words_only")
 def test_plain_fid_is_said_of_inception_only(tmp_path):
     write_report(_rows(extractor=INCEPTION), {}, tmp_path, title="x")
     text = (tmp_path / "table.md").read_text()
     assert "| w | FID ↓ |" in text
-    assert "FID-" not in text
+    assert "FID-" not in text.split("|\n\n")[0]
 
 
+@pytest.mark.usefixtures("words_only")
 def test_series_that_vary_by_name_are_told_apart_and_each_has_its_best(tmp_path):
     other = [replace(row, p_uncond=0.5, fid=row.fid + (20 if row.w < 2 else -12)) for row in _rows()]
     write_report([*other, *_rows()], {}, tmp_path, title="x", varying=("p_uncond",))
@@ -134,8 +150,8 @@ def test_series_that_vary_by_name_are_told_apart_and_each_has_its_best(tmp_path)
     assert "| p_uncond | w | FID-fashion ↓ |" in text
     assert "| 0.1 | 0.75 | **4.19** |" in text
     assert "| 0.5 | 2 | **3.27** |" in text
-    assert text.count("**") == 4
-    assert "p_uncond" not in text.splitlines()[-1]
+    assert text.split("##")[0].count("**") == 4
+    assert "p_uncond" not in next(line for line in text.splitlines() if line.startswith("run "))
     assert [best["series"] for best in json.loads((tmp_path / "report.json").read_text())["best"]] == [
         "p_uncond 0.1",
         "p_uncond 0.5",
@@ -155,6 +171,7 @@ def test_rows_that_do_not_compare_write_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.usefixtures("words_only")
 def test_sample_pictures_hold_the_very_pixels_enlarged(tmp_path, channels):
     grids = _grids(channels)
     write_report(_rows(), grids, tmp_path, title="x")
@@ -168,6 +185,7 @@ def test_sample_pictures_hold_the_very_pixels_enlarged(tmp_path, channels):
             assert np.array_equal(tile, expected.repeat(scale, axis=0).repeat(scale, axis=1))
 
 
+@pytest.mark.usefixtures("words_only")
 def test_the_overview_shows_four_grids_with_the_ends_and_the_best(tmp_path):
     grids = {w: np.full((1, 1, 8, 8, 3), (index * 10, 0, 255), np.uint8) for index, w in enumerate(WEIGHTS)}
     write_report(_rows(), grids, tmp_path, title="x")
@@ -227,3 +245,124 @@ def test_a_users_matplotlib_settings_change_nothing(tmp_path):
     with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "black", "savefig.dpi": 30, "figure.dpi": 30}):
         write_report(_rows(), {}, tmp_path / "two", title="x")
     assert _contents(tmp_path / "one") == _contents(tmp_path / "two")
+
+
+def _paper(**changes: object) -> list[Row]:
+    """The paper's Table 1 as if it were ours."""
+    conditions = {"n": 50_000, "dataset": "imagenet64", "extractor": INCEPTION, "steps": 256} | changes
+    numbers = [n for n in PUBLISHED if n.dataset == "imagenet64" and n.p_uncond is not None]
+    facts = [{"w": n.w, "fid": n.fid, "inception_score": n.inception_score, "p_uncond": n.p_uncond} for n in numbers]
+    return [replace(_rows()[0], **conditions, **fact) for fact in facts]
+
+
+@pytest.mark.usefixtures("words_only")
+def test_series_are_compared_at_equal_inception_score(tmp_path):
+    write_report(_paper(), {}, tmp_path, title="x", varying=("p_uncond",))
+    text = (tmp_path / "table.md").read_text()
+    section = text.split("## FID at equal Inception score")[1]
+    assert "| IS | p_uncond 0.1 | p_uncond 0.2 | p_uncond 0.5 |" in section
+    assert "| 80 | **2.12** | 2.31 | 3.08 |" in section
+    assert "| 220 | 20.19 | **19.81** | 20.94 |" in section
+    assert "equal Inception score" in (tmp_path / "index.html").read_text()
+    write_report(_rows(), {}, tmp_path / "one", title="x")
+    assert "equal Inception score" not in (tmp_path / "one" / "table.md").read_text()
+
+
+@pytest.mark.usefixtures("words_only")
+def test_published_numbers_stand_beside_rows_measured_alike(tmp_path):
+    rows = [row for row in _paper() if row.p_uncond == 0.1]
+    write_report(rows, {}, tmp_path, title="x")
+    text, page = (tmp_path / "table.md").read_text(), (tmp_path / "index.html").read_text()
+    assert "| NFE | paper's FID | paper's IS |" in text
+    assert next(line for line in text.splitlines() if line.startswith("| 0.3 |")).endswith("| 3.03 | 92.8 |")
+    section = text.split("## Published for imagenet64")[1]
+    assert "| ADM | - | - | - | 2.07 | - | Dhariwal & Nichol 2021" in section
+    assert "classifier-free guidance" not in section, "they stand in the table above"
+    assert "class=grey" not in page
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"n": 5000}, "they are of 50000 images and ours of 5000"),
+        ({"extractor": "toys"}, "they are plain FIDs and ours is FID-toys"),
+    ],
+)
+@pytest.mark.usefixtures("words_only")
+def test_published_numbers_are_grey_with_the_reason_where_conditions_differ(tmp_path, change, reason):
+    rows = [row for row in _paper(**change) if row.p_uncond == 0.2]
+    write_report(rows, {}, tmp_path, title="x")
+    text, page = (tmp_path / "table.md").read_text(), (tmp_path / "index.html").read_text()
+    assert "paper's FID" not in text
+    section = text.split("## Published for imagenet64")[1]
+    assert f"*Not comparable with the rows above because {reason}." in section
+    assert section.count("classifier-free guidance") == len(rows)
+    grey = re.findall(r"<section class=grey>(.*?)</section>", page, re.DOTALL)
+    assert len(grey) == 1
+    assert reason in grey[0]
+    assert "2.93" in grey[0]
+
+
+@pytest.mark.usefixtures("words_only")
+def test_data_that_no_paper_used_gets_one_sentence(tmp_path):
+    write_report(_rows(dataset="fashion"), {}, tmp_path, title="x")
+    text = (tmp_path / "table.md").read_text()
+    assert text.endswith("*No published numbers stand here because the data set is 'fashion'.*\n")
+
+
+def test_other_peoples_images_get_a_table_a_mark_and_the_same_instrument(tmp_path):
+    gan = replace(_rows()[0], run="gan.npz", fid=9.5, rounding="not known", labels="not known", steps=None, nfe=None, seed=None)
+    write_report(_rows(), {}, tmp_path / "with", title="x", others=[gan])
+    write_report(_rows(), {}, tmp_path / "without", title="x")
+    section = (tmp_path / "with" / "table.md").read_text().split("## Other models, measured here")[1]
+    assert "| gan.npz | 9.50 | 7.33 ± 0.08 |" in section
+    one, two = _contents(tmp_path / "with"), _contents(tmp_path / "without")
+    assert one["frontier.png"] != two["frontier.png"]
+    assert one["report.json"] == two["report.json"]
+    with pytest.raises(DataError, match="because n is 5000 in one and 100 in the other"):
+        write_report(_rows(), {}, tmp_path, title="x", others=[replace(gan, n=100)])
+
+
+@pytest.mark.usefixtures("words_only")
+def test_seeds_are_summarised_by_mean_and_deviation(tmp_path):
+    rows = [replace(row, seed=seed, fid=row.fid + seed) for row in _rows() for seed in (0, 1, 2)]
+    write_report(rows, {}, tmp_path, title="x", varying=("seed",))
+    section = (tmp_path / "table.md").read_text().split("## Over sampling seeds")[1]
+    assert "| 0.75 | 5.19 ± 1 | 8.57 ± 0 | 3 |" in section
+
+
+@pytest.mark.usefixtures("words_only")
+def test_the_spread_of_the_fid_stands_beside_it_and_is_explained(tmp_path):
+    write_report(_rows(fid_std=0.123), {}, tmp_path, title="x")
+    text = (tmp_path / "table.md").read_text()
+    assert "| 0.75 | **4.19 ± 0.12** |" in text
+    assert "by jackknife" in text
+    write_report(_rows(), {}, tmp_path, title="x")
+    assert "jackknife" not in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.usefixtures("words_only")
+def test_costs_that_depend_on_the_machine_stay_out_of_the_report(tmp_path):
+    cost = Cost(images=1000, evaluations=60_000, naive_evaluations=100_000, device_seconds=50.0, device="CPU")
+    write_report(_rows(), {}, tmp_path / "one", title="x", cost=cost)
+    write_report(_rows(), {}, tmp_path / "two", title="x", cost=replace(cost, device_seconds=25.0, device="GPU"))
+    one, two = _contents(tmp_path / "one"), _contents(tmp_path / "two")
+    times = json.loads(one.pop("times.json"))
+    assert times == {"device_seconds": 50.0, "images_per_device_second": 20.0}
+    assert "| device-seconds of a naive sweep at this speed | 83.3 |" in one.pop("cost.md").decode()
+    assert {name: two[name] for name in one} == one
+    text = one["table.md"].decode()
+    assert "| this sweep | 60,000 | 60.0 |" in text
+    assert "60% of the naive sweep" in text
+
+
+@pytest.mark.usefixtures("words_only")
+def test_the_csv_holds_every_field_of_every_row(tmp_path):
+    rows = _rows()
+    write_report(rows, {}, tmp_path, title="x")
+    with open(tmp_path / "report.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert list(lines[0]) == list(Row.__dataclass_fields__)
+    assert [float(line["fid"]) for line in lines] == FIDS
+    assert lines[0]["kid"] == ""
+    assert lines[0]["reference"] == "a1" * 32

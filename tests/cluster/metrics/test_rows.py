@@ -6,8 +6,21 @@ from typing import Any
 
 import pytest
 
-from cluster.metrics.rows import INCEPTION, MEASUREMENT, MODEL, Row, from_json, require_comparable, to_json
+from cluster.metrics.rows import (
+    INCEPTION,
+    INSTRUMENT,
+    MEASUREMENT,
+    MODEL,
+    Row,
+    from_json,
+    further_options,
+    model_conditions,
+    require_comparable,
+    require_same_instrument,
+    to_json,
+)
 from configs.errors import DataError
+from configs.schema import Config, SamplingConfig
 
 ROW = Row(
     w=0.3,
@@ -45,6 +58,9 @@ VALUES = {
     "kid",
     "kid_std",
     "fid_infinity",
+    "fid_std",
+    "sfid",
+    "fd_dinov2",
     "nfe",
 }
 
@@ -113,7 +129,7 @@ def test_mistyped_and_unknown_fields_are_refused(change):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"schema": "freeguide-rows/0", "rows": []}', '{"schema": "freeguide-rows/1", "rows": [{}]}']
+    "text", ["", "[]", "{}", '{"schema": "freeguide-rows/0", "rows": []}', '{"schema": "freeguide-rows/2", "rows": [{}]}']
 )
 def test_other_documents_are_refused(text):
     with pytest.raises(DataError, match="does not hold metric rows"):
@@ -130,3 +146,45 @@ def test_a_row_holds_finite_numbers_only():
 def test_only_inception_is_called_plain_fid():
     assert ROW.fid_name == "FID-digits"
     assert replace(ROW, extractor=INCEPTION).fid_name == "FID"
+
+
+def test_what_a_stranger_did_not_state_is_none_and_survives_json():
+    unknown = replace(ROW, checkpoint_step=None, p_uncond=None, ema=None, steps=None, v=None, clip=None, seed=None, nfe=None)
+    assert from_json(to_json([unknown])) == [unknown]
+    with pytest.raises(DataError, match=r"because p_uncond is 0\.1 in one and None in the other"):
+        require_comparable([ROW, replace(unknown, checkpoint_step=ROW.checkpoint_step)])
+
+
+def test_other_peoples_images_need_the_same_instrument_only():
+    stranger = replace(ROW, run="biggan", rounding="not known", labels="not known", steps=None, seed=None)
+    require_same_instrument([ROW, stranger])
+    for name in INSTRUMENT:
+        with pytest.raises(DataError, match=f"because {name} is"):
+            require_same_instrument([ROW, _changed(name)])
+
+
+def test_every_sampling_option_is_a_column_or_an_option_of_the_row():
+    assert further_options(SamplingConfig()) == ""
+    assert further_options(SamplingConfig(steps=7, v=0.0, clip=False, seed=3, labels="random", sampler="ddim", batch=5)) == ""
+    assert further_options(SamplingConfig(spacing="karras", interval=[-1.0, 2.5])) == "interval=[-1.0, 2.5], spacing=karras"
+    # An option that is added tomorrow must be found: all fields but the columns, the checkpoint and the batch are looked at.
+    columns = {"checkpoint", "batch", "labels", *MODEL}
+    for field in fields(SamplingConfig):
+        if field.name not in columns:
+            changed = replace(SamplingConfig(), **{field.name: "changed"})
+            assert further_options(changed) == f"{field.name}=changed"
+
+
+def test_our_own_conditions_follow_from_the_configuration_alone():
+    config = Config(name="digits", run="s3://bucket/digits", sampling=SamplingConfig(steps=9, v=0.2, seed=7, spacing="logsnr"))
+    found = model_conditions(config, 2500, "0.1.0+abc")
+    assert set(found) == {*MODEL, "labels", "rounding"}
+    row = replace(ROW, **found)
+    assert (row.run, row.checkpoint_step, row.steps, row.v, row.seed, row.ema) == ("digits", 2500, 9, 0.2, 7, 0.9999)
+    assert (row.options, row.rounding, row.labels) == ("spacing=logsnr", "round-half-up", "balanced")
+    config.sampling.ema = "sigma_rel_0.1"
+    other = replace(ROW, **model_conditions(config, 2500, "0.1.0+abc"))
+    assert other.ema == "sigma_rel_0.1"
+    assert from_json(to_json([row, other])) == [row, other]
+    with pytest.raises(DataError, match=r"because ema is 0\.9999 in one and 'sigma_rel_0\.1' in the other"):
+        require_comparable([row, other])

@@ -1,0 +1,89 @@
+"""Models are compared at equal Inception score: the paper's own tables are the examples with known answers."""
+
+from dataclasses import replace
+
+import pytest
+
+from cluster.metrics.frontier import common_scores, fid_at, over_seeds
+from cluster.metrics.published import PUBLISHED
+from cluster.metrics.rows import Row
+from configs.errors import DataError
+
+ROW = Row(
+    w=0.0,
+    fid=1.0,
+    inception_score=1.0,
+    inception_score_std=0.0,
+    n=50_000,
+    reference="a1" * 32,
+    reference_n=1_281_167,
+    extractor="inception-2015-12-05",
+    extractor_hash="6726825d",
+    resize="tf1-bilinear-299",
+    rounding="round-half-up",
+    labels="random",
+    run="paper",
+    seed=0,
+    code_version="x",
+)
+
+
+def _table_1(p_uncond: float) -> list[Row]:
+    return [
+        replace(ROW, w=n.w, fid=n.fid, inception_score=n.inception_score, p_uncond=p_uncond)
+        for n in PUBLISHED
+        if n.dataset == "imagenet64" and n.p_uncond == p_uncond
+    ]
+
+
+@pytest.mark.parametrize(
+    ("score", "expected"),
+    [  # worked out by hand from the printed table
+        (66.11, (1.55, 1.68, 2.11)),
+        (80.0, (2.12, 2.31, 3.08)),
+        (100.0, (3.71, 3.90, 5.06)),
+        (130.0, (7.05, 7.52, 8.97)),
+        (180.0, (14.11, 14.22, 15.75)),
+        (220.0, (20.19, 19.81, 20.94)),
+    ],
+)
+def test_the_papers_table_at_equal_inception_score(score, expected):
+    found = tuple(fid_at(_table_1(p), score) for p in (0.1, 0.2, 0.5))
+    assert found == pytest.approx(expected, abs=0.0051)  # printed to two decimals
+
+
+def test_the_order_at_equal_w_is_the_reverse_of_that_on_the_frontier():
+    at_w_1 = [next(row.fid for row in _table_1(p) if row.w == 1.0) for p in (0.1, 0.2, 0.5)]
+    at_is_130 = [fid_at(_table_1(p), 130.0) for p in (0.1, 0.2, 0.5)]
+    assert at_w_1 == sorted(at_w_1, reverse=True)
+    assert at_is_130 == sorted(at_is_130)
+
+
+def test_scores_that_are_not_reached_have_no_fid_and_of_two_passes_the_lower_counts():
+    rows = [replace(ROW, w=w, inception_score=s, fid=f) for w, s, f in [(0, 5.0, 9.0), (1, 9.0, 3.0), (2, 7.0, 8.0)]]
+    assert fid_at(rows, 4.9) is None
+    assert fid_at(rows, 9.1) is None
+    assert fid_at(rows, 5.0) == 9.0
+    assert fid_at(rows, 8.0) == pytest.approx(4.5)  # 4.5 on the way up, 5.5 on the way back
+    assert fid_at(rows[::-1], 8.0) == pytest.approx(4.5)
+
+
+def test_common_scores_are_round_and_reached_by_all():
+    members = [_table_1(p) for p in (0.1, 0.2, 0.5)]
+    scores = common_scores(members)
+    assert scores == [60.0, 80.0, 100.0, 120.0, 140.0, 160.0, 180.0, 200.0, 220.0]
+    assert all(fid_at(rows, score) is not None for rows in members for score in scores)
+    far = [replace(row, inception_score=row.inception_score + 500) for row in members[0]]
+    assert common_scores([far, members[1]]) == []
+    close = [replace(ROW, w=w, inception_score=9.861 + 0.007 * w) for w in (0.0, 1.0)]
+    assert common_scores([close]) == pytest.approx([9.861, 9.862, 9.863, 9.864, 9.865, 9.866, 9.867, 9.868])
+
+
+def test_seeds_are_averaged_never_chosen_from():
+    rows = [replace(ROW, w=w, seed=s, fid=2.0 + s + w, inception_score=10.0 * (1 + s)) for w in (0.0, 1.0) for s in (0, 1, 2)]
+    first, second = over_seeds(rows)
+    assert (first.w, first.fid.mean, first.fid.std, first.fid.k) == (0.0, 3.0, 1.0, 3)
+    assert (second.fid.mean, second.inception_score.mean, second.inception_score.std) == (4.0, 20.0, 10.0)
+    assert over_seeds(rows[:1])[0].fid.std is None
+    with pytest.raises(DataError, match="because n is"):
+        over_seeds([rows[0], replace(rows[1], n=1000)])

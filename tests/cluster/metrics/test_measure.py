@@ -1,0 +1,117 @@
+"""One way from features to a row's values: what can be measured is, what cannot is None, and units decide the bits."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from cluster.metrics.features import Measured
+from cluster.metrics.fid import fid, fid_infinity, fid_spread, frechet_distance
+from cluster.metrics.inception_score import inception_score
+from cluster.metrics.kid import kid
+from cluster.metrics.measure import VALUES, Yardstick, conditions, values
+from cluster.metrics.moments import from_features, merged
+from cluster.metrics.precision_recall import precision_recall
+from cluster.metrics.reference import Reference, Statistics
+from cluster.metrics.rows import INCEPTION, Row
+from configs.errors import DataError
+
+N, D = 400, 5
+GENERATOR = np.random.default_rng(0)
+FEATURES = GENERATOR.normal(size=(N, D)).astype(np.float32)
+SPATIAL = GENERATOR.normal(size=(N, 3)).astype(np.float32)
+PROBABILITIES = GENERATOR.dirichlet(np.ones(4), size=N).astype(np.float32)
+LABELS = np.arange(N) % 4
+REAL = GENERATOR.normal(size=(300, D)).astype(np.float32) + 0.2
+
+
+@dataclass(frozen=True)
+class Judge:
+    name: str = "toy"
+    hash: str = "c3" * 32
+    resize: str = "none"
+    channels: int = 1
+
+    def measure(self, images: np.ndarray, device: str = "cpu") -> Measured:
+        raise AssertionError("nothing is measured here")
+
+
+def _statistics(features: np.ndarray) -> Statistics:
+    moments = from_features(features)
+    return Statistics(moments.mean, moments.covariance, moments.n)
+
+
+def _units(*edges: int, **without: None) -> list[Measured]:
+    parts = {"features": FEATURES, "probabilities": PROBABILITIES, "spatial": SPATIAL}
+    bounds = zip((0, *edges), (*edges, N), strict=True)
+    return [Measured(**{name: array[first:last] for name, array in parts.items() if name not in without}) for first, last in bounds]
+
+
+FULL = Yardstick(Judge(), Reference("toys", _statistics(REAL), _statistics(SPATIAL[:200] + 1), REAL))
+
+
+def test_every_value_is_that_of_its_own_function():
+    found = values(_units(150), LABELS, FULL)
+    units = [from_features(FEATURES[:150]), from_features(FEATURES[150:])]
+    spatial = merged([from_features(SPATIAL[:150]), from_features(SPATIAL[150:])])
+    near, distance = precision_recall(FEATURES, REAL), kid(FEATURES, REAL)
+    assert FULL.reference.spatial is not None
+    assert found == {
+        "fid": fid(merged(units), FULL.reference.pool),
+        "fid_std": fid_spread(FEATURES, FULL.reference.pool),
+        "fid_infinity": fid_infinity(FEATURES, FULL.reference.pool).value,
+        "inception_score": inception_score(PROBABILITIES).mean,
+        "inception_score_std": inception_score(PROBABILITIES).std,
+        "accuracy": float(np.mean(PROBABILITIES.argmax(axis=1) == LABELS)),
+        "precision": near.precision,
+        "recall": near.recall,
+        "kid": distance.mean,
+        "kid_std": distance.std,
+        "sfid": fid(spatial, FULL.reference.spatial),
+    }
+
+
+def test_dinov2_has_an_instrument_of_its_own():
+    other = FEATURES[:, :2] * 3
+    dinov2 = Yardstick(Judge("dinov2", "d4" * 32), Reference("toys", _statistics(REAL[:, :2])))
+    found = values(_units(), LABELS, FULL, [Measured(other[:100]), Measured(other[100:])], dinov2)
+    sums = merged([from_features(other[:100]), from_features(other[100:])])
+    pool = dinov2.reference.pool
+    assert found["fd_dinov2"] == frechet_distance(pool.mean, pool.covariance, sums.mean, sums.covariance)
+    known = conditions(FULL, dinov2)
+    assert (known["dinov2"], known["dinov2_reference"]) == ("d4" * 32, dinov2.reference.sha256)
+    assert "dinov2" not in conditions(FULL)
+
+
+def test_values_and_conditions_are_fields_of_a_row_and_fill_it():
+    found = values(_units(), LABELS, FULL)
+    row = Row(w=0.0, n=N, run="x", code_version="x", rounding="r", labels="l", **found, **conditions(FULL))  # type: ignore[arg-type]
+    assert (row.dataset, row.reference_n, row.extractor, row.fid_name) == ("toys", 300, "toy", "FID-toy")
+    assert set(found) <= set(VALUES) <= set(Row.__dataclass_fields__)
+
+
+def test_what_cannot_be_measured_is_left_out():
+    bare = Yardstick(Judge(INCEPTION), Reference("", _statistics(REAL)))
+    found = values(_units(spatial=None), LABELS, bare)  # 1008 classes of another order: no accuracy
+    assert {name for name, value in found.items() if value is not None} == {
+        *("fid", "fid_std", "fid_infinity", "inception_score", "inception_score_std")
+    }
+    few = [Measured(FEATURES[:12], PROBABILITIES[:12])]
+    found = values(few, None, bare)
+    assert (found["fid_std"], found["fid_infinity"]) == (None, None)
+    with pytest.raises(DataError, match="toy has no classes and so no Inception score"):
+        values(_units(probabilities=None), LABELS, FULL)
+
+
+def test_too_few_images_are_said_once_and_loudly():
+    wide = Yardstick(Judge(), Reference("", _statistics(np.random.default_rng(1).normal(size=(50, 20)))))
+    tiny = [Measured(np.random.default_rng(2).normal(size=(12, 20)).astype(np.float32), PROBABILITIES[:12])]
+    with pytest.warns(UserWarning, match="12 generated images for 20 features") as told:
+        values(tiny, None, wide)
+    assert len(told) == 1
+
+
+def test_the_bits_depend_on_the_units_only():
+    assert values(_units(64, 128), LABELS, FULL) == values(_units(64, 128), LABELS, FULL)
+    one, other = values(_units(64, 128), LABELS, FULL), values(_units(200), LABELS, FULL)
+    assert one["fid"] == pytest.approx(other["fid"], rel=1e-10)  # another order of float64 sums

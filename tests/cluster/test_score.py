@@ -1,0 +1,206 @@
+"""Anyone's images get our rows: from a file, a folder or shards, the same values, and the truth about what is not known."""
+
+import argparse
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cluster.metrics.evaluator import Evaluator, fit_evaluator
+from cluster.metrics.measure import Yardstick, values
+from cluster.metrics.reference import from_npz
+from cluster.metrics.rows import from_json, to_json
+from cluster.score import Samples, command, facts_of, load_samples, score, score_samples
+from configs.errors import ConfigError, DataError
+from data_pipeline.decode import encode_png
+from data_pipeline.manifest import Schema, build_manifest, save_manifest
+from data_pipeline.shards import Sample, pack_shard
+from data_pipeline.store import open_store
+
+N = 240
+LABELS = np.arange(N, dtype=np.int64) % 2
+
+
+def _images(seed: int) -> np.ndarray:
+    """Two classes that a classifier can tell apart: bright above or bright below, with noise."""
+    images = np.random.default_rng(seed).integers(0, 120, (N, 8, 8, 1), np.uint8)
+    images[LABELS == 0, :4] += 120
+    images[LABELS == 1, 4:] += 120
+    return images
+
+
+REAL, FAKE = _images(0), _images(1)
+
+
+@pytest.fixture(scope="module")
+def judge() -> Evaluator:
+    return fit_evaluator(REAL, LABELS, 2, epochs=40, name="toys")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, judge: Evaluator) -> Path:
+    """A folder with an evaluator, real images as reference, and the same samples in three forms."""
+    folder = tmp_path_factory.mktemp("score")
+    (folder / "toys.safetensors").write_bytes(judge.to_bytes())
+    np.savez(folder / "real.npz", REAL)
+    np.savez(folder / "fake.npz", FAKE, LABELS)
+    (folder / "png").mkdir()
+    for i, image in enumerate(FAKE):
+        (folder / "png" / f"{i:04d}.png").write_bytes(encode_png(image))
+    store = open_store(str(folder / "shards"))
+    packed = pack_shard([Sample(image, int(label)) for image, label in zip(FAKE, LABELS, strict=True)])
+    save_manifest(store, build_manifest(Schema(8, 1, 2), [packed.index("0.tar", store.put("0.tar", packed.data))]))
+    return folder
+
+
+def _score(place: Path, samples: str, **options: object):
+    return score(
+        str(place / samples),
+        reference=str(place / "real.npz"),
+        extractor=str(place / "toys.safetensors"),
+        dataset="toys",
+        name="theirs",
+        **options,
+    )
+
+
+def test_the_same_images_give_the_same_row_in_every_form(place, judge):
+    rows = {form: _score(place, form) for form in ("fake.npz", "png", "shards")}
+    npz = rows["fake.npz"]
+    assert rows["shards"] == npz
+    assert npz.accuracy == pytest.approx(1.0, abs=0.05)
+    without_labels = {name: getattr(npz, name) for name in npz.__dataclass_fields__} | {"accuracy": None}
+    assert {name: getattr(rows["png"], name) for name in npz.__dataclass_fields__} == without_labels
+    # And they are the values of the measurement, in the order of the file.
+    yardstick = Yardstick(judge, from_npz((place / "real.npz").read_bytes(), "real", judge, "toys"))
+    assert values([judge.measure(FAKE)], LABELS, yardstick)["fid"] == npz.fid
+    assert npz.fid < values([judge.measure(REAL[::-1] // 2)], LABELS, yardstick)["fid"]
+
+
+def test_what_their_maker_did_not_say_is_not_known_and_what_we_know_is_said(place):
+    row = _score(place, "fake.npz")
+    assert (row.rounding, row.labels, row.sampler, row.steps, row.p_uncond, row.seed, row.w) == (
+        *("not known",) * 3,
+        *(None,) * 3,
+        0.0,
+    )
+    told = _score(place, "fake.npz", w=0.3, facts=facts_of(["steps=256", "p_uncond=0.1", "sampler=ancestral", "clip=true"]))
+    assert (told.w, told.steps, told.p_uncond, told.sampler, told.clip) == (0.3, 256, 0.1, "ancestral", True)
+    assert told.fid == row.fid
+    assert from_json(to_json([row, told])) == [row, told]
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        (["fid=1.0"], "fid is measured and cannot be given"),
+        (["n=50000"], "n is measured"),
+        (["colour=red"], "'colour' is no fact of a model"),
+        (["steps=many"], "steps is 'many' is no fact"),
+    ],
+)
+def test_facts_that_are_none_are_refused(place, facts, words):
+    with pytest.raises(ConfigError, match=words):
+        _score(place, "fake.npz", facts=facts_of(facts))
+
+
+def test_words_that_are_no_facts_are_refused():
+    with pytest.raises(DataError, match="'steps' is no fact of the samples; write key=value"):
+        facts_of(["steps"])
+
+
+def test_images_sorted_by_class_are_dealt_so_that_every_split_holds_all_classes(judge, place):
+    yardstick = Yardstick(judge, from_npz((place / "real.npz").read_bytes(), "real", judge))
+    order = np.argsort(LABELS, kind="stable")
+    in_turn = score_samples(Samples(FAKE, LABELS), yardstick, name="x")
+    by_class = score_samples(Samples(FAKE[order], LABELS[order]), yardstick, name="x")
+    unaware = score_samples(Samples(FAKE[order], None), yardstick, name="x")
+    assert by_class.inception_score == pytest.approx(in_turn.inception_score, rel=0.05)  # other splits of 24 images
+    assert unaware.inception_score < 1.2 < by_class.inception_score
+    assert by_class.fid == pytest.approx(in_turn.fid, rel=1e-5)  # float32 features of other batches
+    mixed = Samples(FAKE, LABELS)
+    assert mixed.dealt is mixed
+
+
+def test_class_folders_give_labels_and_lossy_files_are_said(tmp_path):
+    for i in range(6):
+        folder = tmp_path / ("b", "a")[i % 2]
+        folder.mkdir(exist_ok=True)
+        (folder / f"{i}.png").write_bytes(encode_png(FAKE[i]))
+    found = load_samples(str(tmp_path), 1)
+    assert found.labels is not None
+    assert found.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert np.array_equal(found.images, FAKE[[1, 3, 5, 0, 2, 4]])
+    assert not found.lossy
+    buffer = io.BytesIO()
+    Image.fromarray(FAKE[0, ..., 0]).save(buffer, "JPEG")
+    (tmp_path / "a" / "7.jpg").write_bytes(buffer.getvalue())
+    assert load_samples(str(tmp_path), 1).lossy
+    assert load_samples(str(tmp_path), 3).images.shape == (7, 8, 8, 3)
+
+
+def test_lossy_files_say_so_in_the_row(judge, place):
+    yardstick = Yardstick(judge, from_npz((place / "real.npz").read_bytes(), "real", judge))
+    row = score_samples(Samples(FAKE, None, lossy=True), yardstick, name="x")
+    assert row.rounding == "not known, compressed with loss"
+
+
+def _bad(folder: Path) -> dict[str, str]:
+    np.savez(folder / "floats.npz", FAKE.astype(np.float32))
+    np.savez(folder / "short.npz", FAKE, LABELS[:5])
+    np.savez(folder / "named.npz", images=FAKE)
+    np.savez(folder / "objects.npz", np.array([{}, 1], object))
+    (folder / "text.npz").write_bytes(b"hello")
+    for name, images in (("sizes", [FAKE[0], FAKE[1][:4, :4]]), ("broken", [])):
+        (folder / name).mkdir()
+        for i, image in enumerate(images):
+            (folder / name / f"{i}.png").write_bytes(encode_png(image))
+    (folder / "broken" / "0.png").write_bytes(b"no image")
+    (folder / "empty").mkdir()
+    return {
+        "floats.npz": r"must be images uint8 \(N, H, W, C\), not float32",
+        "short.npz": "arr_1 of .* must be one whole number for each of 240 images",
+        "named.npz": "has no arr_0",
+        "objects.npz": "pickled objects are never read",
+        "text.npz": "is not an .npz of plain arrays",
+        "none.npz": "does not exist; correct the path of the samples",
+        "sizes": "1.png is 4 x 4 pixels and 0.png is 8 x 8",
+        "broken": "broken/0.png: its image is neither PNG, JPEG nor WebP; leave it out",
+        "empty": "holds no images .* and no manifest.json",
+    }
+
+
+def test_samples_that_cannot_be_measured_are_refused_in_one_sentence(tmp_path):
+    for name, words in _bad(tmp_path).items():
+        with pytest.raises(DataError, match=words) as error:
+            load_samples(str(tmp_path / name), 1)
+        assert "\n" not in str(error.value)
+
+
+def test_half_a_dinov2_is_refused(place):
+    with pytest.raises(DataError, match="give both or neither"):
+        _score(place, "fake.npz", dinov2="dinov2_vitl14_pretrain.pth")
+
+
+def test_the_command_prints_the_row_and_writes_it(place, tmp_path, capsys):
+    row = _score(place, "fake.npz", w=0.5, facts={"steps": 8})
+    options = argparse.Namespace(
+        samples=str(place / "fake.npz"),
+        reference=str(place / "real.npz"),
+        extractor=str(place / "toys.safetensors"),
+        dinov2="",
+        dinov2_reference="",
+        dataset="toys",
+        name="theirs",
+        w=0.5,
+        facts=["steps=8"],
+        device="cpu",
+        json=str(tmp_path / "row.json"),
+    )
+    command(options)
+    printed = capsys.readouterr().out
+    assert f"fid                  {row.fid:.6g}\n" in printed
+    assert "not known" not in printed
+    assert from_json((tmp_path / "row.json").read_text()) == [row]
