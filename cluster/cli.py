@@ -39,6 +39,11 @@ def main(arguments: list[str] | None = None) -> int:
             from cluster.demo import demo
 
             return demo(options.overrides)
+        if options.command == "score":
+            from cluster.score import command
+
+            command(options)
+            return 0
         config = load_config(options.config, options.overrides, options.command)
         if getattr(options, "dry_run", False):
             options.command = "inspect"
@@ -112,6 +117,25 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
+_SCORE = "Measure images that anyone made, with the same rows as `evaluate`. docs/evaluation.md says what compares with what."
+
+
+def _add_score(command: argparse.ArgumentParser) -> None:
+    command.add_argument("samples", help="an .npz with arr_0 (and labels arr_1), a folder of images, or shards with a manifest")
+    command.add_argument("overrides", nargs="*", metavar="fact=value", help="what is known of their maker: steps=256 v=0.3 ...")
+    command.add_argument(
+        "--extractor", required=True, help="weights of the feature network: Inception, DINOv2, or an own evaluator"
+    )
+    command.add_argument("--reference", required=True, help="the real images: a data set with a manifest, or an .npz of statistics")
+    command.add_argument("--dinov2", default="", help="DINOv2 weights, for FD-DINOv2 beside the rest")
+    command.add_argument("--dinov2-reference", default="", help="DINOv2 statistics of the real images")
+    command.add_argument("--dataset", default="", help="name of the data set, as tables call it")
+    command.add_argument("--name", default="", help="name of the row")
+    command.add_argument("--w", type=float, default=0.0, help="guidance weight that the images were made with")
+    command.add_argument("--device", default="cpu", help="cpu or cuda")
+    command.add_argument("--json", default="", help="a file to write the row to")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="freeguide", description="Train and measure classifier-free-guidance diffusion models on clusters."
@@ -135,6 +159,7 @@ def _parser() -> argparse.ArgumentParser:
                 help="run as a job on the Ray cluster whose dashboard is at URL (http://HEAD:8265) and follow it",
             )
             command.add_argument("--dry-run", action="store_true", help="print what would run and what it costs, and stop")
+    _add_score(commands.add_parser("score", help="measure anyone's images: .npz, a folder, or shards", description=_SCORE))
     command = commands.add_parser("demo", help="train and measure on real handwritten digits, on this machine")
     command.add_argument("overrides", nargs="*", metavar="key=value", help="options that win over configs/digits.yaml")
     return parser

@@ -24,18 +24,17 @@ from numpy.typing import NDArray
 
 from cluster import units
 from cluster.metrics import evaluator as evaluators
-from cluster.metrics import moments
+from cluster.metrics import measure
+from cluster.metrics import reference as references
 from cluster.metrics.evaluator import Evaluator
-from cluster.metrics.fid import fid
-from cluster.metrics.images import ROUNDING, to_uint8
-from cluster.metrics.inception_score import class_accuracy, inception_score
-from cluster.metrics.moments import Moments
-from cluster.metrics.precision_recall import precision_recall
-from cluster.metrics.rows import Row
-from cluster.report import write_report
+from cluster.metrics.features import Extractor, Measured, load_extractor
+from cluster.metrics.images import to_uint8
+from cluster.metrics.reference import Reference
+from cluster.metrics.rows import Row, model_conditions
+from cluster.report import Cost, write_report
 from cluster.session import Resources, progress, session
 from cluster.units import Unit
-from configs.errors import StoreError
+from configs.errors import StoreError, UserError
 from configs.load import from_yaml, to_yaml
 from configs.schema import Config
 from data_pipeline.manifest import Manifest, load_manifest
@@ -51,19 +50,19 @@ EVALUATOR, REFERENCE = "evaluator.safetensors", "reference.npz"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Yardstick:
-    """What images are measured with. It stands beside the data, so that every run on that data shares it."""
+    """What images are measured with. What the job makes of it stands beside the data, so that every run on that data shares it."""
 
     store: Store
-    judge: Evaluator
-    reference: Moments  # of the real images
-    real: NDArray[np.float32]  # (N, 64) their features
+    extractor: Extractor
+    reference: Reference  # the real images
 
     @staticmethod
-    def load(store: Store) -> "_Yardstick":
-        """Raises MissingObject where it has not been made."""
-        judge = evaluators.from_bytes(store.get(EVALUATOR), f"{store.uri}/{EVALUATOR}")
-        with np.load(io.BytesIO(store.get(REFERENCE)), allow_pickle=False) as known:
-            return _Yardstick(store, judge, moments.from_bytes(known["moments"].tobytes()), known["features"])
+    def load(config: Config, store: Store) -> "_Yardstick":
+        """Raises MissingObject where it has to be made first, DataError for weights or statistics that cannot be used."""
+        extractor = _extractor(config, store)
+        if config.evaluate.reference:
+            return _Yardstick(store, extractor, references.load_npz(config.evaluate.reference, extractor, _dataset(config)))
+        return _Yardstick(store, extractor, references.from_npz(store.get(REFERENCE), f"{store.uri}/{REFERENCE}", extractor))
 
 
 def evaluate(config: Config) -> Path:
@@ -91,7 +90,7 @@ def evaluate(config: Config) -> Path:
             make = functools.partial(_Measure, to_yaml(config), store, trained.step, yardstick.store, connect())
             for _ in progress(units.run(todo, make, config, connect()), len(todo), "unit"):
                 pass
-    rows, grids, seconds = _fold(config, store, plan, trained, yardstick)
+    rows, grids, cost = _fold(config, store, plan, trained, yardstick)
     folder = Path("runs") / config.name
     written = write_report(
         rows,
@@ -99,11 +98,8 @@ def evaluate(config: Config) -> Path:
         folder,
         title=f"{config.name}: {rows[0].fid_name} and IS over w",
         classes=manifest.schema.class_names,
-        times={
-            "sampling_seconds": seconds,
-            "images_per_second": len(rows) * config.evaluate.images / seconds,
-            "job_seconds": time.monotonic() - began,
-        },
+        times={"job_seconds": time.monotonic() - began},
+        cost=cost,
     )
     for path in written:
         store.put(f"report/{path.name}", path.read_bytes())
@@ -133,7 +129,7 @@ def _conditions(config: Config, trained: checkpoint.Checkpoint, yardstick: _Yard
         "sampling": dataclasses.asdict(config.sampling) | {"checkpoint": trained.sha256},
         "unit": config.evaluate.unit,
         "grid": config.evaluate.grid,
-        "evaluator": yardstick.judge.hash,
+        "evaluator": yardstick.extractor.hash,
         "threads": config.cluster.cpus_per_worker,
         "code": units.code_version(),
     }
@@ -142,42 +138,63 @@ def _conditions(config: Config, trained: checkpoint.Checkpoint, yardstick: _Yard
 # --- the evaluator and the reference ---
 
 
+def _extractor(config: Config, store: Store) -> Extractor:
+    """The weights that `evaluate.extractor` names, or the data's own evaluator, which stands in `store`."""
+    if config.evaluate.extractor:
+        return load_extractor(config.evaluate.extractor)
+    return evaluators.from_bytes(store.get(EVALUATOR), f"{store.uri}/{EVALUATOR}")
+
+
+def _dataset(config: Config) -> str:
+    """What tables call the real images."""
+    return config.evaluate.dataset or Path(config.data.uri).name
+
+
 def _yardstick(config: Config, data: Store, manifest: Manifest, connect: Callable[[], Resources]) -> _Yardstick:
-    options = {"epochs": config.evaluate.evaluator_epochs, "seed": config.evaluate.evaluator_seed, "data": manifest.fingerprint}
+    options: dict[str, Any] = {"format": 2, "data": manifest.fingerprint, "dataset": _dataset(config)}
+    if config.evaluate.extractor:
+        options |= {"extractor": load_extractor(config.evaluate.extractor).hash}
+    else:
+        options |= {"epochs": config.evaluate.evaluator_epochs, "seed": config.evaluate.evaluator_seed}
     store = data.child(f"evaluators/{units.fingerprint(options)}/")
     with contextlib.suppress(MissingObject):
-        return _Yardstick.load(store)
-    print(f"training the evaluator on {manifest.samples} real images", flush=True)
+        return _Yardstick.load(config, store)
+    print(f"{'measuring' if config.evaluate.extractor else 'training the evaluator on'} {manifest.samples} real images", flush=True)
     resources = connect()
-    task = ray.remote(_fit).options(num_cpus=resources.cpus, num_gpus=resources.gpus or None)
-    ray.get(task.remote(to_yaml(config), store, resources))
-    made = _Yardstick.load(store)
-    print(f"evaluator {made.judge.hash[:12]}: accuracy {100 * made.judge.accuracy:.1f} % on held-out images", flush=True)
+    task = ray.remote(_make_yardstick).options(num_cpus=resources.cpus, num_gpus=resources.gpus or None)
+    if failure := ray.get(task.remote(to_yaml(config), store, resources)):
+        raise UserError(failure)
+    made = _Yardstick.load(config, store)
+    if isinstance(made.extractor, Evaluator):
+        accuracy = f"{100 * made.extractor.accuracy:.1f} % accuracy on held-out images"
+        print(f"evaluator {made.extractor.hash[:12]}: {accuracy}", flush=True)
     return made
 
 
-def _fit(text: str, store: Store, resources: Resources) -> None:
+def _make_yardstick(text: str, store: Store, resources: Resources) -> str:
+    """Returns the sentence of a UserError, or "": Ray would wrap the error in its traceback."""
     torch.set_num_threads(resources.threads)
-    config = from_yaml(text)
+    try:
+        _publish_yardstick(from_yaml(text), store, "cuda" if resources.gpus else "cpu")
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _publish_yardstick(config: Config, store: Store, device: str) -> None:
     data = open_store(config.data.uri)
     manifest = load_manifest(data)
-    images, labels = scan_all(data, manifest)
-    device = "cuda" if resources.gpus else "cpu"
-    options = config.evaluate
-    judge = evaluators.fit_evaluator(
-        images,
-        labels,
-        config.data.classes,
-        options.evaluator_epochs,
-        options.evaluator_seed,
-        name=Path(config.data.uri).name,
-        device=device,
-    )
-    features, _ = judge.features(images, device=device)
-    buffer = io.BytesIO()
-    np.savez(buffer, moments=np.frombuffer(moments.from_features(features).to_bytes(), np.uint8), features=features)
-    store.put(REFERENCE, buffer.getvalue())
-    store.put(EVALUATOR, judge.to_bytes())
+    made = None
+    if not config.evaluate.extractor:
+        images, labels = scan_all(data, manifest)
+        epochs, seed = config.evaluate.evaluator_epochs, config.evaluate.evaluator_seed
+        made = evaluators.fit_evaluator(images, labels, config.data.classes, epochs, seed, name=_dataset(config), device=device)
+    extractor = made or load_extractor(config.evaluate.extractor)
+    if not config.evaluate.reference:
+        reference = references.from_manifest(data, manifest, extractor, _dataset(config), device)
+        store.put(REFERENCE, reference.to_bytes(extractor))
+    if made:
+        store.put(EVALUATOR, made.to_bytes())
 
 
 # --- work units ---
@@ -191,23 +208,22 @@ class _Measure:
         self.config, self.store = from_yaml(text), store
         self.device = torch.device("cuda" if resources.gpus else "cpu")
         self.sampler = Sampler.from_run(self.config, step, self.device)
-        self.judge = evaluators.from_bytes(yardstick.get(EVALUATOR))
+        self.extractor = _extractor(self.config, yardstick)
 
     def __call__(self, unit: Unit) -> None:
         began = time.perf_counter()
         index = torch.arange(unit.first, unit.last)
         labels = image_labels(self.config, index)
         images = to_uint8(self.sampler.sample(index, labels, unit.w))
-        features, probabilities = self.judge.features(images, device=self.device.type)
+        measured = self.extractor.measure(images, self.device.type)
         kept = max(0, min(unit.last, self.config.evaluate.grid * self.config.data.classes) - unit.first)
         buffer = io.BytesIO()
         np.savez(
             buffer,
-            features=features,
-            probabilities=probabilities,
+            **measured.to_arrays(),
             labels=labels.numpy(),
-            moments=np.frombuffer(moments.from_features(features).to_bytes(), np.uint8),
             images=images[:kept],
+            device=np.str_(torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"),
             seconds=np.float64(time.perf_counter() - began),
         )
         self.store.put(unit.key("npz"), buffer.getvalue())
@@ -219,50 +235,25 @@ def _fold(
     plan: list[Unit],
     trained: checkpoint.Checkpoint,
     yardstick: _Yardstick,
-) -> tuple[list[Row], dict[float, NDArray[np.uint8]], float]:
-    """Rows and sample grids from published units, in unit order, and the seconds that sampling took on one actor."""
-    rows, grids, seconds = [], {}, 0.0
+) -> tuple[list[Row], dict[float, NDArray[np.uint8]], Cost]:
+    """Rows and sample grids from published units, in unit order, and what they cost."""
+    rows, grids, seconds, devices = [], {}, 0.0, set()
     nfe = {w: evaluations(config, w) for w in config.evaluate.w}
+    against = measure.Yardstick(yardstick.extractor, yardstick.reference)
+    made = model_conditions(config, trained.step, units.code_version())
     for w in sorted(config.evaluate.w):
         parts = [np.load(io.BytesIO(store.get(u.key("npz"))), allow_pickle=False) for u in plan if u.w == w]
         seconds += sum(float(p["seconds"]) for p in parts)
-        features, probabilities, labels = (
-            np.concatenate([p[name] for p in parts]) for name in ("features", "probabilities", "labels")
-        )
-        score = inception_score(probabilities)
-        near = precision_recall(features, yardstick.real)
-        rows.append(
-            Row(
-                w=w,
-                fid=fid(moments.merged(moments.from_bytes(p["moments"].tobytes()) for p in parts), yardstick.reference),
-                inception_score=score.mean,
-                inception_score_std=score.std,
-                accuracy=class_accuracy(probabilities, labels),
-                precision=near.precision,
-                recall=near.recall,
-                nfe=nfe[w],
-                n=len(labels),
-                reference=yardstick.reference.sha256,
-                reference_n=yardstick.reference.n,
-                extractor=yardstick.judge.name,
-                extractor_hash=yardstick.judge.hash,
-                resize="none",
-                rounding=ROUNDING,
-                labels=config.sampling.labels,
-                run=config.name,
-                checkpoint_step=trained.step,
-                p_uncond=config.diffusion.p_uncond,
-                ema=config.train.ema_decay,
-                sampler=config.sampling.sampler,
-                steps=config.sampling.steps,
-                v=config.sampling.v,
-                clip=config.sampling.clip,
-                seed=config.sampling.seed,
-                code_version=units.code_version(),
-            )
-        )
+        devices |= {str(p["device"]) for p in parts}
+        labels = np.concatenate([p["labels"] for p in parts])
+        found = measure.values([Measured.from_arrays(p) for p in parts], labels, against)
+        rows.append(Row(w=w, nfe=nfe[w], n=len(labels), **found, **measure.conditions(against), **made))  # type: ignore[arg-type]
         if config.sampling.labels == "balanced":
             shown = np.concatenate([p["images"] for p in parts])
             whole = len(shown) // config.data.classes * config.data.classes
             grids[w] = shown[:whole].reshape(-1, config.data.classes, *shown.shape[1:])
-    return rows, grids, seconds
+    images = config.evaluate.images
+    full = evaluations(dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, interval=[])), 1.0)
+    naive = sum(full if w else full // 2 for w in nfe)
+    cost = Cost(images * len(rows), images * sum(nfe.values()), images * naive, seconds, ", ".join(sorted(devices)))
+    return rows, grids, cost

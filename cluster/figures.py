@@ -121,9 +121,8 @@ def _frontier(series: list[Series], others: Sequence[Row], published: Sequence[P
     _log_if_wide(axes, [row.fid for row in rows])
     places = [(row.run, row.inception_score, row.fid) for row in others]
     places += [(number.model, number.inception_score, number.fid) for number in published if number.inception_score is not None]
-    for name, score, fid in places:
+    for _, score, fid in places:
         axes.plot(score, fid, "D", color=GREY, markersize=4)
-        axes.annotate(name, (score, fid), (6, -3), textcoords="offset points", fontsize=8, color=GREY)
     axes.set_xlabel("Inception score (higher is better)")
     axes.set_ylabel(f"{rows[0].fid_name} (lower is better)")
     axes.set_title("What guidance trades: points are labelled with w, the ring is the best FID")
@@ -131,28 +130,31 @@ def _frontier(series: list[Series], others: Sequence[Row], published: Sequence[P
     if len(series) > 1:
         axes.legend()
     FigureCanvasAgg(figure).draw()  # the layout must stand before labels can be kept apart
-    _label_points(axes, series)
+    _label_points(axes, series, places)
     return _drawn(figure)
 
 
-def _label_points(axes: Axes, series: list[Series]) -> None:
-    """Write w beside the points, the ends and the best first, wherever neither a curve nor another label is in the way."""
+def _label_points(axes: Axes, series: list[Series], places: Sequence[tuple[str, float, float]]) -> None:
+    """Write names beside single points and w beside those of curves, the ends and the best first, where nothing is in the way."""
     curves = [axes.transData.transform([(row.inception_score, row.fid) for row in rows]) for _, rows in series]
-    obstacles = np.concatenate([_dense(points) for points in curves])
-    wanted = []
+    single = axes.transData.transform([(score, fid) for _, score, fid in places]) if places else np.empty((0, 2))
+    obstacles = np.concatenate([*(_dense(points) for points in curves), single])
+    sideways = np.array([1.0, 0.0])
+    wanted = [(-1, name, point, sideways, GREY) for (name, _, _), point in zip(places, single, strict=True)]
     for colour, (_, rows), points in zip(_colours(series), series, curves, strict=True):
         first = {0, len(rows) - 1, rows.index(best_of(rows))}
         for index, row in enumerate(rows):
             along = points[min(index + 1, len(rows) - 1)] - points[max(index - 1, 0)]
             normal = np.array([along[1], -along[0]]) / (np.hypot(*along) or 1.0)
             words = f"w = {row.w:g}" if index in (0, len(rows) - 1) else f"{row.w:g}"
-            wanted.append((index not in first, words, points[index], normal, colour))
+            wanted.append((int(index not in first), words, points[index], normal, colour))
     taken = np.empty((0, 4))  # centre and half size of each label's box
-    for _, words, point, normal, colour in sorted(wanted, key=lambda label: label[0]):
+    for rank, words, point, normal, colour in sorted(wanted, key=lambda label: label[0]):
         half = np.array([3.5 * len(words) + 2.0, 8.0])
-        for outward in (normal, -normal):
+        for outward in (normal, -normal) if rank >= 0 else (normal, -normal, normal[::-1], -normal[::-1]):
             centre = point + outward * (10.0 + np.abs(outward) @ half)
-            clear = (np.abs(obstacles - centre) > half + 2.0).any(axis=1).all()
+            inside = axes.bbox.contains(*(centre - half)) and axes.bbox.contains(*(centre + half))
+            clear = inside and (np.abs(obstacles - centre) > half + 2.0).any(axis=1).all()
             if clear and (np.abs(taken[:, :2] - centre) > half + taken[:, 2:]).any(axis=1).all():
                 taken = np.vstack([taken, [*centre, *half]])
                 place = axes.transData.inverted().transform(centre)
@@ -239,8 +241,11 @@ def side_by_side(grids: Mapping[float, NDArray[np.uint8]], classes: Sequence[str
         baseline = top - head + 54
         draw.text((left + 3, baseline), f"w = {w:g}", INK, _font(26, bold=True), anchor="ls")
         if w in measured:
-            words = f"{measured[w].fid_name} {distance(measured[w].fid)}   IS {measured[w].inception_score:.2f}"
-            draw.text((left + width - 3, baseline), words, GREY, _font(19), anchor="rs")
+            fid, score = f"{measured[w].fid_name} {distance(measured[w].fid)}", f"IS {measured[w].inception_score:.2f}"
+            room = width - 14 - draw.textlength(f"w = {w:g}", _font(26, bold=True))
+            fitting = [words for words in (f"{fid}   {score}", fid) if draw.textlength(words, _font(19)) <= room]
+            if fitting:
+                draw.text((left + width - 3, baseline), fitting[0], GREY, _font(19), anchor="rs")
         cell = (width - 3) / grids[w].shape[1]
         for column, name in enumerate(classes):
             draw.text((left + 3 + (column + 0.5) * cell, top - 6), name, GREY, _font(15), anchor="ms")

@@ -29,7 +29,7 @@ from PIL import Image
 from cluster import figures
 from cluster.figures import COLOURS, GREY, INK, Series, best_of, distance
 from cluster.metrics.frontier import common_scores, fid_at, over_seeds
-from cluster.metrics.published import beside, rows_of, why_not_beside
+from cluster.metrics.published import beside, rows_of, same_setting, why_not_beside
 from cluster.metrics.rows import Row, require_comparable, require_same_instrument, to_json
 from configs.errors import DataError
 
@@ -110,7 +110,7 @@ def _series(rows: list[Row], varying: Sequence[str]) -> list[Series]:
         raise DataError("a report needs at least one metric row; evaluate at least one w")
     require_comparable(rows, varying)
     groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in sorted(rows, key=lambda row: (*((v is not None, v) for v in _key(row, varying)), row.w)):
+    for row in sorted(rows, key=lambda row: (*((v is not None, isinstance(v, str), v) for v in _key(row, varying)), row.w)):
         members = groups.setdefault(_key(row, varying), [])
         if members and members[-1].w == row.w:
             raise DataError(f"run {row.run!r} has two rows for w = {row.w:g} under the same conditions; keep one of them")
@@ -148,7 +148,7 @@ def _tables(
     tables += [_seeds(ordered, name) for name in ("seed", "run") if tuple(varying) == (name,) and len(series) > 1]
     if others:
         tables.append(_others(others))
-    tables.append(_published(ordered[0]))
+    tables.append(_published(ordered))
     if cost is not None:
         tables.append(_evaluations(cost))
     return tables
@@ -241,11 +241,15 @@ def _others(others: Sequence[Row]) -> _Table:
     return _Table("Other models, measured here", ["images", *(head for head, _ in shown)], lines, note=note)
 
 
-def _published(row: Row) -> _Table:
-    """What papers printed for this data set; only a sentence where they printed nothing."""
-    reason, numbers = why_not_beside(row), rows_of(row.dataset)
+def _published(ordered: Sequence[Row]) -> _Table:
+    """What papers printed for this data set and does not stand beside a row already: other models, or all if nothing compares."""
+    reason, numbers = why_not_beside(ordered[0]), rows_of(ordered[0].dataset)
     if not numbers:
         return _Table("", [], [], note=f"No published numbers stand here because {reason}.", grey=True)
+    if reason is None:
+        numbers = [number for number in numbers if number.w is None]
+    else:
+        numbers = [number for number in numbers if number.w is None or any(same_setting(row, number) for row in ordered)]
 
     def cell(value: float | None) -> str:
         return "-" if value is None else f"{value:g}"
@@ -257,7 +261,7 @@ def _published(row: Row) -> _Table:
     if reason is not None:
         note = f"Not comparable with the rows above because {reason}. " + note
     heads = ["model", "w", "p_uncond", "T", "FID", "IS", "source"]
-    return _Table(f"Published for {row.dataset}", heads, lines, note=note, grey=reason is not None)
+    return _Table(f"Published for {ordered[0].dataset}", heads, lines, note=note, grey=reason is not None)
 
 
 def _evaluations(cost: Cost) -> _Table:
@@ -310,7 +314,7 @@ def _caption(row: Row, varying: Sequence[str]) -> str:
     said = {
         "run": f"run {row.run}",
         "checkpoint_step": f"checkpoint of step {_plain(row.checkpoint_step)}",
-        "ema": "raw weights" if row.ema == 0 else f"EMA {_plain(row.ema)}",
+        "ema": "raw weights" if row.ema in (0.0, "master") else f"EMA {_plain(row.ema)}",
         "p_uncond": f"p_uncond {_plain(row.p_uncond)}",
         "sampler": f"sampler {row.sampler}",
         "steps": f"T = {_plain(row.steps)}",
@@ -372,6 +376,7 @@ section {{ overflow-x: auto }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
 th, td {{ padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #eee; white-space: nowrap }}
 th {{ border-bottom: 2px solid {INK}; font-weight: 600 }}
+.left {{ text-align: left }}
 .best {{ font-weight: 700; color: {COLOURS[1]} }}
 .grey, .grey th, .grey td {{ color: #999 }}
 h2 {{ font-size: 1.1rem; margin: 2rem 0 .5rem }}
@@ -387,13 +392,12 @@ img {{ display: block; max-width: 100%; margin: 2rem 0 }}
 def _section(table: _Table) -> str:
     text = f"<h2>{html.escape(table.heading)}</h2>\n" if table.heading else ""
     if table.lines:
-        lines = "".join(f"<th>{html.escape(head)}</th>" for head in table.heads)
+        left = ["" if head not in ("", "images", "model", "source") else " class=left" for head in table.heads]
+        lines = "".join(f"<th{side}>{html.escape(head)}</th>" for side, head in zip(left, table.heads, strict=True))
         for i, cells in enumerate(table.lines):
-            tags = "".join(
-                f"<td{' class=best' if (i, column) in table.bold else ''}>{html.escape(cell)}</td>"
-                for column, cell in enumerate(cells)
-            )
-            lines += f"</tr>\n<tr>{tags}"
+            lines += "</tr>\n<tr>"
+            for column, (side, cell) in enumerate(zip(left, cells, strict=True)):
+                lines += f"<td{' class=best' if (i, column) in table.bold else side}>{html.escape(cell)}</td>"
         text += f"<table><tr>{lines}</tr></table>\n"
     if table.note:
         text += f"<p>{html.escape(table.note)}</p>\n"

@@ -9,11 +9,12 @@ The Inception score needs every split to hold all classes. Files keep their orde
 by class, as folders are, are dealt in one fixed permutation first.
 """
 
+import argparse
 import io
 import json
 import zipfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ from numpy.typing import NDArray
 
 from cluster.metrics import measure
 from cluster.metrics import reference as references
-from cluster.metrics.features import UNIT, Extractor, load_extractor, read_object
+from cluster.metrics.features import UNIT, Extractor, Measured, load_extractor, read_object
 from cluster.metrics.measure import Yardstick
 from cluster.metrics.reference import Reference
-from cluster.metrics.rows import UNKNOWN, Row, typed
+from cluster.metrics.rows import UNKNOWN, Row, to_json, typed
+from cluster.session import progress
 from cluster.units import code_version
 from configs.errors import ConfigError, DataError
 from data_pipeline.decode import decode_image
@@ -66,10 +68,11 @@ def score(
     w: float = 0.0,
     facts: dict[str, Any] | None = None,
     device: str = "cpu",
+    unit: int = UNIT,
 ) -> Row:
     """Measure images and return their row.
 
-    `samples`, `reference`, `extractor` and the two of DINOv2 are paths or URIs (see the module, `load_reference`, `load_extractor`).
+    `samples`, `reference`, `extractor` and the two of DINOv2 are paths or URIs (see the module and `load_reference`).
     `dataset` names the reference's data, `name` (default: the samples' own) the row's run, `w` the guidance weight (0 = without)
     and `facts` what is known of the model, by the names of a Row's fields (p_uncond, steps, nfe, rounding, ...). Raises DataError
     for images, references or weights that cannot be used, StoreError where a store does not answer, ConfigError for unknown facts.
@@ -83,7 +86,7 @@ def score(
         other = load_extractor(dinov2)
         second = Yardstick(other, load_reference(dinov2_reference, other, dataset, device))
     found = load_samples(samples, judge.channels)
-    return score_samples(found, yardstick, second, name=name or samples, w=w, facts=facts, device=device)
+    return score_samples(found, yardstick, second, name=name or samples, w=w, facts=facts, device=device, unit=unit)
 
 
 def score_samples(
@@ -95,11 +98,12 @@ def score_samples(
     w: float = 0.0,
     facts: dict[str, Any] | None = None,
     device: str = "cpu",
+    unit: int = UNIT,
 ) -> Row:
-    """`score` of images and yardsticks in memory."""
+    """`score` of images and yardsticks in memory, `unit` images at a time: with the unit of an evaluation, to its bits."""
     samples = samples.dealt
-    units = [yardstick.extractor.measure(block, device) for block in _blocks(samples.images)]
-    others = [dinov2.extractor.measure(block, device) for block in _blocks(samples.images)] if dinov2 else None
+    units = _measured(samples.images, yardstick.extractor, device, unit)
+    others = _measured(samples.images, dinov2.extractor, device, unit) if dinov2 else None
     given = _checked(facts or {}, {"w", "n", "run", "code_version", *measure.VALUES, *measure.conditions(yardstick, dinov2)})
     known = {"rounding": f"{UNKNOWN}, compressed with loss" if samples.lossy else UNKNOWN, "labels": UNKNOWN} | given
     return Row(
@@ -188,8 +192,36 @@ def _from_files(folder: str, channels: int) -> Samples:
     return Samples(np.stack(images), labels, lossy)
 
 
-def _blocks(images: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
-    return (images[start : start + UNIT] for start in range(0, len(images), UNIT))
+def _measured(images: NDArray[np.uint8], extractor: Extractor, device: str, unit: int) -> list[Measured]:
+    blocks = [images[start : start + unit] for start in range(0, len(images), unit)]
+    done = progress(
+        (extractor.measure(block, device) for block in blocks), len(blocks), f"{extractor.name}: block of {UNIT} images"
+    )
+    return list(done)
+
+
+# --- the command line ---
+
+
+def command(options: argparse.Namespace) -> None:
+    """`freeguide score`: print the row, and write it to `options.json` where that is given. See `score` for the other options."""
+    row = score(
+        options.samples,
+        reference=options.reference,
+        extractor=options.extractor,
+        dinov2=options.dinov2,
+        dinov2_reference=options.dinov2_reference,
+        dataset=options.dataset,
+        name=options.name,
+        w=options.w,
+        facts=facts_of(options.overrides),
+        device=options.device,
+    )
+    for field, value in asdict(row).items():
+        if value not in (None, "", UNKNOWN):
+            print(f"{field:20} {value:.6g}" if isinstance(value, float) else f"{field:20} {value}")
+    if options.json:
+        Path(options.json).write_text(to_json([row]))
 
 
 def facts_of(pairs: Sequence[str]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class Measured:
     probabilities: NDArray[np.float32] | None = None  # (N, K) of its classes, if it has any
     spatial: NDArray[np.float32] | None = None  # (N, s) for sFID, if it has such features
 
-    def to_arrays(self) -> dict[str, NDArray[np.float32]]:
+    def to_arrays(self) -> dict[str, Any]:
         """Its arrays by name, for `np.savez`; those that are None are left out."""
         return {name: array for name in _PARTS if (array := getattr(self, name)) is not None}
 

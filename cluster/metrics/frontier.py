@@ -28,7 +28,7 @@ def fid_at(rows: Sequence[Row], inception_score: float) -> float | None:
     return min(found, default=None)
 
 
-def common_scores(series: Sequence[Sequence[Row]], count: int = 7) -> list[float]:
+def common_scores(series: Sequence[Sequence[Row]], count: int = 10) -> list[float]:
     """Up to `count` round Inception scores, rising, that every series reaches; empty where their ranges do not overlap."""
     low = max(min(row.inception_score for row in rows) for rows in series)
     high = min(max(row.inception_score for row in rows) for rows in series)

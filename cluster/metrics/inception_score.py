@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from configs.errors import DataError
 
+BLOCK = 512  # rows upcast at a time: 4 MB of 1008 classes
+
 
 @dataclass(frozen=True)
 class InceptionScore:
@@ -31,7 +33,7 @@ def inception_score(probabilities: NDArray[np.floating], splits: int = 10) -> In
     n = len(probabilities)
     if n < splits:
         raise DataError(f"an Inception score over {splits} splits needs at least as many images, not {n}; generate more")
-    scores = [_score(probabilities[i * n // splits : (i + 1) * n // splits].astype(np.float64)) for i in range(splits)]
+    scores = [_score(probabilities[i * n // splits : (i + 1) * n // splits]) for i in range(splits)]
     return InceptionScore(float(np.mean(scores)), float(np.std(scores)))
 
 
@@ -49,11 +51,19 @@ def class_accuracy(probabilities: NDArray[np.floating], labels: NDArray[np.integ
     return float(np.mean(probabilities.argmax(axis=1) == labels))
 
 
-def _score(p: NDArray[np.float64]) -> float:
-    marginal = p.mean(axis=0)
-    # p log p -> 0 as p -> 0; where p > 0 the marginal is too, so only the zeros need care.
-    ratio = np.divide(p, marginal, out=np.ones_like(p), where=p > 0)
-    return float(np.exp((p * np.log(ratio)).sum(axis=1).mean()))
+def _score(p: NDArray[np.floating]) -> float:
+    """exp of the entropy of the mean minus the mean of the entropies, in float64, a cacheable block of rows at a time."""
+    total, negative_entropy = np.zeros(p.shape[1]), 0.0
+    for start in range(0, len(p), BLOCK):
+        rows = p[start : start + BLOCK].astype(np.float64)
+        total += rows.sum(axis=0)
+        negative_entropy += _p_log_p(rows)
+    return float(np.exp(negative_entropy / len(p) - _p_log_p(total / len(p))))
+
+
+def _p_log_p(p: NDArray[np.float64]) -> float:
+    logarithm = np.log(p, out=np.zeros_like(p), where=p > 0)  # p log p -> 0 as p -> 0
+    return float(np.vdot(p, logarithm))
 
 
 def _check(probabilities: NDArray[np.floating]) -> None:

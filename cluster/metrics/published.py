@@ -41,15 +41,17 @@ def why_not_beside(row: Row) -> str | None:
     return None
 
 
-def beside(row: Row, number: Published) -> bool:
-    """Whether `number` is the paper's own value under the w, p_uncond and T of `row`, as far as the paper states them."""
+def same_setting(row: Row, number: Published) -> bool:
+    """Whether `number` is the paper's own for the data set, w, p_uncond and T of `row`, as far as the paper states them."""
     stated = ((number.w, row.w), (number.p_uncond, row.p_uncond), (number.steps, row.steps))
     return (
-        number.w is not None
-        and why_not_beside(row) is None
-        and row.dataset == number.dataset
-        and all(theirs is None or theirs == ours for theirs, ours in stated)
+        number.w is not None and row.dataset == number.dataset and all(theirs is None or theirs == ours for theirs, ours in stated)
     )
+
+
+def beside(row: Row, number: Published) -> bool:
+    """Whether `number` may stand in the line of `row`: the same setting, and measured alike."""
+    return same_setting(row, number) and why_not_beside(row) is None
 
 
 _TABLE_1 = """

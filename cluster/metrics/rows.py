@@ -9,9 +9,11 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, get_args
 
+from cluster.metrics.images import ROUNDING
 from configs.errors import DataError
+from configs.schema import Config, SamplingConfig
 
 INCEPTION = "inception-2015-12-05"  # the only extractor whose distances are called FID
 SCHEMA = "freeguide-rows/2"
@@ -62,7 +64,7 @@ class Row:
     run: str
     checkpoint_step: int | None = None
     p_uncond: float | None = None
-    ema: float | None = None  # decay of the averaged weights; 0 = the raw weights
+    ema: float | str | None = None  # decay per step of the averaged weights, 0 = the raw ones; another average by its name
     sampler: str = UNKNOWN
     steps: int | None = None  # T
     v: float | None = None  # interpolation of the log-variance
@@ -89,8 +91,28 @@ class Row:
         return "FID" if self.extractor == INCEPTION else f"FID-{self.extractor}"
 
 
-def further_options(sampling: Any) -> str:
-    """The options of a SamplingConfig that have no column in a row and differ from their defaults, as "key=value, ...".
+def model_conditions(config: Config, checkpoint_step: int, code_version: str) -> dict[str, Any]:
+    """The conditions of our own samples, by the names of a row's fields: what made the images and how they became 8 bits."""
+    sampling = config.sampling
+    return {
+        "run": config.name,
+        "checkpoint_step": checkpoint_step,
+        "p_uncond": config.diffusion.p_uncond,
+        "ema": config.train.ema_decay if sampling.ema == "ema" else sampling.ema,
+        "sampler": sampling.sampler,
+        "steps": sampling.steps,
+        "v": sampling.v,
+        "clip": sampling.clip,
+        "options": further_options(sampling),
+        "seed": sampling.seed,
+        "labels": sampling.labels,
+        "rounding": ROUNDING,
+        "code_version": code_version,
+    }
+
+
+def further_options(sampling: SamplingConfig) -> str:
+    """The options that have no column in a row and differ from their defaults, as "key=value, ...".
 
     Whatever is added to the configuration is so part of the row's conditions from the first day.
     """
@@ -150,10 +172,15 @@ _TYPES: dict[str, Any] = {field.name: field.type for field in fields(Row)}
 
 
 def typed(name: str, value: Any) -> Any:
-    """The value, if JSON gave it the type of the field (an int will do for a float). KeyError for an unknown field."""
+    """The value, if it has the type of the row's field (an int will do for a float).
+
+    Raises KeyError for an unknown field and TypeError for another type.
+    """
     kind = _TYPES[name]
-    if isinstance(value, int) and not isinstance(value, bool) and kind in (float, float | None):
+    kinds = get_args(kind) or (kind,)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if whole and float in kinds:
         return float(value)
-    if not isinstance(value, kind) or (kind in (int, int | None) and isinstance(value, bool)):
+    if not isinstance(value, kind) or (isinstance(value, bool) and bool not in kinds):
         raise TypeError(f"{name} is {value!r}")
     return value

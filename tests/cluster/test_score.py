@@ -179,6 +179,13 @@ def test_samples_that_cannot_be_measured_are_refused_in_one_sentence(tmp_path):
         assert "\n" not in str(error.value)
 
 
+def test_with_the_unit_of_an_evaluation_a_score_has_its_bits(judge, place):
+    yardstick = Yardstick(judge, from_npz((place / "real.npz").read_bytes(), "real", judge))
+    row = score_samples(Samples(FAKE, LABELS), yardstick, name="x", unit=100)
+    units = [judge.measure(FAKE[first : first + 100]) for first in (0, 100, 200)]
+    assert {name: getattr(row, name) for name in values(units, LABELS, yardstick)} == values(units, LABELS, yardstick)
+
+
 def test_half_a_dinov2_is_refused(place):
     with pytest.raises(DataError, match="give both or neither"):
         _score(place, "fake.npz", dinov2="dinov2_vitl14_pretrain.pth")
