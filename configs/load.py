@@ -83,7 +83,8 @@ Checks = Iterator[tuple[bool, str]]  # what has to hold, and the sentence for wh
 def _name_checks(config: Config, command: str) -> Checks:
     yield re.fullmatch(r"[\w-][\w.-]*", config.name) is not None, f"name={config.name!r}: must name a folder under runs/"
     names: dict[str, list[Any]] = {
-        "data.source": ["digits", "folder", "idx"],
+        "data.source": ["digits", "folder", "idx", "parquet", "webdataset"],
+        "data.resize": ["adm", "area"],
         "diffusion.schedule": ["cosine", "uniform", "normal", "flow"],
         "diffusion.prediction": ["eps", "x", "v", "edm"],
         "diffusion.loss_weight": ["paper", "v", "min_snr", "edm", "elbo"],
@@ -129,7 +130,7 @@ def _range_checks(config: Config, command: str) -> Checks:
     ):
         value = _value(config, key)
         yield value >= 0, f"{key}={value}: must not be negative"
-    for key in ("train.lr", "train.adam_eps", "cluster.cpus_per_worker"):
+    for key in ("data.disk_cache_gib", "train.lr", "train.adam_eps", "cluster.cpus_per_worker"):
         value = _value(config, key)
         yield value > 0, f"{key}={value}: must be positive"
     gpus = config.cluster.gpus_per_worker
@@ -140,7 +141,7 @@ def _data_checks(config: Config, command: str) -> Checks:
     data, diffusion = config.data, config.diffusion
     yield data.channels in (1, 3), f"data.channels={data.channels}: 1 (grey) or 3 (RGB)"
     if command == "prepare":
-        yield data.source == "digits" or data.path != "", "data.path is empty: name the folder of images to prepare"
+        yield data.source == "digits" or data.path != "", f"data.path is empty: name what data.source={data.source} reads"
     low, high = diffusion.logsnr_min, diffusion.logsnr_max
     yield low < high, f"diffusion.logsnr_min={low} is not below diffusion.logsnr_max={high}: swap them"
     asked = {"evaluate": config.evaluate.w, "generate": [config.generate.w]}.get(command, [])
@@ -165,7 +166,7 @@ def _train_checks(config: Config, command: str) -> Checks:
         f"(train.global_batch={batch} over cluster.workers={workers})",
     )
     yield len(train.betas) == 2 and all(0 <= b < 1 for b in train.betas), f"train.betas={train.betas}: two decays in [0, 1)"
-    yield from _average_checks(config)
+    yield from _average_checks(config, command)
     yield (
         train.precision == "fp32" or train.zero_stage >= 1,
         f"train.precision={train.precision} with train.zero_stage=0: DeepSpeed keeps fp32 masters from stage 1 on; "
@@ -190,7 +191,7 @@ def _train_checks(config: Config, command: str) -> Checks:
         )
 
 
-def _average_checks(config: Config) -> Checks:
+def _average_checks(config: Config, command: str) -> Checks:
     train = config.train
     yield 0 <= train.ema_decay < 1, f"train.ema_decay={train.ema_decay}: a decay lies in [0, 1)"
     for name in ("ema_half_lives", "ema_sigma_rel"):
@@ -203,6 +204,12 @@ def _average_checks(config: Config) -> Checks:
     yield (
         re.fullmatch(r"ema|master|half_life_\d+|sigma_rel_0?\.\d+", sampled) is not None,
         f"sampling.ema={sampled}: one of ema, master, half_life_N (train.ema_half_lives), sigma_rel_X such as sigma_rel_0.1",
+    )
+    kept = ["ema", "master", *(f"half_life_{n}" for n in train.ema_half_lives)]
+    yield (
+        command != "train" or sampled in kept or (sampled.startswith("sigma_rel_") and bool(train.ema_sigma_rel)),
+        f"sampling.ema={sampled} is not kept by this training, whose sample grids need it: "
+        f"add it to train.ema_half_lives or train.ema_sigma_rel",
     )
 
 

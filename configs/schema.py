@@ -13,11 +13,12 @@ from omegaconf import MISSING
 @dataclass
 class DataConfig:
     uri: str = MISSING  # where the shards and their manifest stand
-    source: str = "folder"  # what `prepare` reads: digits (scikit-learn's) | folder (class/name.png) | idx (Fashion-MNIST's files)
-    path: str = ""  # source=folder: the folder of class folders; source=idx: the folder of the IDX files
+    source: str = "folder"  # what `prepare` reads: digits (scikit-learn's) | folder (class/name.png) | idx | parquet | webdataset
+    path: str = ""  # the folder of class folders, of IDX files or of Parquet files; the URI of tars that `index` has been run on
     shards: str = ""  # what `index` reads: tars under `uri` in brace notation, a-{000..099}.tar; empty = all of them
     skip_broken: bool = False  # whether `index` leaves out broken tars instead of stopping
-    image_size: int = 64  # pixels per side; larger images are centre-cropped and resized as ADM does
+    image_size: int = 64  # pixels per side; other images are centre-cropped and resized
+    resize: str = "adm"  # how `prepare` resizes: adm (box halvings, then bicubic) | area (each pixel the mean of what it covers)
     channels: int = 3  # 1 = grey, 3 = RGB
     classes: int = 1000  # number of classes; labels are 0 .. classes - 1
     flip: bool = True  # random horizontal flip, drawn by global sample index
@@ -28,6 +29,8 @@ class DataConfig:
     decode_threads: int = 2  # threads of one worker that turn bytes into pixels
     prefetch_batches: int = 4  # batches held ready ahead of the training step
     cache_mib: int = 512  # MiB of undecoded windows that one worker may hold in memory
+    disk_cache: str = ""  # folder on each node's own disk for what was read from the store; empty = none
+    disk_cache_gib: float = 100.0  # GiB that this folder may hold; what was read longest ago goes first
 
 
 @dataclass
@@ -125,6 +128,9 @@ class EvaluateConfig:
         default_factory=lambda: [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 2.0, 3.0, 4.0]
     )  # the rows of the paper's tables
     unit: int = 1024  # images per work unit: what one failure can lose at most
+    extractor: str = ""  # weights of the feature network (Inception, DINOv2, an evaluator), path or URI; empty = an own evaluator
+    reference: str = ""  # statistics of the real images, an .npz by path or URI; empty = measured on the data set
+    dataset: str = ""  # name of the real images in tables (imagenet64, ...); empty = the last part of data.uri
     evaluator_epochs: int = 30  # epochs over the real data of the small evaluator network
     evaluator_seed: int = 0  # seed of the evaluator's weights and of its batches
     grid: int = 10  # images per class in the sample grids
