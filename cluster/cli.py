@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "train on a Ray cluster; run again to resume",
     "generate": "write a labelled set of samples as shards and .npz",
     "evaluate": "measure FID and IS over w and write the report; run again to resume",
+    "export": "write the averaged weights as one safetensors file with a card",
     "inspect": "print the resolved config, the network's size and what it costs",
 }
 RAY_ENVIRONMENT = {
@@ -89,6 +90,10 @@ def _run(command: str) -> Callable[[Config], object]:
         from cluster.evaluate import evaluate
 
         return evaluate
+    if command == "export":
+        from cluster.export import export
+
+        return export
     from cluster.inspect import inspect
 
     return inspect

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
 import webdataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -81,6 +83,15 @@ def test_the_whole_job_runs_and_nothing_is_done_twice(freeguide, ray_head, tmp_p
     assert "6 work units, 6 of them done" in ok("evaluate", RAY_ADDRESS="127.0.0.1:1")
     again = {path.name: path.read_bytes() for path in report.iterdir()}
     assert {name for name in files if files[name] != again[name]} <= {"times.json"}
+
+    exported = safetensors.torch.load(open_store("s3://lab").get(ok("export").strip().rsplit("s3://lab/", 1)[1]))
+    averaged = checkpoint.load(run, checkpoint.find(run))
+    assert exported.keys() == averaged.keys()
+    assert all(torch.equal(exported[name], averaged[name]) for name in averaged)
+    card = next(run.get(info.key).decode() for info in run.list("export/") if info.key.endswith(".md"))
+    assert "`ema` of step 10" in card
+    assert "FID-digits" in card
+    assert "class 10 is the null class" in card
 
     uri = ok("generate").strip().rsplit(" ", 1)[1]
     made = open_store(uri)

@@ -1,0 +1,62 @@
+"""`freeguide export`: the averaged weights of a run as one safetensors file, with a card that says what they are."""
+
+import hashlib
+import json
+
+import safetensors.torch
+
+from cluster.evaluate import LATEST
+from configs.errors import StoreError
+from configs.load import to_yaml
+from configs.schema import Config
+from data_pipeline.store import MissingObject, Store, open_store
+from trainer import checkpoint
+
+
+def export(config: Config) -> str:
+    """Write `export/<name>-<step>-<weights>.safetensors` and its card (`.md`) into the run; returns the URI of the weights.
+
+    The weights are `sampling.ema` of checkpoint `sampling.checkpoint`, in fp32, by parameter name. No process group, no cluster.
+    Raises UserError if there is no such checkpoint or average.
+    """
+    run = open_store(config.run)
+    run.check()
+    found = checkpoint.find(run, config.sampling.checkpoint)
+    weights = checkpoint.average(run, found, config.sampling.ema)
+    facts = {"config": to_yaml(config), "step": found.step, "weights": config.sampling.ema, "checkpoint_sha256": found.sha256}
+    # One metadata entry: safetensors writes several in the random order of a hash map, and equal runs should give equal bytes.
+    data = safetensors.torch.save(weights, {"freeguide": json.dumps(facts, sort_keys=True)})
+    key = f"export/{config.name}-{found.step:08d}-{config.sampling.ema}"
+    run.put(f"{key}.safetensors", data)
+    run.put(f"{key}.md", _card(config, found, data, _table(run, found)).encode())
+    uri = f"{run.uri}/{key}.safetensors"
+    print(f"{sum(w.numel() for w in weights.values()):,} parameters of step {found.step}, {len(data) / 2**20:.1f} MiB: {uri}")
+    return uri
+
+
+def _table(run: Store, found: checkpoint.Checkpoint) -> str:
+    """The table of the newest evaluation, if it measured this checkpoint."""
+    try:
+        report = json.loads(run.get(LATEST))["report"]
+        rows = json.loads(run.get(f"{report}report.json"))["rows"]
+        return run.get(f"{report}table.md").decode() if rows[0]["checkpoint_step"] == found.step else ""
+    except MissingObject:
+        return ""
+    except (ValueError, KeyError, IndexError) as error:
+        raise StoreError(
+            f"{run.uri}/{LATEST}: the newest report cannot be read ({error}); run `freeguide evaluate` again"
+        ) from error
+
+
+def _card(config: Config, found: checkpoint.Checkpoint, data: bytes, table: str) -> str:
+    images, diffusion = config.data, config.diffusion
+    shape = f"{images.image_size}x{images.image_size}x{images.channels}, {images.classes} classes"
+    rows = {
+        "weights": f"`{config.sampling.ema}` of step {found.step}, fp32, sha256 {hashlib.sha256(data).hexdigest()}",
+        "network": f"`trainer.networks.build.build_network`, {shape}; class {images.classes} is the null class",
+        "conditioned on": f"log-SNR in [{diffusion.logsnr_min:g}, {diffusion.logsnr_max:g}]; predicts {diffusion.prediction}",
+        "trained with": f"p_uncond {diffusion.p_uncond:g}, data {found.identity.get('data.fingerprint', '?')[:12]}",
+    }
+    facts = "\n".join(f"- {name}: {value}" for name, value in rows.items())
+    measured = table or "Not measured yet: run `freeguide evaluate` and export again.\n"
+    return f"# {config.name}\n\n{facts}\n\n## Measured\n\n{measured}\n## Config\n\n```yaml\n{to_yaml(config)}```\n"
