@@ -142,6 +142,7 @@ def _data_checks(config: Config, command: str) -> Checks:
     yield data.channels in (1, 3), f"data.channels={data.channels}: 1 (grey) or 3 (RGB)"
     if command == "prepare":
         yield data.source == "digits" or data.path != "", f"data.path is empty: name what data.source={data.source} reads"
+    yield min(data.mixture.values(), default=1) >= 1, f"data.mixture={data.mixture}: weights are whole numbers from 1"
     low, high = diffusion.logsnr_min, diffusion.logsnr_max
     yield low < high, f"diffusion.logsnr_min={low} is not below diffusion.logsnr_max={high}: swap them"
     asked = {"evaluate": config.evaluate.w, "generate": [config.generate.w]}.get(command, [])
@@ -273,6 +274,7 @@ def _type_name(kind: Any) -> str:
         "list[int]": "a list of whole numbers",
         "list[float]": "a list of numbers",
         "dict[str, str]": "a mapping of names to texts",
+        "dict[str, int]": "a mapping of names to whole numbers",
     }
     return names.get(kind) or plain.get(text) or "a mapping of keys to values"
 

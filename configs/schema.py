@@ -15,6 +15,7 @@ class DataConfig:
     uri: str = MISSING  # where the shards and their manifest stand
     source: str = "folder"  # what `prepare` reads: digits (scikit-learn's) | folder (class/name.png) | idx | parquet | webdataset
     path: str = ""  # the folder of class folders, of IDX files or of Parquet files; the URI of tars that `index` has been run on
+    mixture: dict[str, int] = field(default_factory=dict)  # `index` joins these data sets, {URI: whole weight}, into one at `uri`
     shards: str = ""  # what `index` reads: tars under `uri` in brace notation, a-{000..099}.tar; empty = all of them
     skip_broken: bool = False  # whether `index` leaves out broken tars instead of stopping
     image_size: int = 64  # pixels per side; other images are centre-cropped and resized

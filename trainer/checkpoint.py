@@ -1,37 +1,37 @@
 """Checkpoints as fragments: any world size and any ZeRO stage reads what any other wrote.
 
-Each rank writes one safetensors file with the values it owns: fp32 weights, AdamW's moments, the moving average; each tensor is
-a piece of one flattened parameter. `manifest.json` is written last and lists every piece (kind, parameter, offset, where its
+Each rank writes one safetensors file with the values it owns: fp32 weights, AdamW's moments, the averages; each tensor is a
+piece of one flattened parameter. `manifest.json` is written last and lists every piece (kind, parameter, offset, where its
 bytes stand, CRC-32), so a checkpoint without a manifest does not exist, and a reader takes the pieces that overlap what it
 needs by ranged reads, without conversion and without pickle.
 
     checkpoints/step-00000500/rank-00000.safetensors ... rank-00007.safetensors, manifest.json
+    snapshots/step-00000500/...      the power-function averages alone: they stay when the checkpoint goes
 
-There is one resume mechanism: every start looks for the newest checkpoint that is whole.
+There is one resume mechanism: every start looks for the newest checkpoint that is whole. `trainer.writer` writes them.
 """
 
 import hashlib
 import json
 import logging
 import math
-import struct
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from configs.errors import CheckpointError, StoreError
 from data_pipeline.store import Store
-from trainer.ema import Ema
+from trainer.ema import Ema, reconstruction, sigma_rel_of
 from trainer.engine import KINDS, Engine, Fragment
 
 FORMAT = 1
 EMA = "ema"
+CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
 _READ = 32 * 2**20  # bytes of one ranged read at most, unless one piece is larger
 _log = logging.getLogger("freeguide.checkpoint")
 
@@ -57,97 +57,28 @@ class Checkpoint:
     sha256: str  # of the manifest, which holds a checksum of everything else
     step: int
     adam_steps: int
+    loss_scale: dict[str, float]  # state of fp16's loss scaling, else empty
+    bad_steps: list[int]  # steps so far whose gradients were not finite
+    world_size: int  # that wrote it
+    zero_stage: int
     identity: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
     files: dict[str, int]  # key -> bytes
     pieces: list[Piece]
 
-
-# --- writing ---
-
-
-def save(store: Store, engine: Engine, ema: Ema, step: int, identity: dict[str, Any], keep: int) -> str:
-    """Write the checkpoint of `step`, then delete all but the newest `keep`. All ranks call it together; returns its key.
-
-    Raises StoreError on every rank if one of them cannot write; the checkpoints before it stay.
-    """
-    folder = _folder(step)
-    own: dict[str, Any] = {"error": None}
-    try:
-        own |= _write_rank(store, f"{folder}/rank-{engine.rank:05d}.safetensors", engine, ema)
-    except StoreError as error:
-        own["error"] = str(error)
-    ranks: list[dict[str, Any]] = [{} for _ in range(engine.world_size)]
-    dist.all_gather_object(ranks, own)
-    published = [""]
-    if engine.rank == 0:
-        published = [next((r["error"] for r in ranks if r["error"]), "") or _publish(store, folder, step, engine, identity, ranks)]
-        if not published[0]:
-            _delete_older(store, keep)
-    dist.broadcast_object_list(published)
-    if published[0]:
-        raise StoreError(f"checkpoint of step {step}: {published[0]}")
-    return folder
+    @property
+    def averages(self) -> list[str]:
+        """Names of the averages that it holds."""
+        return sorted({piece.kind for piece in self.pieces} - set(KINDS))
 
 
-def _write_rank(store: Store, key: str, engine: Engine, ema: Ema) -> dict[str, Any]:
-    tensors: dict[str, Tensor] = {}
-    for i, f in enumerate(ema.fragments):
-        for kind in KINDS:
-            tensors[f"{kind}|{f.name}|{f.offset}"] = engine.values(f, kind).cpu()
-        tensors[f"{EMA}|{f.name}|{f.offset}"] = ema.values[i].cpu()
-    data = safetensors.torch.save({name: values.contiguous().clone() for name, values in tensors.items()})
-    store.put(key, data)
-    return {"key": key, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "pieces": _index(data)}
-
-
-def _index(data: bytes) -> list[list[Any]]:
-    """[kind, name, offset, numel, begin, crc32] of every tensor in a safetensors file."""
-    (length,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + length])
-    pieces = []
-    for tensor, entry in header.items():
-        kind, name, offset = tensor.split("|")
-        begin, end = (8 + length + at for at in entry["data_offsets"])
-        pieces.append([kind, name, int(offset), (end - begin) // 4, begin, zlib.crc32(memoryview(data)[begin:end])])
-    return pieces
-
-
-def _publish(store: Store, folder: str, step: int, engine: Engine, identity: dict[str, Any], ranks: list[dict[str, Any]]) -> str:
-    manifest = {
-        "format": FORMAT,
-        "step": step,
-        "adam_steps": engine.adam_steps,
-        "world_size": engine.world_size,
-        "zero_stage": engine.stage,
-        "identity": identity,
-        "shapes": engine.shapes,
-        "files": [{name: r[name] for name in ("key", "bytes", "sha256", "pieces")} for r in ranks],
-    }
-    try:
-        store.put(f"{folder}/manifest.json", json.dumps(manifest).encode())
-    except StoreError as error:
-        return str(error)
-    return ""
-
-
-def _delete_older(store: Store, keep: int) -> None:
-    for key in _manifests(store)[keep:]:
-        store.delete(key)  # first the manifest: from here on the checkpoint does not exist
-        for leftover in store.list(key.rsplit("/", 1)[0] + "/"):
-            store.delete(leftover.key)
-
-
-# --- reading ---
-
-
-def newest(store: Store) -> Iterator[Checkpoint]:
-    """The checkpoints of a run, newest first, leaving out damaged ones with a warning that names what is wrong."""
-    for key in _manifests(store):
+def newest(store: Store, kind: str = CHECKPOINTS) -> Iterator[Checkpoint]:
+    """The checkpoints (or SNAPSHOTS) of a run, newest first, leaving out damaged ones with a warning that names what is wrong."""
+    for key in manifests(store, kind):
         try:
             yield read_manifest(store, key)
         except CheckpointError as error:
-            _log.warning("%s; trying the checkpoint before it", error)
+            _log.warning("%s; trying the one before it", error)
 
 
 def find(store: Store, step: int = 0) -> Checkpoint:
@@ -174,16 +105,22 @@ def read_manifest(store: Store, key: str) -> Checkpoint:
             sha256=hashlib.sha256(data).hexdigest(),
             step=int(manifest["step"]),
             adam_steps=int(manifest["adam_steps"]),
+            loss_scale=dict(manifest.get("loss_scale", {})),
+            bad_steps=[int(step) for step in manifest.get("bad_steps", [])],
+            world_size=int(manifest["world_size"]),
+            zero_stage=int(manifest["zero_stage"]),
             identity=dict(manifest["identity"]),
             shapes={name: tuple(shape) for name, shape in manifest["shapes"].items()},
             files={file["key"]: int(file["bytes"]) for file in manifest["files"]},
             pieces=[Piece(file["key"], *piece) for file in manifest["files"] for piece in file["pieces"]],
         )
+        _check_places(found)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{place}: damaged checkpoint manifest ({type(error).__name__}: {error}); delete this checkpoint"
         ) from error
-    present = {info.key: info.bytes for info in store.list(key.rsplit("/", 1)[0] + "/")}
+    folders = {file.rsplit("/", 1)[0] for file in found.files}
+    present = {info.key: info.bytes for folder in folders for info in store.list(f"{folder}/")}
     for file, size in found.files.items():
         if present.get(file) != size:
             raise CheckpointError(
@@ -192,21 +129,30 @@ def read_manifest(store: Store, key: str) -> Checkpoint:
     return found
 
 
-def resume(store: Store, engine: Engine, ema: Ema, identity: dict[str, Any]) -> int:
-    """Load the newest whole checkpoint into `engine` and `ema`; returns the step to go on from, 0 for a new run.
+def _check_places(checkpoint: Checkpoint) -> None:
+    """Raises ValueError for a file outside the run's checkpoints, or a piece outside its file or its parameter."""
+    for file in checkpoint.files:
+        if file.split("/")[0] not in (CHECKPOINTS, SNAPSHOTS) or ".." in file:
+            raise ValueError(f"it names the file {file}")
+    for piece in checkpoint.pieces:
+        room = math.prod(checkpoint.shapes[piece.name])
+        inside = piece.offset >= 0 and piece.numel > 0 and piece.offset + piece.numel <= room
+        if not inside or piece.begin < 0 or piece.begin + 4 * piece.numel > checkpoint.files[piece.file]:
+            raise ValueError(f"a piece of {piece.name} lies outside it or its file")
+
+
+def resume(store: Store, engine: Engine, ema: Ema, identity: dict[str, Any]) -> Checkpoint | None:
+    """Load the newest whole checkpoint into `engine` and `ema` and return it; None for a new run.
 
     All ranks call it together and take the same checkpoint. Everything is read and checked before a weight is touched.
-    Raises CheckpointError if the run was started with another network, data set or seed.
+    Raises CheckpointError if the run was started with another network, data set, seed or fewer averages, or if there are
+    checkpoints and none can be used.
     """
-    candidates = newest(store) if engine.rank == 0 else iter(())
-    while True:
-        offer: list[Any] = [next(candidates, None)]
-        dist.broadcast_object_list(offer)
-        checkpoint: Checkpoint | None = offer[0]
-        if checkpoint is None:
-            return 0
+    offers = candidates(store) if engine.rank == 0 else iter(())
+    while (checkpoint := _offer(offers)) is not None:
         check_identity(store, checkpoint, identity)
         check_shapes(store, checkpoint, engine.shapes)
+        check_averages(store, checkpoint, [p.name for p in ema.profiles])
         try:
             staged, damage = _stage(store, checkpoint, engine, ema), ""
         except (CheckpointError, StoreError) as error:
@@ -220,12 +166,61 @@ def resume(store: Store, engine: Engine, ema: Ema, identity: dict[str, Any]) -> 
         with torch.no_grad():
             for live, values in staged:
                 live.copy_(values)
-        engine.loaded(checkpoint.adam_steps)
-        return checkpoint.step
+        engine.loaded(checkpoint.adam_steps, checkpoint.loss_scale)
+        return checkpoint
+    return None
+
+
+def candidates(store: Store) -> Iterator[Checkpoint]:
+    """The checkpoints that a run can go on from, newest first. Raises CheckpointError where there are some, and none is left."""
+    yield from newest(store)
+    if count := len(manifests(store)):
+        raise CheckpointError(
+            f"{store.uri}: none of its {count} checkpoints can be used; "
+            f"restore one, or delete {store.uri}/{CHECKPOINTS} to begin anew"
+        )
+
+
+def _offer(offers: Iterator[Checkpoint]) -> Checkpoint | None:
+    """Rank 0's next candidate on every rank. What rank 0 meets, every rank raises: none is left waiting."""
+    offer: list[Any] = [None]
+    try:
+        offer = [next(offers, None)]
+    except (StoreError, CheckpointError) as error:
+        offer = [error]
+    dist.broadcast_object_list(offer)
+    if isinstance(offer[0], Exception):
+        raise offer[0]
+    found: Checkpoint | None = offer[0]
+    return found
+
+
+def average(store: Store, checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
+    """The weights that `sampling.ema` names, as `load` returns them: a stored average, "master", or a reconstructed sigma_rel_X.
+
+    Raises CheckpointError for an average that the run does not keep and that cannot be reconstructed.
+    """
+    if name in (*checkpoint.averages, "master"):
+        return load(store, checkpoint, name)
+    snapshots = list(newest(store, SNAPSHOTS)) if sigma_rel_of(name) else []
+    stored = [(s, kind) for s in snapshots if s.step <= checkpoint.step for kind in s.averages]
+    if not stored:
+        raise CheckpointError(
+            f"{store.uri}/{checkpoint.key}: holds no average {name}; set sampling.ema to one of "
+            f"{', '.join([*checkpoint.averages, 'master'])}"
+        )
+    times = [(snapshot.step, sigma_rel_of(kind)) for snapshot, kind in stored]
+    coefficients, distance = reconstruction(times, checkpoint.step, sigma_rel_of(name))
+    _log.info("%s from %d snapshots, its profile met to %.1e", name, len(stored), distance)
+    sums = {key: torch.zeros(shape, dtype=torch.float64) for key, shape in checkpoint.shapes.items()}
+    for (snapshot, kind), x in zip(stored, coefficients.tolist(), strict=True):
+        for key, values in load(store, snapshot, kind).items():
+            sums[key].add_(values, alpha=x)  # in float64: coefficients of both signs cancel
+    return {key: values.float() for key, values in sums.items()}
 
 
 def load(store: Store, checkpoint: Checkpoint, kind: str = EMA) -> dict[str, Tensor]:
-    """The averaged weights ("ema"), the weights ("master") or a moment by parameter name, fp32 on the CPU. Needs no process group."""
+    """One kind of values by parameter name, fp32 on the CPU: an average, the weights ("master") or a moment. No process group."""
     flat = {name: torch.zeros(math.prod(shape)) for name, shape in checkpoint.shapes.items()}
     seen = dict.fromkeys(flat, 0)
     for piece, values in _read(store, [p for p in checkpoint.pieces if p.kind == kind]):
@@ -242,7 +237,7 @@ def load(store: Store, checkpoint: Checkpoint, kind: str = EMA) -> dict[str, Ten
 def _stage(store: Store, checkpoint: Checkpoint, engine: Engine, ema: Ema) -> list[tuple[Tensor, Tensor]]:
     """(live tensor, its new values) for everything this rank holds."""
     wanted: list[tuple[str, Fragment, Tensor]] = [(kind, f, engine.values(f, kind)) for kind in KINDS for f in engine.fragments]
-    wanted += [(EMA, f, values) for f, values in zip(ema.fragments, ema.values, strict=True)]
+    wanted += [(name, f, values) for name, own in ema.values.items() for f, values in zip(ema.fragments, own, strict=True)]
     by_name: dict[tuple[str, str], list[tuple[Fragment, Tensor]]] = {}
     staged = []
     for kind, fragment, live in wanted:
@@ -310,10 +305,46 @@ def check_shapes(store: Store, checkpoint: Checkpoint, shapes: dict[str, tuple[i
             )
 
 
-def _folder(step: int) -> str:
-    return f"checkpoints/step-{step:08d}"
+def check_averages(store: Store, checkpoint: Checkpoint, names: list[str]) -> None:
+    """Raises CheckpointError for an average that the run has not kept so far: begun now, it would be another one."""
+    for name in names:
+        if name not in checkpoint.averages:
+            raise CheckpointError(
+                f"{store.uri}: the average {name} was not kept up to step {checkpoint.step} and cannot begin there; "
+                f"take it out of train.ema_half_lives or train.ema_sigma_rel, or name another run=URI"
+            )
 
 
-def _manifests(store: Store) -> list[str]:
+def describe(store: Store) -> dict[str, Any]:
+    """Where a run stands, from its manifests alone: its checkpoints, what the newest whole one says, and what is damaged."""
+    steps, damaged, last = [], [], None
+    for key in manifests(store):
+        try:
+            found = read_manifest(store, key)
+        except CheckpointError as error:
+            damaged.append(str(error))
+            continue
+        last = last or found
+        steps.append(found.step)
+    state: dict[str, Any] = {"run": store.uri, "checkpoints": sorted(steps), "damaged": damaged}
+    if last is not None:
+        state |= {
+            "step": last.step,
+            "world_size": last.world_size,
+            "zero_stage": last.zero_stage,
+            "bytes": sum(last.files.values()),
+            "averages": last.averages,
+            "bad_steps": last.bad_steps,
+            "snapshots": len(manifests(store, SNAPSHOTS)),
+            "identity": last.identity,
+        }
+    return state
 
-    return sorted((info.key for info in store.list("checkpoints/") if info.key.endswith("/manifest.json")), reverse=True)
+
+def folder_of(step: int, kind: str = CHECKPOINTS) -> str:
+    return f"{kind}/step-{step:08d}"
+
+
+def manifests(store: Store, kind: str = CHECKPOINTS) -> list[str]:
+    """Keys of all manifests, newest first."""
+    return sorted((info.key for info in store.list(f"{kind}/") if info.key.endswith("/manifest.json")), reverse=True)

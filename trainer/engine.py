@@ -20,6 +20,7 @@ from configs.errors import ConfigError
 from configs.schema import TrainConfig
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")  # fp32 weights and AdamW's two moments
+_LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed's DynamicLossScaler
 _OURS = {
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -29,6 +30,7 @@ _OURS = {
     "scheduler",
     "bf16",
     "fp16",
+    "data_types",
 }
 
 
@@ -78,7 +80,9 @@ class Engine:
         self.accumulation = config.global_batch // (self.world_size * self.micro_batch)
         self.stage = config.zero_stage
         self.shapes = {name: tuple(p.shape) for name, p in network.named_parameters()}
+        _check_device(config, self.device)
         network = network.to(self.device)
+        network.recompute = config.recompute  # type: ignore[assignment]  # an attribute of every network here
         parameters = [p for p in network.parameters() if p.requires_grad]
         adamw = torch.optim.AdamW(
             parameters,
@@ -97,6 +101,8 @@ class Engine:
         self._adamw: torch.optim.Optimizer = adamw if self.stage == 0 else self._optimizer.optimizer
         self._create_moments()
         self.fragments = self._held()
+        if config.compile:
+            self._engine.compile()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         return self._engine(*args, **kwargs)
@@ -112,10 +118,17 @@ class Engine:
             self._engine.step()  # counts the micro-batch; no weight moves
 
     def step(self, lr: float) -> Tensor:
-        """Clip, move the weights with learning rate `lr`, and return the global gradient norm before clipping."""
+        """Clip, move the weights with learning rate `lr`, and return the global gradient norm before clipping.
+
+        Gradients that are not finite on any rank move nothing, neither weights nor moments nor AdamW's count; the norm tells.
+        """
         for group in self._adamw.param_groups:
             group["lr"] = lr
-        norm = self._gradient_norm() if self.stage == 0 else None
+        norm = None
+        if self.stage == 0:
+            norm = self._gradient_norm()
+            # ZeRO skips such a step by itself. Here the fused AdamW does it on the device, where the norm is.
+            self._adamw.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
         self._engine.step()
         norm = self._engine.get_global_grad_norm() if norm is None else norm
         return torch.as_tensor(norm, dtype=torch.float32, device=self.device)
@@ -133,15 +146,18 @@ class Engine:
         state = fragment.flat if kind == "master" else self._adamw.state[fragment.flat][kind]
         return state.detach().view(-1).narrow(0, fragment.start, fragment.numel)
 
-    @property
-    def adam_steps(self) -> int:
-        """How many updates AdamW has made: it decides the bias correction."""
-        return int(next(iter(self._adamw.state.values()))["step"])
+    def counters(self) -> dict[str, Any]:
+        """What else decides the next update: AdamW's count of updates (its bias correction), and the state of fp16's loss scale."""
+        scaler = getattr(self._optimizer, "loss_scaler", None)
+        scale = {name: getattr(scaler, name) for name in _LOSS_SCALE} if getattr(scaler, "dynamic", False) else {}
+        return {"adam_steps": int(next(iter(self._adamw.state.values()))["step"]), "loss_scale": scale}
 
-    def loaded(self, adam_steps: int) -> None:
-        """Take over fp32 values that were written through `values`: set AdamW's count and refresh the working weights."""
+    def loaded(self, adam_steps: int, loss_scale: dict[str, float]) -> None:
+        """Take over fp32 values that were written through `values`: set the counters and refresh the working weights."""
         for state in self._adamw.state.values():
             state["step"].fill_(float(adam_steps))
+        for name, value in loss_scale.items() if self.counters()["loss_scale"] else ():
+            setattr(self._optimizer.loss_scaler, name, value)
         if self.stage in (1, 2):
             self._optimizer.update_lp_params()
         elif self.stage == 3:
@@ -186,6 +202,11 @@ class Engine:
         return torch.nn.utils.get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None])
 
 
+def _check_device(config: TrainConfig, device: torch.device) -> None:
+    if config.precision == "fp16" and device.type == "cpu":
+        raise ConfigError("train.precision=fp16 needs a GPU, and there is none here; use bf16 or fp32")
+
+
 def _import_deepspeed() -> Any:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -215,6 +236,9 @@ def _deepspeed_config(config: TrainConfig, micro_batch: int, accumulation: int, 
         "gradient_clipping": config.grad_clip,
         "zero_optimization": {"stage": config.zero_stage, **config.deepspeed.get("zero_optimization", {})},
         "bf16": {"enabled": config.precision == "bf16"},
+        "fp16": {"enabled": config.precision == "fp16"},  # DeepSpeed's dynamic loss scale, from 2^16
         "steps_per_print": 2**31 - 1,
     }
+    if config.precision != "fp32" and accumulation > 1:
+        ours["data_types"] = {"grad_accum_dtype": "fp32"}  # micro-batches must not be rounded to 8 or 11 bits as they add up
     return {**config.deepspeed, **ours}

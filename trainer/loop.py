@@ -7,6 +7,8 @@ any number of workers computes the same step.
 
 import math
 import time
+from contextlib import closing
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,40 +20,63 @@ from configs.load import to_yaml
 from configs.schema import Config, TrainConfig
 from data_pipeline.manifest import Manifest, load_manifest
 from data_pipeline.order import Order
-from data_pipeline.store import open_store
-from data_pipeline.stream import Reader
+from data_pipeline.store import Retry, Store, open_store
+from data_pipeline.stream import Batch, Reader
 from trainer import checkpoint
 from trainer.diffusion.objective import training_loss
 from trainer.diffusion.randomness import Purpose, uniform
-from trainer.ema import Ema
+from trainer.ema import Ema, profiles
 from trainer.engine import Engine, join_process_group
+from trainer.failures import TERMINATED, Agreement, Incidents, Terminated, Watchdog, limit_collectives
 from trainer.networks.build import build_network, forward_flops, network_options
 from trainer.networks.layers import DropoutKey
 from trainer.sampler import Sampler, grid, noise_schedule
-from trainer.telemetry import Telemetry
+from trainer.telemetry import Stopwatch, Telemetry
+from trainer.writer import Writer
+
+PATIENT = Retry(attempts=24)  # a store that is gone for a minute or two does not end a training
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the steps of a training work with."""
+
+    config: Config
+    store: Store
+    engine: Engine
+    ema: Ema
+    reader: Reader
+    telemetry: Telemetry
+    writer: Writer
+    incidents: Incidents
 
 
 def train(config: Config) -> int:
     """Train until `config.train.steps`, going on from the run's newest checkpoint; returns the step it went on from.
 
-    Every rank calls it. Raises UserError, one sentence, for data, a store or a checkpoint that cannot be used.
+    Every rank calls it. Raises UserError, one sentence, for data, a store or a checkpoint that cannot be used, and SystemExit
+    with code 143 where a rank was asked to end (SIGTERM), once the run is saved.
     """
+    run, start = assemble(config)
+    with run.reader, closing(run.telemetry):
+        if start < config.train.steps:
+            run_steps(run, start)
+    return start
+
+
+def assemble(config: Config) -> tuple[Run, int]:
+    """Everything that the steps need, as the run's newest checkpoint left it, and the step to go on from. All ranks call it."""
     join_process_group()
-    store, data = open_store(config.run), open_store(config.data.uri)
+    store, data = open_store(config.run, PATIENT), open_store(config.data.uri, PATIENT)
     manifest = load_manifest(data)
     check_data(config, manifest)
     images = {"image_size": config.data.image_size, "channels": config.data.channels, "classes": config.data.classes}
     engine = Engine(build_network(config.model, **images, seed=config.seed), config.train)
-    ema = Ema(engine, config.train.ema_decay)
+    ema = Ema(engine, profiles(config.train))
     order = Order.choose(manifest, config.train.global_batch, config.seed, config.data.cache_mib)
     identity = run_identity(config, manifest, order)
-    start = checkpoint.resume(store, engine, ema, identity)
-    if start >= config.train.steps:
-        return start
-    if engine.rank == 0:
-        store.put("config.yaml", to_yaml(config).encode())
-        print(f"{'resuming from' if start else 'starting at'} step {start} of {config.train.steps}", flush=True)
-    telemetry = Telemetry(config, store, engine.device, start, forward_flops(config.model, **images))
+    found = checkpoint.resume(store, engine, ema, identity)
+    start = found.step if found else 0
     reader = Reader(
         data,
         manifest,
@@ -62,30 +87,57 @@ def train(config: Config) -> int:
         start_step=start,
         data=config.data,
     )
-    try:
-        batches = iter(reader)
-        for step in range(start, config.train.steps):
-            began = time.perf_counter()
-            batch = next(batches)
-            waited = time.perf_counter() - began
-            lr = learning_rate(config.train, step)
-            losses, logsnr = accumulate(engine, config, batch.images, batch.labels, batch.index)
-            norm = engine.step(lr)
-            ema.update()
-            telemetry.record(step, losses, logsnr, norm, lr, waited)
+    telemetry = Telemetry(config, store, engine.device, start, forward_flops(config.model, **images))
+    writer = Writer(store, engine, ema, identity, config.train)
+    incidents = Incidents(store, order, found.bad_steps if found else [], config.train)
+    return Run(config, store, engine, ema, reader, telemetry, writer, incidents), start
+
+
+def run_steps(run: Run, start: int) -> None:
+    """The steps themselves, from `start` to `train.steps`."""
+    config, options, engine = run.config, run.config.train, run.engine
+    if engine.rank == 0:
+        run.store.put("config.yaml", to_yaml(config).encode())
+        print(f"{'resuming from' if start else 'starting at'} step {start} of {options.steps}", flush=True)
+    agreement = Agreement(3)
+    with Watchdog(options.watchdog_seconds) as watchdog, Terminated() as terminated:
+        for step in range(start, options.steps):
+            take_step(run, step)
             done = step + 1
-            last = done == config.train.steps
-            save = last or done % config.train.checkpoint_every == 0
-            if save or done % config.train.log_every == 0:
-                telemetry.flush(done)
+            # Negative, so that the maximum over the ranks is the step that all of them have uploaded.
+            stop, failed, uploaded = agreement.exchange(terminated.asked, bool(run.writer.error), -run.writer.uploaded)
+            run.writer.boundary(-uploaded, failed=bool(failed))
+            last = done == options.steps
+            save = bool(stop) or last or done % options.checkpoint_every == 0
+            if save or done % options.log_every == 0:
+                run.incidents.review(run.telemetry.flush(done))
             if save:
-                checkpoint.save(store, engine, ema, done, identity, config.train.keep_checkpoints)
-            if last or (config.train.sample_every and save and done % config.train.sample_every == 0):
-                draw_samples(config, telemetry, done)
-    finally:
-        reader.close()
-        telemetry.close()
-    return start
+                run.telemetry.saved(done, run.writer.start(done, run.incidents.bad_steps))
+            sample = last or (options.sample_every > 0 and save and done % options.sample_every == 0)
+            if sample or stop:
+                run.writer.finish()
+            if sample:
+                draw_samples(config, run.telemetry, done)
+            if done == start + 1:
+                limit_collectives(options.watchdog_seconds)
+            watchdog.progress(f"step {done}")
+            if stop and not last:
+                if engine.rank == 0:
+                    print(f"asked to end: saved at step {done}; run the same command again to go on", flush=True)
+                raise SystemExit(TERMINATED)
+    agreement.close()
+
+
+def take_step(run: Run, step: int) -> None:
+    """One optimizer step: the next batch, Algorithm 1 on it, the update that follows `step` updates, the averages."""
+    began = time.perf_counter()
+    batch = next(run.reader)
+    waited = time.perf_counter() - began
+    lr = learning_rate(run.config.train, step)
+    losses, logsnr = accumulate(run.engine, run.config, batch, run.telemetry.forward)
+    norm = run.engine.step(lr)
+    run.ema.update(step + 1)
+    run.telemetry.record(losses, logsnr, batch.index, norm, lr, waited)
 
 
 def preflight(config: Config) -> int:
@@ -101,35 +153,40 @@ def preflight(config: Config) -> int:
     check_data(config, manifest)
     order = Order.choose(manifest, config.train.global_batch, config.seed, config.data.cache_mib)
     forward_flops(config.model, image_size=config.data.image_size, channels=config.data.channels, classes=config.data.classes)
-    newest = next(checkpoint.newest(store), None)
+    newest = next(checkpoint.candidates(store), None)
     if newest is None:
         return 0
     checkpoint.check_identity(store, newest, run_identity(config, manifest, order))
+    checkpoint.check_averages(store, newest, [p.name for p in profiles(config.train)])
     return newest.step
 
 
-def accumulate(engine: Engine, config: Config, images: Tensor, labels: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Back-propagate one rank's share of the global batch in micro-batches; returns losses and log-SNRs, each (b,)."""
+def accumulate(engine: Engine, config: Config, batch: Batch, forward: Stopwatch) -> tuple[Tensor, Tensor]:
+    """Back-propagate one rank's share of the global batch in micro-batches; returns losses and log-SNRs, each (b,).
+
+    `forward` measures the forward passes.
+    """
     schedule = noise_schedule(config)
     kept: list[tuple[Tensor, Tensor]] = []
-    for first in range(0, len(images), engine.micro_batch):
+    for first in range(0, len(batch.index), engine.micro_batch):
         rows = slice(first, first + engine.micro_batch)
-        x, c, i = (t[rows].to(engine.device, non_blocking=True) for t in (images, labels, index))
+        x, c, i = (t[rows].to(engine.device, non_blocking=True) for t in (batch.images, batch.labels, batch.index))
         if config.data.flip:
             x = flipped(x, i, config.seed)
         dropout = DropoutKey(config.seed, i) if config.model.dropout else None
-        result = training_loss(
-            lambda z, logsnr, labels, dropout=dropout: engine(z, logsnr, labels, dropout),  # type: ignore[misc]
-            x,
-            c,
-            i,
-            schedule=schedule,
-            p_uncond=config.diffusion.p_uncond,
-            null_label=config.data.classes,
-            seed=config.seed,
-            kind=config.diffusion.prediction,
-            weight=config.diffusion.loss_weight,
-        )
+        with forward:
+            result = training_loss(
+                lambda z, logsnr, labels, dropout=dropout: engine(z, logsnr, labels, dropout),  # type: ignore[misc]
+                x,
+                c,
+                i,
+                schedule=schedule,
+                p_uncond=config.diffusion.p_uncond,
+                null_label=config.data.classes,
+                seed=config.seed,
+                kind=config.diffusion.prediction,
+                weight=config.diffusion.loss_weight,
+            )
         engine.accumulate(result.loss.mean())
         kept.append((result.loss.detach(), result.logsnr.detach()))
     return torch.cat([k[0] for k in kept]), torch.cat([k[1] for k in kept])
@@ -142,10 +199,15 @@ def flipped(images: Tensor, index: Tensor, seed: int) -> Tensor:
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Learning rate of the update that follows `step` updates: linear warm-up, then constant, or cosine to 0 at the end."""
+    """Learning rate of the update that follows `step` updates: linear warm-up, then what `train.schedule` names.
+
+    constant; cosine to 0 at the last step; inverse_sqrt: lr / sqrt(max(step / decay_steps, 1)), as EDM2.
+    """
     warmup = min((step + 1) / config.warmup_steps, 1.0) if config.warmup_steps else 1.0
     if config.schedule == "constant" or step < config.warmup_steps:
         return config.lr * warmup
+    if config.schedule == "inverse_sqrt":
+        return config.lr / math.sqrt(max(step / config.decay_steps, 1.0))
     progress = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
     return config.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
 

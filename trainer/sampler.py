@@ -29,13 +29,13 @@ class Sampler:
 
     @staticmethod
     def from_run(config: Config, step: int = 0, device: torch.device | None = None) -> "Sampler":
-        """Load the averaged weights of checkpoint `step`, 0 for the newest. Raises CheckpointError if there is none."""
+        """Load the weights `sampling.ema` of checkpoint `step`, 0 for the newest. Raises CheckpointError if there are none."""
         store = open_store(config.run)
         found = checkpoint.find(store, step)
         data, device = config.data, device or torch.device("cpu")
         network = build_network(config.model, image_size=data.image_size, channels=data.channels, classes=data.classes)
         checkpoint.check_shapes(store, found, {name: tuple(p.shape) for name, p in network.named_parameters()})
-        network.load_state_dict(checkpoint.load(store, found), strict=False)
+        network.load_state_dict(checkpoint.average(store, found, config.sampling.ema), strict=False)
         return Sampler(network.eval().requires_grad_(False).to(device), config, found, device)
 
     def sample(self, index: Tensor, labels: Tensor, w: float) -> Tensor:

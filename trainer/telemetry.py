@@ -3,24 +3,32 @@
 Losses are gathered over the ranks once per interval, never in a step. Intervals also end at every checkpoint, so a resumed run
 writes the very scalars that the undisturbed one would have written. Event files are written to a local folder and copied to
 `<run>/events/`; scalars past the step that a run resumes from are purged.
+
+MFU is the model's FLOPs (2 per multiply-accumulate; a backward pass counts as two forwards, a recomputed forward not at all) over
+what the devices could do. All ranks move at the pace of the slowest: the time of each rank's own forward passes tells which.
 """
 
+import logging
 import tempfile
 import time
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from configs.errors import StoreError
 from configs.schema import Config
 from data_pipeline.store import Store
 
 BAND_EDGES = (-8.0, -4.0, 0.0, 4.0, 8.0)  # log-SNR; 83 % of the paper's p(lambda) lies in [-4, 4]
 BANDS = ("below_-8", "-8_to_-4", "-4_to_0", "0_to_4", "4_to_8", "above_8")
 _UPLOAD_SECONDS = 30.0
+_log = logging.getLogger("freeguide.telemetry")
 _PEAK_FLOPS = {  # dense bf16, by the maker's data sheet
     "H100 PCIe": 756e12,
     "H100": 989e12,
@@ -38,6 +46,48 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for part, peak in _PEAK_FLOPS.items() if part in name), None)
 
 
+class Stopwatch:
+    """Seconds of this rank's work inside `with`. On a GPU they are GPU seconds: events that only `take` waits for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._marks: list[Any] = []
+
+    def _mark(self) -> None:
+        mark: Any = time.perf_counter()
+        if self._cuda:
+            mark = torch.cuda.Event(enable_timing=True)
+            mark.record()
+        self._marks.append(mark)
+
+    def __enter__(self) -> "Stopwatch":
+        self._mark()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._mark()
+
+    def take(self) -> float:
+        """The seconds since the last `take`."""
+        pairs = list(zip(self._marks[::2], self._marks[1::2], strict=True))
+        self._marks = []
+        if not self._cuda:
+            return float(sum(end - begin for begin, end in pairs))
+        if pairs:
+            pairs[-1][1].synchronize()
+        return float(sum(begin.elapsed_time(end) for begin, end in pairs)) / 1000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Steps first, first + 1, ...: global mean losses and gradient norms, and this rank's (losses (b,), indices (b,))."""
+
+    first: int
+    losses: list[float]
+    norms: list[float]
+    own: list[tuple[Tensor, Tensor]]
+
+
 class Telemetry:
     """Collects every step on every rank; rank 0 prints and writes. `flops_per_image` is the forward cost, 2 per MAC."""
 
@@ -50,11 +100,14 @@ class Telemetry:
             self._folder = tempfile.TemporaryDirectory(prefix="freeguide-events-")
             self._writer = SummaryWriter(self._folder.name, purge_step=start or None)
         self._began = self._mark = time.perf_counter()
-        self._uploaded, self._first, self._start = self._began, start, start
+        self._uploaded, self._first, self._written = self._began, start, False
+        self.forward = Stopwatch(device)  # around the forward passes of this rank
+        self._stall: float | None = None  # seconds, of the checkpoint begun in this interval
         self._forget()
 
-    def record(self, step: int, losses: Tensor, logsnr: Tensor, grad_norm: Tensor, lr: float, waited: float) -> None:
-        """One optimizer step of this rank: per-example losses and log-SNRs (b,), and the seconds spent waiting for data."""
+    def record(self, losses: Tensor, logsnr: Tensor, index: Tensor, grad_norm: Tensor, lr: float, waited: float) -> None:
+        """One optimizer step of this rank: per-example losses, log-SNRs and indices (b,), and the seconds it waited for data."""
+        self._own.append((losses, index))
         bands = torch.bucketize(logsnr, self._edges)
         losses = losses.double()
         self._losses.append(losses.sum())
@@ -64,18 +117,29 @@ class Telemetry:
         self._lrs.append(lr)
         self._waited += waited
 
-    def flush(self, step: int) -> None:
+    def flush(self, step: int) -> Interval:
         """End an interval after `step` steps: reduce over the ranks, print the line, write the scalars."""
-        count = len(self._losses)
-        if not count:
-            return
-        waited = torch.tensor([self._waited], dtype=torch.float64, device=self._device)
-        sums = torch.cat([torch.stack(self._losses), self._bands.flatten(), waited])
+        count, rank = len(self._losses), dist.get_rank()
+        ranks = torch.zeros(2, dist.get_world_size(), dtype=torch.float64, device=self._device)
+        ranks[0, rank], ranks[1, rank] = self._waited, self.forward.take()
+        sums = torch.cat([torch.stack(self._losses), self._bands.flatten(), ranks.flatten()])
         dist.all_reduce(sums)
+        sums = sums.cpu()
+        losses, bands, ranks = sums.split([count, self._bands.numel(), ranks.numel()])
+        losses = losses / self._config.train.global_batch
+        interval = Interval(step - count, losses.tolist(), torch.stack(self._norms).tolist(), self._own)
         if self._writer is not None:
-            self._write(step, count, sums.cpu(), torch.stack(self._norms).cpu())
+            self._write(step, interval, bands.view(2, -1), ranks.view(2, -1))
         self._forget()
-        self._mark, self._start = time.perf_counter(), step
+        self._stall = None
+        self._mark = time.perf_counter()
+        return interval
+
+    def saved(self, step: int, stall: float) -> None:
+        """A checkpoint of `step` has begun, for which the training stood still for `stall` seconds."""
+        self._stall = stall
+        if self._writer is not None:
+            self._writer.add_scalar("checkpoint/stall_ms", 1000 * stall, step)
 
     def images(self, step: int, tag: str, grid: Tensor) -> None:
         """A picture (C, H, W) in [0, 1] for TensorBoard."""
@@ -84,51 +148,71 @@ class Telemetry:
 
     def close(self) -> None:
         if self._writer is not None:
-            self._upload()
+            if self._written:
+                self._upload()
             self._writer.close()
             self._folder.cleanup()
 
     def _forget(self) -> None:
         self._losses: list[Tensor] = []
+        self._own: list[tuple[Tensor, Tensor]] = []
         self._norms: list[Tensor] = []
         self._lrs: list[float] = []
         self._bands = torch.zeros(2, len(BANDS), dtype=torch.float64, device=self._device)
         self._waited = 0.0
 
-    def _write(self, step: int, count: int, sums: Tensor, norms: Tensor) -> None:
+    def _write(self, step: int, interval: Interval, bands: Tensor, ranks: Tensor) -> None:
+        """`bands` (2, BANDS) are sums of losses and counts by log-SNR, `ranks` (2, R) seconds waited for data and in forwards."""
         assert self._writer is not None
-        train, world_size = self._config.train, dist.get_world_size()
-        losses = sums[:count] / train.global_batch
-        band_losses, band_counts = sums[count:-1].view(2, -1)
+        self._written = True
+        train, world_size, count = self._config.train, dist.get_world_size(), len(interval.losses)
         seconds = max(time.perf_counter() - self._mark, 1e-9)
         images_per_second = count * train.global_batch / seconds
-        wait = 100.0 * float(sums[-1]) / world_size / seconds
+        wait = 100.0 * float(ranks[0].mean()) / seconds
         mfu = None if self._peak is None else 100.0 * images_per_second * self._flops / (self._peak * world_size)
+        slowest = int(ranks[1].argmax())
+        behind = 100.0 * (float(ranks[1].max() / ranks[1].mean().clamp(min=1e-9)) - 1)
         for i in range(count):
-            at = step - count + i + 1
-            self._writer.add_scalar("train/loss", float(losses[i]), at)
-            self._writer.add_scalar("train/gradient_norm", float(norms[i]), at)
+            at = interval.first + i + 1
+            self._writer.add_scalar("train/loss", interval.losses[i], at)
+            self._writer.add_scalar("train/gradient_norm", interval.norms[i], at)
             self._writer.add_scalar("train/lr", self._lrs[i], at)
-        for name, loss, number in zip(BANDS, band_losses, band_counts, strict=True):
+        for name, loss, number in zip(BANDS, *bands, strict=True):
             if number:
                 self._writer.add_scalar(f"loss_by_logsnr/{name}", float(loss / number), step)
-        self._writer.add_scalar("speed/images_per_second", images_per_second, step)
-        self._writer.add_scalar("speed/data_wait_percent", wait, step)
-        if mfu is not None:
-            self._writer.add_scalar("speed/mfu_percent", mfu, step)
+        speed = {
+            "images_per_second": images_per_second,
+            "data_wait_percent": wait,
+            "mfu_percent": mfu,
+            "forward_ms_fastest": 1000 * float(ranks[1].min()) / count,
+            "forward_ms_slowest": 1000 * float(ranks[1].max()) / count,
+        }
+        for name, value in speed.items():
+            if value is not None:
+                self._writer.add_scalar(f"speed/{name}", value, step)
         elapsed, done = time.perf_counter() - self._began, step - self._first
-        eta = timedelta(seconds=round(elapsed / done * (train.steps - step)))
-        print(
-            f"step {step}/{train.steps}  loss {float(losses.mean()):.4f}  grad {float(norms[-1]):.3f}  lr {self._lrs[-1]:.2e}  "
-            f"{images_per_second:,.0f} images/s  {'' if mfu is None else f'mfu {mfu:.1f} %  '}data wait {wait:.1f} %  eta {eta}",
-            flush=True,
-        )
+        parts = [
+            f"step {step}/{train.steps}",
+            f"loss {sum(interval.losses) / count:.4f}",
+            f"grad {interval.norms[-1]:.3f}",
+            f"lr {self._lrs[-1]:.2e}",
+            f"{images_per_second:,.0f} images/s",
+            *([f"mfu {mfu:.1f} %"] if mfu is not None else []),
+            f"data wait {wait:.1f} %",
+            *([f"slowest rank {slowest} +{behind:.0f} %"] if world_size > 1 else []),
+            *([f"save stall {1000 * self._stall:.0f} ms"] if self._stall is not None else []),
+            f"eta {timedelta(seconds=round(elapsed / done * (train.steps - step)))}",
+        ]
+        print("  ".join(parts), flush=True)
         if time.perf_counter() - self._uploaded > _UPLOAD_SECONDS:
             self._upload()
 
     def _upload(self) -> None:
         assert self._writer is not None
         self._writer.flush()
-        for path in sorted(Path(self._folder.name).iterdir()):
-            self._store.put(f"events/{path.name}", path.read_bytes())
         self._uploaded = time.perf_counter()
+        try:
+            for path in sorted(Path(self._folder.name).iterdir()):
+                self._store.put(f"events/{path.name}", path.read_bytes())
+        except StoreError as error:  # scalars are not worth a run: the next upload brings them
+            _log.warning("%s; TensorBoard scalars follow later", error)

@@ -49,6 +49,8 @@ def tiny(digits_uri: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[
                 "lr": 1e-3,
                 "warmup_steps": 4,
                 "ema_decay": 0.9,
+                "ema_half_lives": [24],
+                "ema_sigma_rel": [0.1],
                 "log_every": 2,
                 "checkpoint_every": 3,
             },

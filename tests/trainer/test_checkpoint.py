@@ -1,0 +1,425 @@
+"""Checkpoints exist whole or not at all, and whatever is wrong with one is found before a weight is touched."""
+
+import copy
+import json
+import logging
+import pickle
+import resource
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from configs.errors import CheckpointError, StoreError
+from configs.schema import TrainConfig
+from data_pipeline.store import FolderStore
+from trainer import checkpoint
+from trainer.ema import Ema, profiles
+from trainer.engine import KINDS, Engine, join_process_group
+from trainer.writer import Writer
+
+IDENTITY = {"seed": 0, "data.fingerprint": "abc"}
+TRAIN = TrainConfig(
+    precision="fp32",
+    zero_stage=0,
+    global_batch=4,
+    ema_decay=0.9,
+    ema_half_lives=[40],
+    ema_sigma_rel=[0.05, 0.1],
+    keep_checkpoints=2,
+)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    """A real engine of one process on a network of two layers."""
+    join_process_group()
+    torch.manual_seed(0)
+    yield Engine(torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 2)), TRAIN)
+    dist.destroy_process_group()
+
+
+class Training:
+    """Weights that move at random, as a training would, and all that a checkpoint holds of them."""
+
+    def __init__(self, engine: Engine, store: FolderStore, train: TrainConfig = TRAIN) -> None:
+        self.engine, self.store, self.train = engine, store, train
+        self.generator = torch.Generator().manual_seed(1)
+        self.ema = Ema(engine, profiles(train))
+        self.writer = Writer(store, engine, self.ema, IDENTITY, train)
+        self.step = 0
+
+    def move(self, steps: int = 1) -> None:
+        for _ in range(steps):
+            with torch.no_grad():
+                for f in self.engine.fragments:
+                    for kind in KINDS:
+                        self.engine.values(f, kind).add_(torch.randn(f.numel, generator=self.generator))
+            self.step += 1
+            self.ema.update(self.step)
+
+    def save(self, steps: int = 1) -> None:
+        self.move(steps)
+        self.writer.start(self.step, [])
+        self.writer.finish()
+
+    def state(self) -> dict[str, Tensor]:
+        held = {f"{kind} {f.name}": self.engine.values(f, kind) for kind in KINDS for f in self.engine.fragments}
+        for name, values in self.ema.values.items():
+            held |= {f"{name} {f.name}": v for f, v in zip(self.ema.fragments, values, strict=True)}
+        return {name: values.clone() for name, values in held.items()}
+
+    def resume(self) -> int:
+        found = checkpoint.resume(self.store, self.engine, self.ema, IDENTITY)
+        return found.step if found else 0
+
+
+@pytest.fixture
+def training(engine: Engine, tmp_path: Path) -> Training:
+    return Training(engine, FolderStore(tmp_path / "run"))
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_every_value_and_counter_comes_back_to_the_bit(training: Training) -> None:
+    training.engine.loaded(17, {})
+    training.move(3)
+    training.writer.start(training.step, [2])
+    training.writer.finish()
+    saved = training.state()
+    training.move()
+    training.engine.loaded(0, {})
+    assert not same(saved, training.state())
+    found = checkpoint.resume(training.store, training.engine, training.ema, IDENTITY)
+    assert found is not None
+    assert same(saved, training.state())
+    assert (found.step, found.bad_steps, training.engine.counters()["adam_steps"]) == (3, [2], 17)
+
+
+def test_a_rank_file_is_a_safetensors_file_that_others_can_read(training: Training) -> None:
+    training.save()
+    data = training.store.get("checkpoints/step-00000001/rank-00000.safetensors")
+    tensors = safetensors.torch.load(data)
+    for f in training.engine.fragments:
+        assert torch.equal(tensors[f"exp_avg|{f.name}|0"], training.engine.values(f, "exp_avg"))
+    assert len(tensors) == len(training.engine.fragments) * (len(KINDS) + 2)
+
+
+def test_no_run_begins_at_step_0(training: Training) -> None:
+    assert training.resume() == 0
+
+
+# --- damage ---
+
+
+def truncated(rank: Path, manifest: Path) -> None:
+    rank.write_bytes(rank.read_bytes()[:-1])
+
+
+def flipped(rank: Path, manifest: Path) -> None:
+    data = bytearray(rank.read_bytes())
+    data[-7] ^= 1
+    rank.write_bytes(data)
+
+
+def missing(rank: Path, manifest: Path) -> None:
+    rank.unlink()
+
+
+def swapped(rank: Path, manifest: Path) -> None:
+    """The file of another step: of the right size, and a whole file in itself."""
+    rank.write_bytes((rank.parent.parent / "step-00000002" / rank.name).read_bytes())
+
+
+def pickled_rank(rank: Path, manifest: Path) -> None:
+    rank.write_bytes(pickle.dumps(_Bomb()).ljust(rank.stat().st_size, b"\0"))
+
+
+def pickled_manifest(rank: Path, manifest: Path) -> None:
+    manifest.write_bytes(pickle.dumps(_Bomb()))
+
+
+def garbage(rank: Path, manifest: Path) -> None:
+    manifest.write_bytes(b"\xff\x00garbage")
+
+
+def half(rank: Path, manifest: Path) -> None:
+    manifest.write_bytes(manifest.read_bytes()[: manifest.stat().st_size // 2])
+
+
+def wrong_type(rank: Path, manifest: Path) -> None:
+    manifest.write_text('["not", "a", "checkpoint"]')
+
+
+def edited(change: Callable[[dict[str, Any]], None]) -> Callable[[Path, Path], None]:
+    def damage(rank: Path, manifest: Path) -> None:
+        content = json.loads(manifest.read_text())
+        change(content)
+        manifest.write_text(json.dumps(content))
+
+    damage.__name__ = change.__name__
+    return damage
+
+
+def names_a_file_outside(content: dict[str, Any]) -> None:
+    content["files"][0]["key"] = "../../etc/passwd"
+
+
+def lacks_a_piece(content: dict[str, Any]) -> None:
+    del content["files"][0]["pieces"][0]
+
+
+def has_a_piece_too_long(content: dict[str, Any]) -> None:
+    content["files"][0]["pieces"][0][3] = 10**12
+
+
+class _Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (pytest.fail, ("a pickle was opened",))
+
+
+DAMAGES = [truncated, flipped, missing, swapped, pickled_rank, pickled_manifest, garbage, half, wrong_type]
+DAMAGES += [edited(change) for change in (names_a_file_outside, lacks_a_piece, has_a_piece_too_long)]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda d: d.__name__)
+def test_a_damaged_newest_checkpoint_falls_back_loudly(
+    training: Training, damage: Callable[[Path, Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    training.save(2)
+    before = training.state()
+    training.save()
+    folder = training.store.folder / "checkpoints" / "step-00000003"
+    damage(folder / "rank-00000.safetensors", folder / "manifest.json")
+    with caplog.at_level(logging.WARNING):
+        assert training.resume() == 2
+    assert same(before, training.state())
+    assert "step-00000003" in caplog.text
+    assert "trying the" in caplog.text
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(training: Training) -> None:
+    training.save()
+    training.save()
+    before = training.state()
+    for rank in training.store.folder.glob("checkpoints/*/*.safetensors"):
+        flipped(rank, rank)
+    with pytest.raises(CheckpointError, match="none of its 2 checkpoints can be used"):
+        training.resume()
+    assert same(before, training.state())
+
+
+def test_an_unknown_format_is_named(training: Training) -> None:
+    training.save()
+    edited(lambda content: content.update(format=99))(Path(), training.store.folder / "checkpoints/step-00000001/manifest.json")
+    with pytest.raises(CheckpointError, match="format 99"):
+        checkpoint.read_manifest(training.store, "checkpoints/step-00000001/manifest.json")
+
+
+# --- another run ---
+
+
+def test_another_identity_is_refused_by_name(training: Training) -> None:
+    training.save()
+    before = training.state()
+    with pytest.raises(CheckpointError, match=r"seed=0, now it is 1"):
+        checkpoint.resume(training.store, training.engine, training.ema, IDENTITY | {"seed": 1})
+    assert same(before, training.state())
+
+
+def test_another_network_is_refused_by_the_name_of_its_parameter(training: Training) -> None:
+    training.save()
+    other = copy.copy(training.engine)
+    other.shapes = training.engine.shapes | {"1.weight": (2, 6)}
+    with pytest.raises(CheckpointError, match=r"1\.weight has shape \(2, 5\) in the checkpoint and \(2, 6\)"):
+        checkpoint.resume(training.store, other, training.ema, IDENTITY)
+
+
+def test_an_average_cannot_begin_in_the_middle_of_a_run_but_one_may_end(engine: Engine, tmp_path: Path) -> None:
+    store = FolderStore(tmp_path)
+    few = Training(engine, store, TrainConfig(precision="fp32", zero_stage=0, global_batch=4))
+    few.save()
+    with pytest.raises(CheckpointError, match=r"half_life_40 was not kept up to step 1"):
+        Training(engine, store).resume()
+    many = Training(engine, FolderStore(tmp_path / "many"))
+    many.save()
+    few.store = many.store
+    assert few.resume() == 1
+
+
+# --- interruption ---
+
+
+class FailingStore(FolderStore):
+    """A folder whose k-th put fails, and every later one: a disk that is full, a store that is gone, a process that is killed."""
+
+    def __init__(self, folder: Path, fails_at: int) -> None:
+        super().__init__(folder)
+        self.puts, self.fails_at = 0, fails_at
+
+    def put(self, key: str, data: bytes) -> str:
+        self.puts += 1
+        if self.puts >= self.fails_at:
+            raise StoreError(f"{key}: no more")
+        return super().put(key, data)
+
+
+@pytest.mark.parametrize("k", range(1, 6))
+def test_a_save_interrupted_at_any_put_leaves_the_checkpoint_before_it(engine: Engine, tmp_path: Path, k: int) -> None:
+    # Two files, a note, two manifests.
+    whole = Training(engine, FolderStore(tmp_path))
+    whole.save()
+    before = whole.state()
+    broken = Training(engine, FailingStore(tmp_path, k))
+    broken.step = 1
+    broken.move()
+    broken.writer.start(2, [])
+    with pytest.raises(StoreError, match=r"the checkpoint of step 2 could not be saved: .*no more"):
+        broken.writer.finish()
+    assert whole.resume() == 1
+    assert same(before, whole.state())
+    whole.step = 1
+    whole.save()
+    assert whole.resume() == 2
+
+
+def test_five_puts_make_a_checkpoint(engine: Engine, tmp_path: Path) -> None:
+    store = FailingStore(tmp_path, 99)
+    Training(engine, store).save()
+    assert store.puts == 5
+
+
+def test_a_full_disk_while_saving_leaves_the_checkpoint_before_it(training: Training) -> None:
+    training.save()
+    before = training.state()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    training.move()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))  # write(2) fails in the middle of the file
+    try:
+        training.writer.start(2, [])
+        with pytest.raises(StoreError, match="step 2 could not be saved"):
+            training.writer.finish()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert training.resume() == 1
+    assert same(before, training.state())
+
+
+# --- off the step ---
+
+
+class SlowStore(FolderStore):
+    """A folder whose puts wait until they are let through."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.open = threading.Event()
+
+    def put(self, key: str, data: bytes) -> str:
+        assert self.open.wait(60)
+        return super().put(key, data)
+
+
+def test_training_goes_on_while_a_checkpoint_of_its_past_is_written(engine: Engine, tmp_path: Path) -> None:
+    store = SlowStore(tmp_path)
+    training = Training(engine, store)
+    training.move()
+    saved = training.state()
+    training.writer.start(1, [])
+    training.move()
+    training.writer.boundary(0, failed=False)
+    assert training.writer.uploaded == 0
+    assert not list(tmp_path.rglob("*.safetensors"))
+    store.open.set()
+    training.writer.finish()
+    assert training.resume() == 1
+    assert same(saved, training.state())
+
+
+def test_the_boundary_after_the_upload_publishes(training: Training) -> None:
+    training.move()
+    training.writer.start(1, [])
+    training.writer._join()
+    assert training.writer.uploaded == 1
+    assert checkpoint.manifests(training.store) == []
+    training.writer.boundary(1, failed=False)
+    training.writer._join()
+    assert checkpoint.find(training.store).step == 1
+
+
+def test_a_failed_save_is_reported_at_the_next_boundary(engine: Engine, tmp_path: Path) -> None:
+    training = Training(engine, FailingStore(tmp_path, 1))
+    training.move()
+    training.writer.start(1, [])
+    training.writer._join()
+    assert training.writer.error
+    with pytest.raises(StoreError, match=r"step 1 could not be saved: .*no more"):
+        training.writer.boundary(0, failed=True)
+
+
+# --- what stays ---
+
+
+def test_the_newest_and_every_nth_checkpoint_stay(engine: Engine, tmp_path: Path) -> None:
+    train = copy.copy(TRAIN)
+    train.keep_every = 4
+    training = Training(engine, FolderStore(tmp_path), train)
+    for _ in range(9):
+        training.save()
+    assert sorted(c.step for c in checkpoint.newest(training.store)) == [4, 8, 9]
+    assert {p.name for p in (tmp_path / "checkpoints").rglob("*") if p.is_file()} == {"manifest.json", "rank-00000.safetensors"}
+
+
+def test_what_an_interrupted_save_left_behind_is_swept_by_the_next(training: Training) -> None:
+    training.store.put("checkpoints/step-00000001/rank-00007.safetensors", b"left behind")
+    training.step = 1
+    training.save()
+    assert not training.store.list("checkpoints/step-00000001/")
+
+
+def test_describe_tells_where_a_run_stands(training: Training) -> None:
+    assert checkpoint.describe(training.store) == {"run": training.store.uri, "checkpoints": [], "damaged": []}
+    for _ in range(3):
+        training.save()
+    garbage(Path(), training.store.folder / "checkpoints/step-00000003/manifest.json")
+    state = checkpoint.describe(training.store)
+    assert (state["checkpoints"], state["step"], state["world_size"], state["zero_stage"]) == ([2], 2, 1, 0)
+    assert "step-00000003" in state["damaged"][0]
+    assert state["averages"] == ["ema", "half_life_40", "sigma_rel_0.05", "sigma_rel_0.1"]
+    assert (state["snapshots"], state["identity"]) == (3, IDENTITY)
+
+
+# --- averages after training ---
+
+
+def test_any_power_function_average_follows_from_the_snapshots(training: Training) -> None:
+    """Against the average itself, computed step by step in float64; the checkpoints of most snapshots are long gone."""
+    wanted = profiles(TrainConfig(ema_sigma_rel=[0.07]))[1]
+    exact = np.zeros(15)
+    for _ in range(40):
+        for _ in range(5):
+            training.move()
+            weights = training.engine.values(training.engine.fragments[0], "master").double().numpy()
+            exact += (1 - wanted.kept(training.step)) * (weights - exact)
+        training.writer.start(training.step, [])
+        training.writer.finish()
+    found = checkpoint.find(training.store)
+    got = checkpoint.average(training.store, found, "sigma_rel_0.07")["0.weight"].view(-1).double().numpy()
+    stored = checkpoint.average(training.store, found, "sigma_rel_0.1")["0.weight"].view(-1).double().numpy()
+    error = np.abs(got - exact).max() / np.abs(stored - exact).max()
+    assert error < 1e-3, error  # of the distance to its neighbour: what is left are the 200 steps, where profiles are continuous
+
+
+def test_an_average_that_was_not_kept_is_refused_with_those_that_were(training: Training) -> None:
+    training.save()
+    with pytest.raises(CheckpointError, match=r"no average half_life_7; .* ema, half_life_40, .*master"):
+        checkpoint.average(training.store, checkpoint.find(training.store), "half_life_7")

@@ -1,0 +1,186 @@
+"""What a training does when something goes wrong: each piece alone. The drills are in tests/faults."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from configs.errors import ConfigError, StoreError, UserError
+from configs.load import load_config
+from configs.schema import TrainConfig
+from data_pipeline.order import Order
+from data_pipeline.store import FolderStore
+from trainer.engine import _check_device, join_process_group
+from trainer.failures import HUNG, Agreement, Incidents, Terminated, limit_collectives
+from trainer.telemetry import Interval, Stopwatch
+
+ROOT = Path(__file__).parents[2]
+ORDER = Order(samples=100, chunk_samples=10, streams=1, window_chunks=10, seed=0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group() -> Iterator[None]:
+    join_process_group()
+    yield
+    dist.destroy_process_group()
+
+
+def test_ranks_agree_on_the_maximum_one_step_later() -> None:
+    agreement = Agreement(2)
+    assert agreement.exchange(0, -3) == [0, 0]
+    assert agreement.exchange(1, -5) == [0, -3]
+    assert agreement.exchange(0, 0) == [1, -5]
+    agreement.close()
+
+
+def test_sigterm_is_remembered_only_while_training() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with Terminated() as terminated:
+        assert not terminated.asked
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert terminated.asked
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def watched(seconds: float, body: str) -> "subprocess.CompletedProcess[str]":
+    code = f"import time\nfrom trainer.failures import Watchdog\nwith Watchdog({seconds}) as watchdog:\n"
+    code += "".join(f"    {line}\n" for line in body.splitlines()) + "print('done')"
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def test_a_hang_ends_with_one_line_that_says_where() -> None:
+    ended = watched(0.5, "watchdog.progress('step 7')\ntime.sleep(50)")
+    assert ended.returncode == HUNG
+    (line,) = ended.stderr.splitlines()
+    assert "no progress for 0.5 s after step 7, in <string>:5" in line
+
+
+@pytest.mark.parametrize(
+    ("seconds", "body"),
+    [
+        (0.5, "for i in range(10):\n    watchdog.progress(f'step {i}')\n    time.sleep(0.1)"),  # slow, but it moves
+        (0.5, "time.sleep(1)"),  # the first step may compile for minutes
+        (0, "watchdog.progress('step 1')\ntime.sleep(1)"),
+    ],
+)
+def test_what_is_no_hang_goes_on(seconds: float, body: str) -> None:
+    ended = watched(seconds, body)
+    assert (ended.returncode, ended.stdout) == (0, "done\n"), ended.stderr
+
+
+def test_every_process_group_gets_the_shorter_time_out() -> None:
+    other = dist.new_group(backend="gloo", timeout=timedelta(minutes=9))
+    limit_collectives(7)
+    for group in (None, other):
+        backend = (group or dist.group.WORLD)._get_backend(torch.device("cpu"))
+        assert backend.options._timeout == timedelta(seconds=7)
+    limit_collectives(1800)
+    dist.destroy_process_group(other)
+
+
+# --- incidents ---
+
+
+def interval(first: int, losses: list[float], norm: float = 1.0) -> Interval:
+    """Steps with two samples each, one of which has all of the loss."""
+    own = [(torch.tensor([0.0, 2 * loss]), torch.tensor([2 * (first + i), 2 * (first + i) + 1])) for i, loss in enumerate(losses)]
+    return Interval(first, losses, [norm if math.isfinite(loss) else math.inf for loss in losses], own)
+
+
+def rows(store: FolderStore) -> list[dict[str, object]]:
+    return [json.loads(line) for line in store.get("incidents.jsonl").decode().splitlines()]
+
+
+def test_a_step_that_is_not_finite_is_recorded_with_its_samples(tmp_path: Path) -> None:
+    incidents = Incidents(FolderStore(tmp_path), ORDER, [], TrainConfig(bad_steps=1))
+    incidents.review(interval(0, [0.5, math.nan, 0.5]))
+    (row,) = rows(FolderStore(tmp_path))
+    assert (row["step"], row["what"], row["loss"], row["gradient_norm"]) == (2, "not finite", "nan", "inf")
+    sample = int(ORDER.locate(np.array([3]))[1][0])
+    assert row["samples"][0] == {"index": 3, "sample": sample, "loss": "nan"}  # type: ignore[index]
+    assert incidents.bad_steps == [2]
+
+
+def test_the_budget_of_bad_steps_ends_the_run_with_one_sentence_and_outlives_a_restart(tmp_path: Path) -> None:
+    incidents = Incidents(FolderStore(tmp_path), ORDER, [2, 9], TrainConfig(bad_steps=2))
+    with pytest.raises(UserError, match=r"the gradients of 3 steps were not finite \(the last of them 12\).*train\.bad_steps=2"):
+        incidents.review(interval(11, [math.inf]))
+
+
+def test_an_overflow_of_scaled_gradients_is_no_incident(tmp_path: Path) -> None:
+    incidents = Incidents(FolderStore(tmp_path), ORDER, [], TrainConfig(bad_steps=0, precision="fp16"))
+    incidents.review(interval(0, [0.5], norm=math.inf))
+    with pytest.raises(UserError, match="1 steps were not finite"):
+        incidents.review(interval(1, [math.nan]))
+
+
+def test_a_spike_is_recorded_and_a_repeated_step_once(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path)
+    incidents = Incidents(store, ORDER, [], TrainConfig())
+    incidents.review(interval(0, [1.0] * 20 + [2.9, 3.1]))
+    incidents.review(interval(22, [4.0]))
+    again = Incidents(store, ORDER, [], TrainConfig())
+    again.review(interval(0, [1.0] * 22 + [5.0]))
+    assert [(row["step"], row["what"], row["loss"]) for row in rows(store)] == [(22, "spike", 3.1), (23, "spike", 5.0)]
+
+
+def test_a_store_that_refuses_the_diary_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> str:
+        raise StoreError("no more")
+
+    incidents = Incidents(FolderStore(tmp_path), ORDER, [], TrainConfig())
+    monkeypatch.setattr(FolderStore, "put", refuse)
+    incidents.review(interval(0, [math.nan]))
+    assert incidents.bad_steps == [1]
+
+
+def test_a_stopwatch_adds_up_what_it_was_around() -> None:
+    watch = Stopwatch(torch.device("cpu"))
+    for _ in range(2):
+        with watch:
+            time.sleep(0.05)
+        time.sleep(0.05)
+    assert 0.1 <= watch.take() < 0.19
+    assert watch.take() == 0
+
+
+# --- options that cannot be ---
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["train.precision=fp16", "train.zero_stage=0"], "train.precision=fp16 with train.zero_stage=0"),
+        (["train.micro_batch=4", "train.zero_stage=1", "train.precision=bf16"], "would add gradients up in bf16"),
+        (["model.learn_sigma=true"], "model.learn_sigma=true cannot be trained"),
+        (["cluster.workers=4", "cluster.min_workers=3"], "cannot be shared by 3 workers"),
+        (["cluster.min_workers=2"], "cluster.min_workers=2"),
+        (["train.ema_sigma_rel=[0.3]"], "relative widths lie below 0.2886"),
+        (["train.ema_half_lives=[8,8]"], "each once"),
+        (["sampling.ema=best"], "sampling.ema=best: one of"),
+        (["sampling.ema=half_life_7"], "sampling.ema=half_life_7 is not kept by this training"),
+        (["train.schedule=linear"], "train.schedule=linear"),
+    ],
+)
+def test_options_of_training_that_cannot_be_are_one_sentence(tiny: Callable[..., Path], overrides: list[str], words: str) -> None:
+    path = tiny("options", train={"global_batch": 16})
+    with pytest.raises(ConfigError) as error:
+        load_config(path, overrides)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_fp16_on_a_cpu_is_refused() -> None:
+    with pytest.raises(ConfigError, match="fp16 needs a GPU"):
+        _check_device(TrainConfig(precision="fp16"), torch.device("cpu"))

@@ -1,0 +1,201 @@
+"""What can go wrong in a long training, and what is done about it.
+
+    a worker hangs          `Watchdog` ends it, `limit_collectives` ends those that wait for it; the launcher restarts the group
+    SIGTERM                 `Terminated` remembers it; all ranks save at the same step boundary and leave with exit code 143
+    a rank cannot save      all ranks stop at the next step boundary, with its reason
+    gradients not finite    the engine moves nothing; `Incidents` records the samples and stops the run over the budget
+    the loss jumps          `Incidents` records the samples
+
+Ranks must take such decisions at the same step, or they wait for each other for ever. `Agreement` gives them the maximum over
+the ranks of a few numbers, every step and without waiting: it is begun at one step and read at the next.
+"""
+
+import json
+import logging
+import math
+import os
+import signal
+import statistics
+import sys
+import threading
+import time
+from collections import deque
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d as c10d
+
+from configs.errors import StoreError, UserError
+from configs.schema import TrainConfig
+from data_pipeline.order import Order
+from data_pipeline.store import MissingObject, Store
+from trainer.telemetry import Interval
+
+HUNG = 86  # exit code of a worker that its watchdog has ended
+TERMINATED = 128 + signal.SIGTERM  # exit code after SIGTERM: every scheduler knows that the work is not done
+SPIKE = 3.0  # a loss of so many times the median of the steps before it is recorded
+WINDOW = 100  # steps of that median
+_WORST = 8  # samples of each rank that are recorded
+_log = logging.getLogger("freeguide.failures")
+
+
+class Agreement:
+    """The maximum over the ranks of a few whole numbers, a step late. All ranks call `exchange` once a step, and `close`."""
+
+    def __init__(self, count: int) -> None:
+        self._group = dist.new_group(backend="gloo")  # its own: it never meets the collectives of the training
+        self._values = torch.zeros(count, dtype=torch.int64)
+        self._work: Any = None
+
+    def exchange(self, *values: int) -> list[int]:
+        """Begin the exchange of this step's `values`; returns the maxima of the step before, and 0s at first."""
+        if self._work is not None:
+            self._work.wait()
+        agreed: list[int] = self._values.tolist()
+        self._values = torch.tensor(values, dtype=torch.int64)
+        self._work = dist.all_reduce(self._values, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return agreed
+
+    def close(self) -> None:
+        if self._work is not None:
+            self._work.wait()
+        dist.destroy_process_group(self._group)
+
+
+class Terminated:
+    """Remembers SIGTERM while it is entered, where the process lets us (Ray's workers train outside the main thread)."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: Any = None
+
+    def __enter__(self) -> "Terminated":
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _note(self, _signal: int, _frame: FrameType | None) -> None:
+        self.asked = True
+
+
+class Watchdog:
+    """Ends the process where it makes no progress for `seconds`, 0 = never. It watches from the first `progress` on."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._last: tuple[float, str] | None = None
+        self._closed = threading.Event()
+        self._watched = threading.get_ident()
+
+    def __enter__(self) -> "Watchdog":
+        if self._seconds:
+            threading.Thread(target=self._watch, name="freeguide-watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed.set()
+
+    def progress(self, done: str) -> None:
+        """Say what has just been done."""
+        self._last = (time.monotonic(), done)
+
+    def _watch(self) -> None:
+        while not self._closed.wait(self._seconds / 10):
+            if self._last is not None and time.monotonic() - self._last[0] > self._seconds:
+                frame = sys._current_frames().get(self._watched)
+                place = f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else "an unknown place"
+                rank = os.environ.get("RANK", "0")
+                line = f"freeguide: rank {rank}: no progress for {self._seconds:g} s after {self._last[1]}, in {place}; ending it\n"
+                os.write(2, line.encode())
+                os._exit(HUNG)  # nothing gentler ends a process whose threads hang
+
+
+def limit_collectives(seconds: float) -> None:
+    """Let no collective of any process group wait for longer than `seconds`, 0 = as before.
+
+    Groups start with half an hour, as the first step may compile; DeepSpeed makes groups of its own with the backend's default.
+    """
+    if seconds:
+        for group in list(c10d._world.pg_map):
+            c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+class Incidents:
+    """Steps that went wrong, with their samples, as JSON lines in `<run>/incidents.jsonl`.
+
+    `bad_steps` are those so far whose gradients were not finite; it is part of the checkpoint, so a restart does not reset it.
+    """
+
+    def __init__(self, store: Store, order: Order, bad_steps: list[int], train: TrainConfig) -> None:
+        self.bad_steps = list(bad_steps)
+        self._store, self._order, self._budget = store, order, train.bad_steps
+        self._scaled = train.precision == "fp16"  # a gradient that overflows is how the loss scale is found, not an incident
+        self._recent: deque[float] = deque(maxlen=WINDOW)
+
+    def review(self, interval: Interval) -> None:
+        """Look at the steps of an interval; every rank calls it. Raises UserError over the budget of steps that are not finite."""
+        rows, first = [], interval.first
+        for i, (loss, norm) in enumerate(zip(interval.losses, interval.norms, strict=True)):
+            finite = math.isfinite(loss) and (self._scaled or math.isfinite(norm))
+            median = statistics.median(self._recent) if len(self._recent) >= WINDOW // 5 else float("inf")
+            if not finite:
+                self.bad_steps.append(first + i + 1)
+            else:
+                self._recent.append(loss)
+            if not finite or loss > SPIKE * median:
+                what = "spike" if finite else "not finite"
+                rows.append({"step": first + i + 1, "what": what, "loss": loss, "gradient_norm": norm, "median": median})
+                rows[-1]["samples"] = self._worst(*interval.own[i])
+        if rows and dist.get_rank() == 0:
+            self._write(rows)
+        if len(self.bad_steps) > self._budget:
+            raise UserError(
+                f"the gradients of {len(self.bad_steps)} steps were not finite (the last of them {self.bad_steps[-1]}), more than "
+                f"train.bad_steps={self._budget}; {self._store.uri}/incidents.jsonl names the samples: lower train.lr, mend the "
+                f"data, or raise train.bad_steps"
+            )
+
+    def _worst(self, losses: Tensor, index: Tensor) -> list[dict[str, Any]]:
+        """The samples with the largest losses of a step, over all ranks, largest first; what is not finite comes first of all."""
+        weight = torch.nan_to_num(losses.float(), nan=float("inf"))
+        chosen = weight.topk(min(_WORST, len(weight))).indices
+        mine = [(float(losses[i]), int(index[i])) for i in chosen.tolist()]
+        ranks: list[list[tuple[float, int]]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(ranks, mine)
+        every = sorted((row for rank in ranks for row in rank), key=lambda row: (row[0] == row[0], -row[0], row[1]))
+        samples = self._order.locate(np.array([at for _, at in every[:_WORST]]))[1].tolist()
+        return [{"index": at, "sample": id_, "loss": loss} for (loss, at), id_ in zip(every, samples, strict=False)]
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        try:
+            try:
+                before = self._store.get("incidents.jsonl").decode().splitlines()
+            except MissingObject:
+                before = []
+            lines = [line for line in before if json.loads(line)["step"] not in {row["step"] for row in rows}]
+            lines += [json.dumps(_plain(row)) for row in rows]
+            self._store.put("incidents.jsonl", "".join(f"{line}\n" for line in lines).encode())
+        except StoreError as error:  # a diary is not worth a run
+            _log.warning("%s; incidents of step %s are not recorded", error, rows[0]["step"])
+        for row in rows:
+            _log.warning("step %d: %s, loss %.4g, gradient norm %.4g", row["step"], row["what"], row["loss"], row["gradient_norm"])
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become texts."""
+    if isinstance(value, dict):
+        return {name: _plain(v) for name, v in value.items()}
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        return str(value)
+    return value
