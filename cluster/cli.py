@@ -45,6 +45,11 @@ def main(arguments: list[str] | None = None) -> int:
 
             command(options)
             return 0
+        if options.command == "inspect" and not options.config.endswith((".yaml", ".yml")):
+            from cluster.inspect import inspect_run
+
+            inspect_run(options.config)
+            return 0
         config = load_config(options.config, options.overrides, options.command)
         if getattr(options, "dry_run", False):
             options.command = "inspect"
@@ -148,7 +153,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("config", metavar="CONFIG", help="a YAML file; configs/schema.py lists every option")
+        what = "a YAML file; configs/schema.py lists every option" + ("; or the URI of a run" if name == "inspect" else "")
+        command.add_argument("config", metavar="CONFIG", help=what)
         command.add_argument(
             "overrides", nargs="*", metavar="key=value", help="options that win over the file, for example train.lr=1e-4"
         )

@@ -2,12 +2,14 @@
 
 import torch
 
+from configs.errors import CheckpointError
 from configs.load import to_yaml
 from configs.schema import Config, TrainConfig
 from data_pipeline import quality
 from data_pipeline.manifest import load_manifest
 from data_pipeline.order import Order
 from data_pipeline.store import open_store
+from trainer import checkpoint
 from trainer.diffusion.theory import draw_figure_2
 from trainer.networks.build import build_network, count_parameters, forward_flops
 from trainer.sampler import evaluations
@@ -43,6 +45,20 @@ def inspect(config: Config) -> None:
         print(f"{name:<{width}}  {value}")
 
 
+def inspect_run(uri: str) -> None:
+    """Print where the run at `uri` stands. Raises UserError if there is none."""
+    store = open_store(uri)
+    store.check()
+    state = checkpoint.describe(store)
+    if not state["checkpoints"] and not state["damaged"]:
+        raise CheckpointError(f"{uri}: no run stands here; give a config file, or the URI that a config calls `run`")
+    width = max(map(len, state))
+    for name, value in state.items():
+        lines = value if name == "damaged" else [f"{k}={v}" for k, v in value.items()] if isinstance(value, dict) else [value]
+        for i, line in enumerate(lines):
+            print(f"{'' if i else name:<{width}}  {line}")
+
+
 def inspect_order(config: Config) -> None:
     """Print how well this config's order of its data set mixes, beside independent draws. Raises UserError without the data set."""
     store = open_store(config.data.uri)
@@ -61,10 +77,11 @@ def inspect_theory(config: Config, path: str) -> None:
 
 def _state_bytes(parameters: int, train: TrainConfig, workers: int) -> int:
     """Bytes of weights and gradients in the working precision, fp32 masters, two moments and the average, split as ZeRO does."""
-    stage, working = train.zero_stage, 2 if train.precision == "bf16" else 4
+    stage, working = train.zero_stage, 4 if train.precision == "fp32" else 2
+    averages = 1 + len(train.ema_half_lives) + len(train.ema_sigma_rel)
     weights = working * parameters // (workers if stage == 3 else 1)
     gradients = working * parameters // (workers if stage >= 2 else 1)
-    states = (12 if train.precision == "fp32" else 16) * parameters // (workers if stage >= 1 else 1)
+    states = (4 * averages + (8 if train.precision == "fp32" else 12)) * parameters // (workers if stage >= 1 else 1)
     return weights + gradients + states
 
 

@@ -106,7 +106,7 @@ def freeguide(tmp_path: Path) -> Freeguide:
     ) -> "subprocess.CompletedProcess[str]":
         here = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         return subprocess.run(
-            [sys.executable, "-m", "cluster", command, str(ROOT / config), *arguments],
+            [sys.executable, "-m", "cluster", command, config if "://" in config else str(ROOT / config), *arguments],
             cwd=cwd, env=os.environ | here | environment, capture_output=True, text=True, timeout=280,
         )  # fmt: skip
 

@@ -151,6 +151,10 @@ def test_a_ray_address_that_does_not_answer(refuses, s3: str, pictures: Path, mo
     assert "RAY_ADDRESS=127.0.0.1:9: no Ray cluster answers" in refuses("train", FOLDER, "data.classes=3", "train.global_batch=4")
 
 
+def test_inspecting_a_run_that_is_not_there(refuses, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    assert "no run stands here" in refuses("inspect", str(tmp_path))
+
+
 def test_a_dry_run_costs_nothing_and_writes_nothing(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -65,6 +65,11 @@ def test_the_whole_job_runs_and_nothing_is_done_twice(freeguide, ray_head, tmp_p
     assert "resuming from step 8 of 10" in ok("train", "train.steps=10", "cluster.workers=1", "train.zero_stage=1")
     assert checkpoint.find(run).step == 10
 
+    state = freeguide("inspect", "s3://lab/runs/small")
+    assert state.returncode == 0, state.stderr
+    assert "checkpoints  [8, 10]" in state.stdout
+    assert "step         10" in state.stdout
+
     first = ok("evaluate")
     assert "6 work units, 0 of them done" in first
     report = tmp_path / "runs" / "digits"
