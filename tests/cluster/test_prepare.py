@@ -171,3 +171,15 @@ def test_foreign_tars_become_shards_of_ours(config: Callable[..., Config], image
     before, _ = scan_all(ours, load_manifest(ours))
     assert sorted(image.tobytes() for image in found) == sorted(fit(image, 8).tobytes() for image in before)
     assert [image.tobytes() for image in found] != [fit(image, 8).tobytes() for image in before]
+
+
+def test_index_joins_data_sets_into_a_mixture(config: Callable[..., Config], tmp_path: Path) -> None:
+    for name, shard in (("a", 48), ("b", 12)):
+        prepare(config(str(tmp_path / name), f"data.shard_samples={shard}"))
+    weights = f"data.mixture={{{tmp_path / 'a'}: 3, {tmp_path / 'b'}: 1}}"
+    mixture = index(config(str(tmp_path / "mixed"), weights))
+    assert [(part.uri, part.weight, part.samples) for part in mixture.parts] == [
+        (str(tmp_path / "a"), 3, IMAGES),
+        (str(tmp_path / "b"), 1, IMAGES),
+    ]
+    assert load_manifest(open_store(str(tmp_path / "mixed"))).fingerprint == mixture.fingerprint

@@ -1,7 +1,9 @@
 """Work units: how a job is cut, what is left to do, and what happens when actors fail."""
 
 import functools
+import multiprocessing
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,27 @@ class Count:
         self.store.put(unit.key("npz"), b"done")
 
 
+def in_a_driver(config: Config, plan: list[Unit], make: Callable[[], Count]) -> list[Unit]:
+    """`units.run` in a process of its own: what Ray leaves behind in a driver ends that process when the cluster goes."""
+
+    def drive() -> None:
+        try:
+            with session(config, 2) as resources:
+                answer.put(list(units.run(plan, make, config, resources)))
+        except UserError as error:
+            answer.put(error)
+
+    context = multiprocessing.get_context("fork")
+    answer: multiprocessing.Queue[list[Unit] | UserError] = context.Queue()
+    driver = context.Process(target=drive)
+    driver.start()
+    got = answer.get(timeout=200)
+    driver.join(timeout=60)
+    if isinstance(got, UserError):
+        raise got
+    return got
+
+
 @pytest.fixture
 def config() -> Config:
     return load_config(ROOT / "configs" / "digits.yaml", ["cluster.actors=2"])
@@ -62,8 +85,7 @@ def test_more_images_reuse_the_units_there_are(tmp_path: Path) -> None:
 def test_units_survive_the_death_of_their_actors_and_are_published_once(on_cluster: None, config: Config, tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     plan = units.split([0.0, 1.0], 40, 10)
-    with session(config, 2) as resources:
-        done = list(units.run(plan, functools.partial(Count, store, (10, 30), ()), config, resources))
+    done = in_a_driver(config, plan, functools.partial(Count, store, (10, 30), ()))
     assert sorted(done) == plan
     assert units.missing(store, plan, "npz") == []
     assert {info.key for info in store.list("died/")} == {"died/10", "died/30"}
@@ -72,8 +94,8 @@ def test_units_survive_the_death_of_their_actors_and_are_published_once(on_clust
 
 def test_an_actors_error_reaches_the_user_as_its_own_sentence(on_cluster: None, config: Config, tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
-    with session(config, 2) as resources, pytest.raises(UserError, match=r"^unit 20 is refused; leave it out\.$"):
-        list(units.run(units.split([0.0], 40, 10), functools.partial(Count, store, (), (20,)), config, resources))
+    with pytest.raises(UserError, match=r"^unit 20 is refused; leave it out\.$"):
+        in_a_driver(config, units.split([0.0], 40, 10), functools.partial(Count, store, (), (20,)))
 
 
 def test_the_code_version_follows_the_sources_that_decide_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
