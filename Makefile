@@ -1,4 +1,4 @@
-# make demo | test | test-slow | lint | setup. Each sets up .venv first, where that has not been done.
+# make demo | test | test-slow | test-s3 | bench | lint | setup. Each sets up .venv first, where that has not been done.
 #   PYTHON=python3.12             another interpreter (3.10 to 3.12)
 #   TORCH_INDEX=URL               a package index that holds another build of torch (see the README)
 PYTHON ?= python3
@@ -6,7 +6,7 @@ BIN := .venv/bin
 export DS_BUILD_OPS := 0
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: setup demo test test-slow lint clean
+.PHONY: setup demo test test-slow test-s3 bench lint clean
 
 setup: .venv/ready
 
@@ -27,10 +27,26 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -m slow --timeout 1800
 
+# The data pipeline against a real S3 server, Ceph's radosgw on loopback: installs Debian's packages where it may.
+test-s3: setup
+	$(BIN)/python -m tests.faults.radosgw_s3 $(BIN)/python -m pytest tests/data_pipeline tests/faults/test_s3_faults.py
+
+# Ours beside its peers, small: the peers stand in an environment of their own.
+bench: .venv-bench/ready
+	$(BIN)/python -m tests.faults.radosgw_s3 $(BIN)/python benchmarks/data.py --quick --peers .venv-bench/bin/python
+	$(BIN)/python benchmarks/metrics.py --quick --peers .venv-bench/bin/python
+	$(BIN)/python benchmarks/training.py --quick
+
+.venv-bench/ready: benchmarks/requirements.txt setup
+	$(PYTHON) -m venv .venv-bench
+	$(if $(TORCH_INDEX),.venv-bench/bin/pip install --quiet -c constraints.txt --index-url $(TORCH_INDEX) torch)
+	.venv-bench/bin/pip install --quiet -r benchmarks/requirements.txt
+	touch .venv-bench/ready
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-bench build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,13 +1,24 @@
-"""The prepare job: a source of images becomes WebDataset shards and a manifest, once. And `index`, for tars made elsewhere."""
+"""The prepare job: a source of images becomes WebDataset shards and a manifest, once. And `index`, for tars made elsewhere.
 
+A shard is a work unit whose bytes depend on its items alone, so it does not matter who writes it: a few shards are written here,
+more of them on the actors of a Ray cluster.
+"""
+
+import functools
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 
+from cluster import units
+from cluster.session import session
 from configs.schema import Config
 from data_pipeline.index import index_shards
-from data_pipeline.manifest import Manifest, Schema
-from data_pipeline.shards import write_shards
+from data_pipeline.manifest import Manifest, Schema, save_mixture
+from data_pipeline.shards import Plan, Source, write_shards
 from data_pipeline.sources import open_source
-from data_pipeline.store import open_store
+from data_pipeline.store import Store, open_store
+
+FEW = 16  # shards that are written before a Ray cluster would have started
 
 
 def prepare(config: Config) -> Manifest:
@@ -25,7 +36,12 @@ def prepare(config: Config) -> Manifest:
         print(f"shard {done}/{of}", flush=True)
 
     manifest = write_shards(
-        source, store, shard_samples=config.data.shard_samples, bad_images=config.data.bad_images, progress=progress
+        source,
+        store,
+        shard_samples=config.data.shard_samples,
+        bad_images=config.data.bad_images,
+        progress=progress,
+        elsewhere=functools.partial(_write_on_actors, config, source, store),
     )
     if left_out:
         print(f"{left_out} {'image' if left_out == 1 else 'images'} left out, data.bad_images={config.data.bad_images:g} allows it")
@@ -33,11 +49,37 @@ def prepare(config: Config) -> Manifest:
     return manifest
 
 
+def _write_on_actors(config: Config, source: Source, store: Store, plan: Plan, missing: list[int]) -> Iterator[int]:
+    if len(missing) <= FEW:
+        yield from missing
+        return
+    config = replace(config, cluster=replace(config.cluster, gpus_per_worker=0.0))
+    with session(config, config.cluster.actors) as resources:
+        yield from units.run(missing, functools.partial(_Write, source, store, plan), config, resources)
+
+
+class _Write:
+    """Writes shards: one per actor."""
+
+    def __init__(self, source: Source, store: Store, plan: Plan) -> None:
+        self.source, self.store, self.plan = source, store, plan
+
+    def __call__(self, unit: int) -> None:
+        self.plan.write(self.source, self.store, unit)
+
+
 def index(config: Config) -> Manifest:
-    """Write the manifest of WebDataset tars that stand at `data.uri` already. Raises UserError, naming what is broken."""
+    """Write the manifest of WebDataset tars that stand at `data.uri` already, or of the mixture of other data sets.
+
+    Raises UserError, naming what is broken.
+    """
     store, data = open_store(config.data.uri), config.data
     store.check()
     began = time.monotonic()
+    if data.mixture:
+        mixture = save_mixture(store, data.mixture)
+        _describe(mixture, store.uri, time.monotonic() - began)
+        return mixture
     manifest, broken = index_shards(
         store,
         Schema(data.image_size, data.channels, data.classes),

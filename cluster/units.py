@@ -1,4 +1,4 @@
-"""Work units: the images of one w in one range of indices, made by whichever actor is free, published once.
+"""Work units: made by whichever actor is free, published once. In sampling, a unit is the images of one w in one range of indices.
 
 A unit's name says what it holds, and its object appears whole or not at all. So a job begins by listing what is there and makes
 the rest; killed actors, nodes and drivers cost the units in hand, and the same command again goes on. Everything downstream
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 import ray
 
@@ -22,6 +22,10 @@ from configs.schema import Config
 from data_pipeline.store import Store
 
 _DECISIVE = ("trainer/diffusion", "trainer/networks", "trainer/sampler.py", "cluster/metrics")  # sources that decide numbers
+
+
+T = TypeVar("T")
+Worker = Callable[[T], None]  # made once per actor; makes and publishes units
 
 
 @dataclass(frozen=True, order=True)
@@ -36,12 +40,6 @@ class Unit:
         return f"units/w{self.w:g}/{self.first:09d}-{self.last:09d}.{suffix}"
 
 
-class Worker(Protocol):
-    """Made once per actor; makes and publishes units."""
-
-    def __call__(self, unit: Unit) -> None: ...
-
-
 def split(weights: Sequence[float], images: int, unit: int) -> list[Unit]:
     """All units of a job in their one order: by w, then by index."""
     return [Unit(w, first, min(first + unit, images)) for w in sorted(weights) for first in range(0, images, unit)]
@@ -53,18 +51,18 @@ def missing(store: Store, units: Sequence[Unit], suffix: str) -> list[Unit]:
     return [u for u in units if u.key(suffix) not in present]
 
 
-def run(units: Sequence[Unit], make_worker: Callable[[], Worker], config: Config, resources: Resources) -> Iterator[Unit]:
-    """Make `units` on up to `cluster.actors` actors that Ray Data places, restarts and retries; yields finished ones.
+def run(units: Sequence[T], make_worker: Callable[[], Worker[T]], config: Config, resources: Resources) -> Iterator[T]:
+    """Make `units`, of any kind, on up to `cluster.actors` actors that Ray Data places, restarts and retries; yields finished ones.
 
     Raises the UserError of an actor, with its sentence.
     """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    rows = [{"w": u.w, "first": u.first, "last": u.last} for u in units]
+    rows = [{"unit": number} for number in range(len(units))]
     done = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         _Actor,  # type: ignore[arg-type]
-        fn_constructor_args=(make_worker,),
+        fn_constructor_args=(ray.put((make_worker, list(units))),),  # a worker may carry the index of a large source
         compute=ray.data.ActorPoolStrategy(
             min_size=1, max_size=config.cluster.actors, initial_size=min(config.cluster.actors, len(rows))
         ),
@@ -75,18 +73,19 @@ def run(units: Sequence[Unit], make_worker: Callable[[], Worker], config: Config
     for row in done.iter_rows():
         if row["error"]:
             raise UserError(row["error"])
-        yield Unit(float(row["w"]), int(row["first"]), int(row["last"]))
+        yield units[int(row["unit"])]
 
 
 class _Actor:
     """One actor of the pool: networks are loaded here once."""
 
-    def __init__(self, make_worker: Callable[[], Worker]) -> None:
+    def __init__(self, job: Any) -> None:
+        make_worker, self._units = ray.get(job)
         self._work = make_worker()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         try:
-            self._work(Unit(float(row["w"]), int(row["first"]), int(row["last"])))
+            self._work(self._units[int(row["unit"])])
         except UserError as error:  # as data: Ray would wrap it, log its traceback and drop its type
             return row | {"error": str(error)}
         return row | {"error": ""}

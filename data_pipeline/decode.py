@@ -41,15 +41,15 @@ class BadSample(DataError):
         self.cause = cause
 
 
-def decode_sample(fields: Mapping[str, bytes], schema: Schema) -> tuple[Pixels, int]:
-    """The image, uint8 (H, W, C) as the schema says, and the label. An image of another size is fitted as ADM does it."""
+def decode_sample(fields: Mapping[str, bytes], schema: Schema, resize: str = "adm") -> tuple[Pixels, int]:
+    """The image, uint8 (H, W, C) as the schema says, and the label. An image of another size is fitted, see `fit`."""
     present = [ext for ext in IMAGE_FIELDS if ext in fields]
     if len(present) != 1:
         raise BadSample("fields", f"it needs one image ({', '.join(IMAGE_FIELDS)}), and has {', '.join(sorted(fields)) or 'none'}")
     data = fields[present[0]]
     label = decode_label(fields, schema.classes)
     image = _decode_npy(data, schema.channels) if present[0] == "npy" else decode_image(data, schema.channels)
-    return fit(image, schema.image_size), label
+    return fit(image, schema.image_size, resize), label
 
 
 def decode_image(data: bytes, channels: int) -> Pixels:
@@ -109,10 +109,16 @@ def decode_label(fields: Mapping[str, bytes], classes: int) -> int:
     return label
 
 
-def fit(image: Pixels, size: int) -> Pixels:
-    """ADM's resize to (size, size): halve by box while the short side is at least twice `size`, then bicubic, then the centre."""
+def fit(image: Pixels, size: int, resize: str = "adm") -> Pixels:
+    """uint8 (H, W, C) brought to (size, size, C).
+
+    adm: halve by box while the short side is at least twice `size`, then bicubic, then the centre. area: the centre square, of
+    which each new pixel is the mean of what it covers.
+    """
     if image.shape[:2] == (size, size):
         return image
+    if resize == "area":
+        return _area(image, size)
     picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
     while min(picture.size) >= 2 * size:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
@@ -123,6 +129,14 @@ def fit(image: Pixels, size: int) -> Pixels:
     pixels = np.asarray(picture.resize(wide, Image.Resampling.BICUBIC))
     top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
     return pixels[top : top + size, left : left + size].reshape(size, size, image.shape[2])
+
+
+def _area(image: Pixels, size: int) -> Pixels:
+    side = min(image.shape[:2])
+    top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
+    square = image[top : top + side, left : left + side].astype(np.float32)  # in whole numbers Pillow would round once per axis
+    planes = [Image.fromarray(square[..., c]).resize((size, size), Image.Resampling.BOX) for c in range(image.shape[2])]
+    return np.rint(np.stack([np.asarray(plane) for plane in planes], axis=-1)).astype(np.uint8)
 
 
 def encode_png(image: Pixels) -> bytes:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent import futures
 from dataclasses import dataclass, field
 
@@ -26,6 +26,7 @@ from data_pipeline.store import Cancelled, Store
 
 JOINED = 8 * 2**20  # bytes up to which neighbouring chunks are read together
 READS = 3  # reads of a chunk whose CRC is wrong, before the chunk counts as damaged
+CLOSING = 1.0  # seconds that closing waits for reads to notice it
 OVERLOAD = ("busy", "time-out", "slow", "no connection")
 
 Fields = dict[str, bytes]
@@ -58,7 +59,9 @@ def plan(manifest: Manifest, order: Order, global_batch: int, slots: Ints, start
             continue
         late = np.full(manifest.samples, np.iinfo(np.int64).max)
         late[ids] = positions
-        yield from _join(manifest, np.arange(manifest.samples), np.arange(manifest.samples), late)
+        every = np.arange(manifest.samples)
+        every = every[manifest.exists(every)]
+        yield from _join(manifest, every, every, late[every])
         return
 
 
@@ -112,20 +115,26 @@ class Gate:
 class Fetcher:
     """Makes the reads of one rank, from any number of threads."""
 
-    def __init__(self, store: Store, manifest: Manifest, threads: int) -> None:
-        self.store, self.manifest = store, manifest
+    def __init__(self, store: Store, manifest: Manifest, threads: int, parts: Mapping[str, Store] | None = None) -> None:
+        """`parts`: the stores of a mixture's data sets by their URIs."""
+        self.store, self.manifest, self.parts = store, manifest, parts or {}
         self.gate = Gate(threads)
         self.hedges = self.hedges_won = 0
         self._lock = threading.Lock()
-        self._running: set[threading.Event] | None = set()  # sets of these stop the reads under way; None = closed
+        self._running: dict[threading.Event, futures.Future[bytes]] | None = {}  # setting the events stops the reads; None = closed
+        self._closing: futures.Future[bytes] = futures.Future()  # done when closed, to be waited for beside the reads
         self._pool = futures.ThreadPoolExecutor(2 * threads, thread_name_prefix="freeguide-get")
 
     def close(self) -> None:
+        """Stops the reads. One that the network has left hanging is abandoned; it ends by the store's own time-out."""
         with self._lock:
-            running, self._running = self._running or set(), None
+            running, self._running = self._running or {}, None
+            if not self._closing.done():
+                self._closing.set_result(b"")
         for cancel in running:
             cancel.set()
-        self._pool.shutdown(wait=True)
+        _, hanging = futures.wait(running.values(), timeout=CLOSING)
+        self._pool.shutdown(wait=not hanging)
 
     def read(self, fetch: Fetch) -> dict[int, Fields | BadSample]:
         """The fields of every wanted sample by slot, or why there are none. Raises StoreError, Cancelled."""
@@ -155,16 +164,19 @@ class Fetcher:
         for shard, start, end in self.manifest.ranges(chunk):
             at, data = next((at, data) for number, at, data in pieces if number == shard and at <= start and end <= at + len(data))
             parts.append(memoryview(data)[start - at : end - at])
+        crc = self._sum(parts)
         for _ in range(READS - 1):
-            if self._sum(parts) == self.manifest.crcs[chunk]:
+            if crc == self.manifest.crcs[chunk]:
                 break
             self.store.traffic.retried("checksum")
             parts = [memoryview(self._get(*part)) for part in self.manifest.ranges(chunk)]
+            crc = self._sum(parts)
         try:
-            if self._sum(parts) != self.manifest.crcs[chunk]:
+            if crc != self.manifest.crcs[chunk]:
                 raise BadSample("checksum", "its bytes are not those that were indexed")
             spans = [(span, part) for part in parts for span in tar.samples(part)]
-            whole = min(self.manifest.chunk_samples, self.manifest.samples - chunk * self.manifest.chunk_samples)
+            q = self.manifest.chunk_samples
+            whole = int(self.manifest.exists(np.arange(chunk * q, (chunk + 1) * q)).sum())
             if len(spans) != whole:
                 raise BadSample("tar", f"its chunk holds {len(spans)} samples, not {whole}")
         except BadSample as error:
@@ -185,35 +197,42 @@ class Fetcher:
         cancels = [threading.Event(), threading.Event()]
         try:
             first = self._submit(shard, start, end, cancels[0])
-            done, _ = futures.wait([first], timeout=self._patience())
+            racing = [first, self._closing]
+            done, _ = futures.wait(racing, timeout=self._patience(), return_when=futures.FIRST_COMPLETED)
             if not done:
                 with self._lock:
                     self.hedges += 1
                 second = self._submit(shard, start, end, cancels[1])
-                ended = futures.as_completed([first, second])
-                winner = next((future for future in ended if future.exception() is None), first)
+                racing.append(second)
+                ended = futures.as_completed(racing)
+                winner = next(future for future in ended if future.exception() is None or (first.done() and second.done()))
                 with self._lock:
                     self.hedges_won += winner is second
             else:
-                winner = first
+                winner = first if first in done else self._closing
+            if winner is self._closing:
+                raise Cancelled
             data = winner.result()
         finally:
             for cancel in cancels:
                 cancel.set()  # the slower one stops at its next piece
             with self._lock:
                 if self._running is not None:
-                    self._running.difference_update(cancels)
+                    for cancel in cancels:
+                        self._running.pop(cancel, None)
         self.gate.succeeded()
         return data
 
     def _submit(self, shard: int, start: int, end: int, cancel: threading.Event) -> futures.Future[bytes]:
         row = self.manifest.shards[shard]
+        uri = next((uri for uri in self.parts if row.key.startswith(f"{uri}/")), None)
+        store, key = (self.store, row.key) if uri is None else (self.parts[uri], row.key[len(uri) + 1 :])
         with self._lock:
             if self._running is None:
                 raise Cancelled
-            self._running.add(cancel)
-        read = self.store.get_range
-        return self._pool.submit(read, row.key, start, end - start, row.etag, cancel=cancel, on_retry=self.gate.retried)
+            read = self._pool.submit(store.get_range, key, start, end - start, row.etag, cancel=cancel, on_retry=self.gate.retried)
+            self._running[cancel] = read
+        return read
 
     def _patience(self) -> float | None:
         """Seconds after which a read is raced; None where nothing is known yet or a twentieth of the reads has been raced."""

@@ -7,6 +7,9 @@ tars stay plain WebDataset.
 
 Writers know samples before they can know q, so shards carry a start and a CRC per sample, and the sum over a chunk follows from
 the linearity of CRC-32: crc(ab) = crc(a) x^(8 |b|) + crc(b) modulo the CRC's polynomial.
+
+A mixture is a `manifest.json` that names other data sets with their weights. It is read as one manifest: the chunks of all of them,
+one data set after the other. Where the last chunk of one is not full, the ids that it lacks stand for no sample.
 """
 
 from __future__ import annotations
@@ -15,8 +18,8 @@ import hashlib
 import io
 import itertools
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -24,12 +27,13 @@ import numpy as np
 import numpy.typing as npt
 
 from configs.errors import DataError
-from data_pipeline.store import MissingObject, Store
+from data_pipeline.store import MissingObject, Store, open_store
 from data_pipeline.tar import BLOCK
 
 NAME = "manifest.json"
 VERSION = 1
 CHUNK_BYTES = 4 * 2**20  # aim of one ranged GET
+LEAST_BYTES = 256 * 2**10  # smaller reads cost more CPU for the request than for the bytes
 WHOLE_BYTES = 64 * 2**20  # a data set up to this size is kept in memory by every worker, and addressed sample by sample
 
 Uint32s = npt.NDArray[np.uint32]
@@ -75,6 +79,17 @@ class ShardIndex:
             return cls(key, size, etag, arrays["starts"], arrays["crcs"], tuple(bad))
 
 
+@dataclass(frozen=True)
+class Part:
+    """One data set of a mixture."""
+
+    uri: str
+    weight: int
+    shards: int
+    samples: int
+    bytes: int
+
+
 @dataclass(frozen=True, eq=False)
 class Manifest:
     schema: Schema
@@ -83,9 +98,11 @@ class Manifest:
     starts: Uint32s  # (chunks,) first block of each chunk in the shard that holds its first sample
     crcs: Uint32s  # (chunks,)
     source: str = ""  # what it was made from; two data sets of one source are the same
+    parts: tuple[Part, ...] = ()  # of a mixture, whose shards have URIs for keys
 
     @property
     def samples(self) -> int:
+        """The number of ids: in a mixture some of them stand for no sample, see `exists`."""
         return int(self.first_samples[-1])
 
     @cached_property
@@ -93,15 +110,37 @@ class Manifest:
         return sum(shard.bytes for shard in self.shards)
 
     @cached_property
+    def sample_bytes(self) -> float:
+        """Mean bytes of a sample as a training meets it: of a mixture, by the weights."""
+        if not self.parts:
+            return self.bytes / self.samples
+        total = sum(part.weight for part in self.parts)
+        return sum(part.weight / total * part.bytes / part.samples for part in self.parts)
+
+    @cached_property
     def first_samples(self) -> npt.NDArray[np.int64]:
-        """(shards + 1,) id of each shard's first sample, and the number of samples."""
-        return np.cumsum([0] + [shard.samples for shard in self.shards], dtype=np.int64)
+        """(shards + 1,) id of each shard's first sample, and the number of ids."""
+        counts = self._counts[:-1].copy()
+        for last, part in zip(np.cumsum([part.shards for part in self.parts]), self.parts, strict=True):
+            counts[last - 1] += -part.samples % self.chunk_samples
+        return np.concatenate([[0], np.cumsum(counts)])
+
+    def exists(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Whether each id, from 0 on, is that of a sample."""
+        shard = np.searchsorted(self.first_samples, ids, side="right") - 1
+        return ids - self.first_samples[shard] < self._counts[shard]
+
+    @cached_property
+    def _counts(self) -> npt.NDArray[np.int64]:
+        """(shards + 1,) samples of each shard, and 0 for what comes after the last."""
+        return np.array([*(shard.samples for shard in self.shards), 0], dtype=np.int64)
 
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over the content: schema, samples per shard, chunks. Neither names nor places nor etags change it."""
         schema = self.schema
-        facts = [schema.image_size, schema.channels, schema.classes, list(schema.class_names), self.chunk_samples]
+        facts: list[Any] = [schema.image_size, schema.channels, schema.classes, list(schema.class_names), self.chunk_samples]
+        facts += [[part.weight, part.samples] for part in self.parts]
         digest = hashlib.sha256(json.dumps([*facts, [shard.samples for shard in self.shards]]).encode())
         digest.update(self.starts.astype("<u4").tobytes())
         digest.update(self.crcs.astype("<u4").tobytes())
@@ -131,10 +170,14 @@ class Manifest:
 
 
 def choose_chunk(samples: int, total_bytes: int) -> int:
-    """q: the power of two that makes chunks of about 4 MiB, but keeps at least 16 384 chunks to shuffle; 1 for small data."""
+    """q, a power of two: chunks of up to 4 MiB while 16 384 or more remain to be shuffled, and of up to 256 KiB while 1 024 remain.
+
+    1 for small data, which every worker keeps whole.
+    """
     if total_bytes <= WHOLE_BYTES:
         return 1
-    limit = min(CHUNK_BYTES * samples // total_bytes, samples // 16384)
+    large = min(CHUNK_BYTES * samples // total_bytes, samples // 16384)
+    limit = max(large, min(LEAST_BYTES * samples // total_bytes, samples // 1024))
     return 2 ** (max(1, limit).bit_length() - 1)
 
 
@@ -186,6 +229,66 @@ def _power_of_x(lengths: npt.NDArray[np.int64]) -> Uint32s:
     return power
 
 
+def coarser(manifest: Manifest, chunk_samples: int) -> Manifest:
+    """The same data set in larger chunks; `chunk_samples` is a multiple of what they have now."""
+    group = chunk_samples // manifest.chunk_samples
+    first = np.arange(len(manifest.starts)) * manifest.chunk_samples
+    shard = np.searchsorted(manifest.first_samples, first, side="right") - 1
+    before = np.cumsum([0, *(row.bytes for row in manifest.shards)], dtype=np.int64)
+    lengths = np.diff(np.append(before[shard] + manifest.starts.astype(np.int64) * BLOCK, before[-1]))
+    crcs = combine_crcs(manifest.crcs, lengths, group)
+    return replace(manifest, chunk_samples=chunk_samples, starts=manifest.starts[::group].copy(), crcs=crcs)
+
+
+def join(parts: Sequence[tuple[str, int, Manifest]]) -> Manifest:
+    """The mixture of data sets, each with its URI and weight. Raises DataError where they do not fit together."""
+    schema = parts[0][2].schema
+    q = max(manifest.chunk_samples for _, _, manifest in parts)
+    for uri, _, manifest in parts:
+        if manifest.parts:
+            raise DataError(f"{uri} is a mixture itself; name its data sets one by one.")
+        if replace(manifest.schema, class_names=()) != replace(schema, class_names=()):
+            raise DataError(f"{uri} has other images or classes than {parts[0][0]}; prepare both with one image_size and classes.")
+        if manifest.samples < q:
+            raise DataError(f"{uri} has {manifest.samples} samples, fewer than the {q} of a chunk; leave it out.")
+    found = [coarser(manifest, q) for _, _, manifest in parts]
+    rows = [
+        replace(shard, key=f"{uri}/{shard.key}")
+        for (uri, _, _), manifest in zip(parts, found, strict=True)
+        for shard in manifest.shards
+    ]
+    return Manifest(
+        schema,
+        tuple(rows),
+        q,
+        np.concatenate([manifest.starts for manifest in found]),
+        np.concatenate([manifest.crcs for manifest in found]),
+        "mixture",
+        tuple(Part(uri, weight, len(manifest.shards), manifest.samples, manifest.bytes) for uri, weight, manifest in parts),
+    )
+
+
+def save_mixture(store: Store, weights: Mapping[str, int]) -> Manifest:
+    """Writes the mixture of the data sets at these URIs. Raises DataError where one is missing or does not fit to the others."""
+    parts = [(uri, weight, load_manifest(open_store(uri))) for uri, weight in weights.items()]
+    joined = join(parts)
+    rows = [{"uri": uri, "weight": weight, "fingerprint": manifest.fingerprint} for uri, weight, manifest in parts]
+    store.put(NAME, json.dumps({"format": "freeguide mixture", "version": VERSION, "parts": rows}, indent=1).encode())
+    return joined
+
+
+def _load_mixture(where: str, header: dict[str, Any]) -> Manifest:
+    parts = []
+    for row in header["parts"]:
+        manifest = load_manifest(open_store(row["uri"]))
+        if manifest.fingerprint != row["fingerprint"]:
+            raise DataError(
+                f"{row['uri']} has changed since it became part of {where}; run `freeguide index` with data.mixture again."
+            )
+        parts.append((str(row["uri"]), int(row["weight"]), manifest))
+    return join(parts)
+
+
 def save_manifest(store: Store, manifest: Manifest) -> None:
     """Writes the index, then the JSON that names it: until the second is there, so is no data set."""
     out = io.BytesIO()
@@ -221,6 +324,8 @@ def load_manifest(store: Store) -> Manifest:
         ) from error
     try:
         header = json.loads(raw)
+        if header["format"] == "freeguide mixture" and header["version"] == VERSION:
+            return _load_mixture(where, header)
         if header["format"] != "freeguide manifest" or header["version"] != VERSION:
             raise DataError(f"{where} is a manifest of another version; run `freeguide index` again.")
         index = store.get(header["index"]["key"])

@@ -60,16 +60,11 @@ class Order:
         """
         samples, q = manifest.samples, manifest.chunk_samples
         chunks = samples // q
+        if manifest.parts:
+            return Mixture.of_parts(manifest, global_batch, seed, cache_mib)
         if manifest.bytes <= min(WHOLE_BYTES, cache_mib * 2**19):
             return cls(samples, q, 1, chunks, seed)
-        chunk_bytes = manifest.bytes * q / samples
-        budget = max(1, min(chunks, int(cache_mib * 2**19 / chunk_bytes)))  # chunks that all streams may hold together
-        streams, window = global_batch, min(WINDOW_CHUNKS, chunks)
-        while streams * window > budget and streams % 2 == 0:
-            streams //= 2
-        if streams * window > budget:
-            streams = max(c for c in range(1, streams + 1) if global_batch % c == 0 and (c * window <= budget or c == 1))
-        return cls(samples, q, streams, min(window, max(1, budget // streams)), seed)
+        return cls(samples, q, *_fit_windows(manifest, global_batch, cache_mib, min(WINDOW_CHUNKS, chunks)), seed)
 
     @property
     def chunks(self) -> int:
@@ -120,6 +115,19 @@ class Order:
         return asdict(self)
 
 
+def _fit_windows(manifest: Manifest, global_batch: int, cache_mib: int, window: int) -> tuple[int, int]:
+    """C and G: streams, and chunks in a window of up to `window`, which all together fit into half of the memory."""
+    chunk_bytes = manifest.sample_bytes * manifest.chunk_samples
+    chunks = manifest.samples // manifest.chunk_samples
+    budget = max(1, min(chunks, int(cache_mib * 2**19 / chunk_bytes)))  # chunks that all streams may hold together
+    streams = global_batch
+    while streams * window > budget and streams % 2 == 0:
+        streams //= 2
+    if streams * window > budget:
+        streams = max(c for c in range(1, streams + 1) if global_batch % c == 0 and (c * window <= budget or c == 1))
+    return streams, min(window, max(1, budget // streams))
+
+
 def slots(order: Order, global_batch: int, rank: int, world_size: int) -> Ints:
     """Slots (int64 (B / R,)) of the global batch that `rank` serves: a contiguous block, with the slots of a stream side by side.
 
@@ -134,27 +142,58 @@ def slots(order: Order, global_batch: int, rank: int, world_size: int) -> Ints:
 
 
 @dataclass(frozen=True)
-class Mixture:
+class Mixture(Order):
     """Several data sets in fixed proportions: whole windows are dealt to them, so any prefix of the stream keeps the proportions.
 
-    The orders must agree in their streams and in the samples of a window. Weights are whole numbers: (3, 1) is 75 % and 25 %.
+    Weights are whole numbers: (3, 1) is 75 % and 25 %. Each data set has its own epochs. The ids are those of `manifest.join`:
+    the chunks of all data sets, one data set after the other.
     """
 
-    orders: tuple[Order, ...]
-    weights: tuple[int, ...]
+    orders: tuple[Order, ...] = ()
+    weights: tuple[int, ...] = ()
 
-    def __post_init__(self) -> None:
-        if len(self.orders) != len(self.weights) or not self.orders or min(self.weights) < 1:
-            raise ValueError(f"a mixture needs one positive whole weight per data set, got {self.weights}")
-        if len({(order.streams, order.window_samples) for order in self.orders}) > 1:
+    @classmethod
+    def of(cls, orders: tuple[Order, ...], weights: tuple[int, ...]) -> Mixture:
+        """The orders must agree in their streams and in their windows; raises ValueError where they do not."""
+        if len(orders) != len(weights) or not orders or min(weights) < 1:
+            raise ValueError(f"a mixture needs one positive whole weight per data set, got {weights}")
+        if len({(order.streams, order.chunk_samples, order.window_chunks) for order in orders}) > 1:
             raise ValueError("the data sets of a mixture need equal streams and equal windows")
+        first = orders[0]
+        ids = sum(-(-order.samples // first.chunk_samples) * first.chunk_samples for order in orders)
+        return cls(ids, first.chunk_samples, first.streams, first.window_chunks, first.seed, orders, weights)
 
-    def locate(self, positions: Ints) -> tuple[Ints, Ints, Ints]:
+    @classmethod
+    def of_parts(cls, manifest: Manifest, global_batch: int, seed: int, cache_mib: int) -> Mixture:
+        """The order of a mixture's manifest, see `Order.choose`; no window is larger than the smallest data set."""
+        q = manifest.chunk_samples
+        most = min(WINDOW_CHUNKS, *(part.samples // q for part in manifest.parts))
+        streams, window = _fit_windows(manifest, global_batch, cache_mib, most)
+        orders = tuple(Order(part.samples, q, streams, window, seed + number) for number, part in enumerate(manifest.parts))
+        return cls.of(orders, tuple(part.weight for part in manifest.parts))
+
+    def locate(self, positions: Ints) -> tuple[Ints, Ints]:
+        """As `Order.locate`; the epochs are those of the data set that the sample is from."""
+        data_set, epoch, ids = self.place(positions)
+        return epoch, ids + self._firsts[data_set]
+
+    def donor(self, position: int, attempt: int) -> int:
+        """From the data set that the unreadable sample is from."""
+        data_set = int(self.place(np.array([position]))[0][0])
+        return self.orders[data_set].donor(position, attempt) + int(self._firsts[data_set])
+
+    @property
+    def _firsts(self) -> Ints:
+        """(data sets + 1,) the first id of each data set."""
+        return np.cumsum(
+            [0] + [-(-order.samples // self.chunk_samples) * self.chunk_samples for order in self.orders], dtype=np.int64
+        )
+
+    def place(self, positions: Ints) -> tuple[Ints, Ints, Ints]:
         """Data set, its epoch and the sample id in it (int64, the shape of `positions`) at the given global positions."""
-        first = self.orders[0]
-        k, c = np.divmod(np.asarray(positions, dtype=np.int64), first.streams)
-        i, offset = np.divmod(k, first.window_samples)
-        data_set, window = deal(i * first.streams + c, self.weights)
+        k, c = np.divmod(np.asarray(positions, dtype=np.int64), self.streams)
+        i, offset = np.divmod(k, self.window_samples)
+        data_set, window = deal(i * self.streams + c, self.weights)
         epoch, ids = np.empty_like(window), np.empty_like(window)
         for number, order in enumerate(self.orders):
             mine = data_set == number

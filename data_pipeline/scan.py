@@ -14,6 +14,8 @@ from data_pipeline.store import Store
 
 def scan(store: Store, manifest: Manifest) -> Iterator[tuple[Pixels, int]]:
     """Every image, uint8 (H, W, C), with its label. Raises DataError, naming the shard, at the first that cannot be used."""
+    if manifest.parts:
+        raise DataError(f"{store.uri} is a mixture; set data.uri to one of its data sets: {manifest.parts[0].uri}, ...")
     for shard in manifest.shards:
         data, count = store.get(shard.key), 0
         try:

@@ -27,6 +27,7 @@ from data_pipeline.manifest import Manifest, Schema, ShardIndex, Uint32s, build_
 from data_pipeline.store import MissingObject, Store
 
 Progress = Callable[[int, int, tuple[str, ...]], None]  # (shards done, shards in all, images left out of the last one)
+Elsewhere = Callable[["Plan", list[int]], Iterable[int]]  # (plan, missing units) -> units as they get done
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,24 +96,35 @@ def index_tar(data: tar.Bytes) -> tuple[Uint32s, Uint32s]:
 
 
 def write_shards(
-    source: Source, store: Store, *, shard_samples: int = 4096, bad_images: float = 0.0, progress: Progress | None = None
+    source: Source,
+    store: Store,
+    *,
+    shard_samples: int = 4096,
+    bad_images: float = 0.0,
+    progress: Progress | None = None,
+    elsewhere: Elsewhere | None = None,
 ) -> Manifest:
     """Writes the source as shards and a manifest. Run again, it continues; where the data set is already whole, it does nothing.
 
-    `bad_images` is the share of unreadable items that may be left out. Raises DataError where there are more, or where the store
-    holds another data set.
+    `bad_images` is the share of unreadable items that may be left out. `elsewhere` lets other processes write the shards that are
+    missing: it calls `Plan.write` for each unit somewhere, and yields the units in the order in which they get done. Raises
+    DataError where there are more bad images, or where the store holds another data set.
     """
     plan = Plan.make(source, shard_samples)
     there = plan.existing(store)
     if there is not None:
         return there
+    plan.begin(store)
+    missing = plan.missing(store)
     bad: list[str] = []
-    for unit in range(plan.units):
-        index = plan.write(source, store, unit)
+    written = sorted(set(range(plan.units)) - set(missing))
+    rest = elsewhere(plan, missing) if elsewhere is not None and missing else missing
+    for done, unit in enumerate(itertools.chain(written, rest), 1):
+        index = plan.write(source, store, unit)  # of a unit that is written this only reads the index
         bad += index.bad
-        _check_budget(bad, bad_images, source.items, final=unit == plan.units - 1)
+        _check_budget(bad, bad_images, source.items, final=done == plan.units)
         if progress is not None:
-            progress(unit + 1, plan.units, index.bad)
+            progress(done, plan.units, index.bad)
     return plan.finish(source, store, bad_images)
 
 
@@ -143,6 +155,15 @@ class Plan:
             raise DataError(f"{store.uri} holds shards of something else and no manifest; choose another data.uri or empty it.")
         return None
 
+    def begin(self, store: Store) -> None:
+        """Says whose the shards are that will come: tars without an index are then known to be ours."""
+        store.put(self._part("begun"), b"")
+
+    def missing(self, store: Store) -> list[int]:
+        """The units whose shard and index are not there yet."""
+        there = {info.key for info in store.list(self._part(""))}
+        return [unit for unit in range(self.units) if self._part(f"{unit:06d}.npz") not in there]
+
     def write(self, source: Source, store: Store, unit: int) -> ShardIndex:
         """Shard number `unit`: reads its items, writes the tar, then its index. Returns at once where the index is there."""
         part = self._part(f"{unit:06d}.npz")
@@ -152,8 +173,6 @@ class Plan:
             pass
         bad: list[str] = []
         first, end = (self.items * i // self.units for i in (unit, unit + 1))
-        if unit == 0:
-            store.put(self._part("begun"), b"")  # tars without an index are then known to be ours
         packed = pack_shard(_readable(source, first, end, bad), first)
         key = f"shards/{unit:06d}.tar"
         index = packed.index(key, store.put(key, packed.data), tuple(bad))

@@ -1,7 +1,8 @@
-"""Where images come from before they are shards: scikit-learn's digits, folders of class folders, IDX files, Parquet.
+"""Where images come from before they are shards: scikit-learn's digits, folders of class folders, IDX files, Parquet, WebDataset.
 
 Every source deals its items in one fixed shuffle (a keyed bijection, see `order.permute`), so that each shard and each chunk holds
-a mixture of the classes.
+a mixture of the classes. What can only be read in blocks (row groups of Parquet, chunks of tars) is shuffled twice: the blocks, and
+then the samples within windows of neighbouring blocks, of which a reader holds one window at a time.
 """
 
 from __future__ import annotations
@@ -9,20 +10,27 @@ from __future__ import annotations
 import gzip
 import hashlib
 import zlib
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image
+import numpy.typing as npt
 
 from configs.errors import ConfigError, DataError
 from configs.schema import DataConfig
-from data_pipeline.decode import BadSample, Pixels, decode_image, fit
-from data_pipeline.manifest import Schema
+from data_pipeline.decode import BadSample, Pixels, decode_image, decode_sample, fit
+from data_pipeline.fetch import Fetch, Fetcher, Fields
+from data_pipeline.manifest import Manifest, Schema, load_manifest
 from data_pipeline.order import key, permute
 from data_pipeline.shards import Sample, Source
+from data_pipeline.store import Store, open_store
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp"}
+WINDOW_BYTES = 256 * 2**20  # encoded bytes of the blocks among which samples are shuffled, and which a reader holds
+BLOCK_BYTES = 4 * 2**20  # of tars that are read in blocks
 
 
 def open_source(data: DataConfig) -> Source:
@@ -32,14 +40,16 @@ def open_source(data: DataConfig) -> Source:
             raise ConfigError("data.source=digits is 8x8 grey with 10 classes; set data.image_size=8, channels=1 and classes=10.")
         return digits()
     if data.source == "folder":
-        return image_folder(data.path, data.image_size, data.channels, data.classes)
+        return image_folder(data.path, data.image_size, data.channels, data.classes, data.resize)
     if data.source == "idx":
         if data.channels != 1:
             raise ConfigError("data.source=idx is grey; set data.channels=1.")
         return idx(data.path, data.image_size, data.classes)
     if data.source == "parquet":
-        return parquet(data.path, data.image_size, data.channels, data.classes)
-    raise ConfigError(f"data.source={data.source} is unknown; choose digits, folder, idx or parquet.")
+        return parquet(data.path, data.image_size, data.channels, data.classes, resize=data.resize)
+    if data.source == "webdataset":
+        return tars(data.path, data.image_size, data.channels, data.classes, data.resize)
+    raise ConfigError(f"data.source={data.source} is unknown; choose digits, folder, idx, parquet or webdataset.")
 
 
 def digits() -> Source:
@@ -51,8 +61,8 @@ def digits() -> Source:
     return _from_arrays(images, table.target, Schema(8, 1, 10, tuple(str(digit) for digit in range(10))))
 
 
-def image_folder(path: str, image_size: int, channels: int, classes: int | None = None) -> Source:
-    """Images at `path/class/name.png` (or jpg, jpeg, webp), fitted to image_size as ADM does. Sorted class names become 0, 1, ...
+def image_folder(path: str, image_size: int, channels: int, classes: int | None = None, resize: str = "adm") -> Source:
+    """Images at `path/class/name.png` (or jpg, jpeg, webp), brought to image_size. Sorted class names become 0, 1, ...
 
     Raises DataError where the folder, its class folders or their images are missing, or there are more than `classes` of them.
     """
@@ -79,14 +89,14 @@ def image_folder(path: str, image_size: int, channels: int, classes: int | None 
     def read(item: int) -> Sample:
         file, label = files[item]
         try:
-            return Sample(fit(decode_image(file.read_bytes(), channels), image_size), label)
+            return Sample(fit(decode_image(file.read_bytes(), channels), image_size, resize), label)
         except BadSample as error:
             raise BadSample(error.cause, f"{file}: {error}") from error
         except OSError as error:
             raise BadSample("image", f"{file}: {error.strerror}") from error
 
     schema = Schema(image_size, channels, classes or len(names), tuple(names))
-    return Source(schema, len(files), _shuffled(read, len(files)), f"folder {digest.hexdigest()}")
+    return Source(schema, len(files), _shuffled(read, len(files)), f"folder {resize} {digest.hexdigest()}")
 
 
 def idx(path: str, image_size: int | None = None, classes: int | None = None, split: str = "train") -> Source:
@@ -102,7 +112,7 @@ def idx(path: str, image_size: int | None = None, classes: int | None = None, sp
     if size > images.shape[1]:
         raise DataError(f"The images of {path} are {images.shape[1]} pixels wide; set data.image_size to that or less.")
     if size < images.shape[1]:
-        images = np.stack([_area(image, size) for image in images])
+        images = np.stack([fit(image[..., None], size, "area")[..., 0] for image in images])
     found = int(labels.max()) + 1
     if classes is not None and found > classes:
         raise DataError(f"{path} has {found} classes, but data.classes is {classes}; set data.classes={found}.")
@@ -110,48 +120,157 @@ def idx(path: str, image_size: int | None = None, classes: int | None = None, sp
 
 
 def parquet(
-    path: str, image_size: int, channels: int, classes: int | None = None, image: str = "image", label: str = "label"
+    path: str,
+    image_size: int,
+    channels: int,
+    classes: int | None = None,
+    image: str = "image",
+    label: str = "label",
+    resize: str = "adm",
 ) -> Source:
     """A Parquet file or a folder of them: a column of encoded images (bytes, or Hugging Face's {bytes, path}) and one of labels.
 
-    The encoded images are held in memory. Raises DataError where the files, their columns or their labels do not fit.
+    Labels are held in memory, images by the row group. Raises DataError where the files, their columns or labels do not fit.
     """
-    import pyarrow
-    import pyarrow.parquet
-
     root = Path(path)
     files = sorted(root.glob("*.parquet")) if root.is_dir() else [root] if root.is_file() else []
     if not path or not files:
         raise DataError(f"There are no Parquet files at {path!r}; set data.path to a file or a folder of them.")
+    groups = _row_groups(path, files, image, label)
+    firsts = np.cumsum([0, *(len(group.labels) for group in groups)])
+    labels = np.concatenate([np.empty(0, np.int64), *(group.labels for group in groups)])
+    found = int(labels.max(initial=-1)) + 1
+    if (classes is not None and found > classes) or labels.min(initial=0) < 0:
+        raise DataError(f"{path} has labels {labels.min()} to {found - 1}; set data.classes={found}, and number classes from 0.")
+
+    def use(data: bytes | None, group: int, row: int) -> Sample:
+        try:
+            return Sample(fit(decode_image(data or b"", channels), image_size, resize), int(labels[firsts[group] + row]))
+        except BadSample as error:
+            raise BadSample(error.cause, f"row {firsts[group] + row} of {path}: {error}") from error
+
+    read = _Blockwise(lambda group: groups[group].images(image), use, np.diff(firsts).tolist(), sum(group.size for group in groups))
+    digest = hashlib.sha256("".join(f"{file.name}\0{file.stat().st_size}\0" for file in files).encode()).hexdigest()
+    schema = Schema(image_size, channels, classes or found)
+    return Source(schema, len(labels), read, f"parquet {resize} {digest}")
+
+
+@dataclass(frozen=True, eq=False)
+class _RowGroup:
+    file: Path
+    number: int
+    size: int  # bytes
+    labels: npt.NDArray[np.int64]
+
+    def images(self, column: str) -> list[bytes | None]:
+        import pyarrow.parquet
+
+        cells = pyarrow.parquet.ParquetFile(self.file).read_row_group(self.number, columns=[column]).column(column).to_pylist()
+        return [cell["bytes"] if isinstance(cell, dict) else cell for cell in cells]
+
+
+def _row_groups(path: str, files: Sequence[Path], image: str, label: str) -> list[_RowGroup]:
+    import pyarrow
+    import pyarrow.parquet
+
+    groups = []
     try:
-        table = pyarrow.concat_tables([pyarrow.parquet.read_table(file, columns=[image, label]) for file in files])
-        images, numbers = table.column(image), table.column(label)
-        if numbers.null_count:
-            raise ValueError(f"{numbers.null_count} labels are missing")
-        labels = numbers.to_numpy().astype(np.int64)
+        for file in files:
+            table = pyarrow.parquet.ParquetFile(file)
+            if image not in table.schema_arrow.names:
+                raise KeyError(f"there is no {image!r}")
+            for number in range(table.num_row_groups):
+                column = table.read_row_group(number, columns=[label]).column(label)
+                if column.null_count:
+                    raise ValueError(f"{column.null_count} labels are missing")
+                size = table.metadata.row_group(number).total_byte_size
+                groups.append(_RowGroup(file, number, size, column.to_numpy().astype(np.int64)))
     except (pyarrow.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"The Parquet files at {path} need columns {image!r} and {label!r} ({str(error).splitlines()[0]})."
         ) from error
-    found = int(labels.max(initial=-1)) + 1
-    if (classes is not None and found > classes) or labels.min(initial=0) < 0:
-        raise DataError(f"{path} has labels {labels.min()} to {found - 1}; set data.classes={found}, and number classes from 0.")
-    digest = hashlib.sha256("".join(f"{file.name}\0{file.stat().st_size}\0" for file in files).encode()).hexdigest()
+    return groups
 
-    def read(item: int) -> Sample:
+
+def tars(uri: str, image_size: int, channels: int, classes: int, resize: str = "adm") -> Source:
+    """WebDataset tars in a folder or bucket that `freeguide index` has been run on, read in blocks of about 4 MiB.
+
+    Raises DataError where there is no manifest, or it speaks of more classes.
+    """
+    store = open_store(uri)
+    manifest = load_manifest(store)
+    if manifest.schema.classes > classes:
+        raise DataError(f"{uri} has {manifest.schema.classes} classes, but data.classes is {classes}; set it to that number.")
+    schema = Schema(image_size, channels, classes, manifest.schema.class_names)
+    chunk_bytes = max(1, manifest.bytes * manifest.chunk_samples // manifest.samples)
+    per_block = manifest.chunk_samples * max(1, BLOCK_BYTES // chunk_bytes)
+    rows = [min(per_block, manifest.samples - first) for first in range(0, manifest.samples, per_block)]
+
+    def load(block: int) -> list[Fields | BadSample]:
+        return _read_tars(store, manifest, range(block * per_block, block * per_block + rows[block]))
+
+    def use(fields: Fields | BadSample, block: int, row: int) -> Sample:
         try:
-            cell = images[item].as_py()
-            data = cell["bytes"] if isinstance(cell, dict) else cell
-            return Sample(fit(decode_image(data or b"", channels), image_size), int(labels[item]))
+            if isinstance(fields, BadSample):
+                raise fields
+            image, label = decode_sample(fields, schema, resize)
         except BadSample as error:
-            raise BadSample(error.cause, f"row {item} of {path}: {error}") from error
+            raise BadSample(error.cause, f"{manifest.describe(block * per_block + row)}: {error}") from error
+        return Sample(image, label)
 
-    return Source(Schema(image_size, channels, classes or found), len(labels), _shuffled(read, len(labels)), f"parquet {digest}")
+    return Source(schema, manifest.samples, _Blockwise(load, use, rows, manifest.bytes), f"tars {resize} {manifest.fingerprint}")
 
 
-def _area(image: Pixels, size: int) -> Pixels:
-    wide = Image.fromarray(image.astype(np.float32))  # in whole numbers Pillow would round twice, once per axis
-    return np.rint(np.asarray(wide.resize((size, size), Image.Resampling.BOX))).astype(np.uint8)
+def _read_tars(store: Store, manifest: Manifest, ids: range) -> list[Fields | BadSample]:
+    """The samples with these neighbouring ids, read and checked as for training."""
+    q = manifest.chunk_samples
+    chunks = tuple(range(ids.start // q, -(-ids.stop // q)))
+    wanted = tuple(tuple((id_ - chunk * q, id_) for id_ in range(chunk * q, min(chunk * q + q, ids.stop))) for chunk in chunks)
+    fetcher = Fetcher(store, manifest, 1)
+    try:
+        found = fetcher.read(Fetch(0, 0, chunks, wanted))
+    finally:
+        fetcher.close()
+    return [found[id_] for id_ in ids]
+
+
+class _Blockwise:
+    """Reads items out of blocks: the blocks permuted, then the rows of each window of blocks.
+
+    One window of loaded blocks is kept; they do not travel to other processes.
+    """
+
+    def __init__(
+        self, load: Callable[[int], Sequence[Any]], use: Callable[[Any, int, int], Sample], rows: Sequence[int], total_bytes: int
+    ) -> None:
+        self.arguments = load, use, rows, total_bytes
+        self.load, self.use = load, use
+        self.window = max(1, min(len(rows), WINDOW_BYTES * len(rows) // max(1, total_bytes)))  # blocks
+        self.blocks = permute(np.arange(len(rows)), len(rows), key(0, 3, np.zeros(1, np.int64)))
+        self.firsts = np.cumsum([0, *np.asarray(rows, np.int64)[self.blocks]])  # rows before each block
+        self.kept: OrderedDict[int, Sequence[Any]] = OrderedDict()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Blockwise, self.arguments
+
+    def __call__(self, item: int) -> Sample:
+        block, row = self.place(item)
+        if block not in self.kept:
+            while len(self.kept) >= self.window:
+                self.kept.popitem(last=False)
+            self.kept[block] = self.load(block)
+        self.kept.move_to_end(block)
+        return self.use(self.kept[block][row], block, row)
+
+    def place(self, item: int) -> tuple[int, int]:
+        """Block and row of an item."""
+        window = self._at(item) // self.window
+        first, end = self.firsts[window * self.window], self.firsts[min((window + 1) * self.window, len(self.blocks))]
+        item = int(first + permute(np.array([item - first]), int(end - first), key(0, 3, np.array([window + 1])))[0])
+        return int(self.blocks[self._at(item)]), item - int(self.firsts[self._at(item)])
+
+    def _at(self, item: int) -> int:
+        return int(np.searchsorted(self.firsts, item, side="right")) - 1
 
 
 def _read_idx(folder: Path, name: str, dimensions: int) -> Pixels:

@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,11 +27,12 @@ import torch
 
 from configs.errors import ConfigError, DataError
 from configs.schema import DataConfig
+from data_pipeline.cache import CachedStore
 from data_pipeline.decode import BadSample, decode_sample
 from data_pipeline.fetch import Fetch, Fetcher, Fields, plan
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import Ints, Order, slots
-from data_pipeline.store import Cancelled, Store
+from data_pipeline.store import Cancelled, Store, open_store
 
 MIB = 2**20
 DONORS = 16  # donors tried for one position
@@ -78,12 +80,13 @@ class Reader:
         self.global_batch, self.slots = global_batch, slots(order, global_batch, rank, world_size)
         self._budget = data.cache_mib * MIB
         self._resident = manifest.bytes <= self._budget // 2
-        window = order.generation * manifest.bytes // manifest.samples // world_size
+        window = int(order.generation * manifest.sample_bytes) // world_size
         if not self._resident and window > self._budget:
             raise ConfigError(
                 f"The windows of this run take {window // MIB + 1} MiB per worker; set data.cache_mib={2 * window // MIB + 1}."
             )
-        self._fetcher = Fetcher(store, manifest, data.fetch_threads)
+        parts = {part.uri: _cached(_part(store, part.uri), data) for part in manifest.parts}
+        self._fetcher = Fetcher(_cached(store, data), manifest, data.fetch_threads, parts)
         self._plan = plan(manifest, order, global_batch, self.slots, start_step, self._resident)
         self._step = self._next_build = start_step  # next to be consumed; next to be built
         self._kept: dict[int, Fields | BadSample] = {}  # by position, or by id where the data set stays resident
@@ -131,7 +134,7 @@ class Reader:
                 self._change.notify_all()
 
     def close(self) -> None:
-        """Stops and joins all threads, within the store's read time-out. The reader cannot be used again."""
+        """Stops and joins all threads, in a second or so. The reader cannot be used again."""
         with self._change:
             self._closed = True
             self._change.notify_all()
@@ -301,6 +304,17 @@ class Reader:
                 f"{self.manifest.describe(id_)} cannot be used ({str(error).rstrip('.')}); "
                 f"repair the shard and index it again, or raise data.bad_samples (now {self.data.bad_samples})."
             ) from error
+
+
+def _cached(store: Store, data: DataConfig) -> Store:
+    return CachedStore(store, Path(data.disk_cache), int(data.disk_cache_gib * 2**30)) if data.disk_cache else store
+
+
+def _part(store: Store, uri: str) -> Store:
+    """The store of a mixture's data set: as patient as the mixture's own, and counted with it."""
+    part = open_store(uri, getattr(store, "retry", None))
+    part.traffic = store.traffic
+    return part
 
 
 def _size(sample: Fields | BadSample) -> int:

@@ -131,8 +131,9 @@ _KINDS = {
 
 
 def _refuse_compressed(view: memoryview) -> None:
+    head = bytes(view[:8])
     for magic, name in COMPRESSED.items():
-        if bytes(view[: len(magic)]) == magic:
+        if head.startswith(magic):
             raise TarError(f"it is compressed with {name}; unpack it, since shards are read by range", 0)
 
 

@@ -100,6 +100,22 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         CachedStore(open_store(str(tmp_path)), tmp_path / "file" / "cache", 1)
 
 
+def test_the_reader_keeps_its_reads_where_the_configuration_says(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "data"))
+    manifest = write_noise(store, 200, chunk_samples=4)
+    config = data_config(disk_cache=str(tmp_path / "cache"), disk_cache_gib=1e-3)
+    place = {"global_batch": 20, "rank": 0, "world_size": 1, "start_step": 0}
+    runs = []
+    for _ in range(2):
+        fresh = open_store(str(tmp_path / "data"))
+        with Reader(fresh, manifest, Order(200, 4, 5, 5, 0), **place, data=config) as reader:
+            runs.append([next(reader).images for _ in range(10)])
+            read = reader.stats()["bytes"]
+    assert all(map(torch.equal, *runs))
+    assert size(tmp_path) > manifest.bytes // 2
+    assert read == 0  # the second run, on the same node, asks the store for nothing
+
+
 def test_the_batches_are_the_same_through_a_cache(tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "data"))
     manifest = write_noise(store, 200, chunk_samples=4)

@@ -162,24 +162,30 @@ def test_a_mixture_keeps_its_proportions_at_every_prefix(weights: tuple[int, ...
 
 
 def test_each_data_set_of_a_mixture_keeps_its_own_epochs() -> None:
-    orders = (Order(96, 4, 4, 3, seed=0), Order(600, 6, 4, 2, seed=1))
-    mixture = Mixture(orders, (1, 2))
-    data_set, epoch, ids = mixture.locate(np.arange(12 * 8 * 3 * 20))
+    orders = (Order(98, 4, 4, 3, seed=0), Order(600, 4, 4, 3, seed=1))
+    mixture = Mixture.of(orders, (1, 2))
+    data_set, epoch, ids = mixture.place(np.arange(12 * 8 * 3 * 20))
     assert abs((data_set == 0).mean() - 1 / 3) < 0.01
     for number, order in enumerate(orders):
         for e in range(3):
             seen = ids[(data_set == number) & (epoch == e)]
             assert len(seen) == len(np.unique(seen)) == order.epoch_samples
+    joined = mixture.locate(np.arange(12 * 8 * 3 * 20))
+    assert np.array_equal(joined[0], epoch)
+    assert np.array_equal(joined[1], ids + np.where(data_set == 0, 0, 100))  # 98 samples in 25 chunks of 4
+    assert mixture.samples == 700
+    donors = [mixture.donor(position, attempt) for position in range(40) for attempt in range(4)]
+    assert [donor >= 100 for donor in donors] == np.repeat(data_set[:40] == 1, 4).tolist()
 
 
 def test_a_mixture_of_one_is_that_order() -> None:
     order = Order(1000, 4, 8, 5, seed=3)
     positions = np.arange(5000)
-    assert np.array_equal(Mixture((order,), (7,)).locate(positions)[1:], order.locate(positions))
+    assert np.array_equal(Mixture.of((order,), (7,)).locate(positions), order.locate(positions))
 
 
 def test_mixtures_that_do_not_fit_are_refused() -> None:
     a, b = Order(96, 4, 4, 3, 0), Order(96, 4, 4, 2, 0)
     for orders, weights in (((a, b), (1, 1)), ((a, a), (1,)), ((a, a), (1, 0)), ((), ())):
         with pytest.raises(ValueError, match="mixture"):
-            Mixture(orders, weights)
+            Mixture.of(orders, weights)

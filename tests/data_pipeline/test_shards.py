@@ -256,14 +256,18 @@ def test_the_index_is_never_unpickled(tmp_path: Path) -> None:
     ("samples", "sample_bytes", "q"),
     [
         (1797, 2080, 1),
-        (30_000, 10**5, 1),
+        (30_000, 10**5, 2),  # 200 KB: the least that is worth a request
+        (60_000, 3000, 32),  # 96 KB, so that 1 875 chunks remain
+        (2000, 10**5, 1),
         (1_281_167, 10_000, 64),
         (1_281_167, 110_000, 32),
         (10**10, 10**5, 32),
         (10**6, 10**8, 1),
     ],
 )
-def test_chunks_are_about_4_mib_where_there_are_enough_samples_to_shuffle(samples: int, sample_bytes: int, q: int) -> None:
+def test_chunks_are_4_mib_or_at_least_256_kib_where_there_are_enough_samples_to_shuffle(
+    samples: int, sample_bytes: int, q: int
+) -> None:
     assert choose_chunk(samples, samples * sample_bytes) == q
 
 

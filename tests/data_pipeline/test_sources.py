@@ -2,8 +2,11 @@
 
 import gzip
 import io
+import pickle
 from pathlib import Path
+from typing import Any
 
+import cloudpickle
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -12,10 +15,14 @@ import sklearn.datasets
 from PIL import Image
 
 from configs.errors import ConfigError, DataError
-from data_pipeline.decode import BadSample, decode_image
-from data_pipeline.sources import digits, idx, image_folder, open_source, parquet
+from data_pipeline.decode import BadSample, decode_image, fit
+from data_pipeline.index import index_shards
+from data_pipeline.manifest import Schema
+from data_pipeline.shards import Source
+from data_pipeline.sources import digits, idx, image_folder, open_source, parquet, tars
+from data_pipeline.store import open_store
 from tests.data_pipeline.conftest import data_config
-from tests.data_pipeline.tars import png
+from tests.data_pipeline.tars import make_tar, png
 
 
 def test_digits_are_scikit_learns() -> None:
@@ -63,6 +70,21 @@ def test_resize_is_adms(tmp_path: Path) -> None:
 def test_grey_images_of_a_colour_folder(tmp_path: Path) -> None:
     source = image_folder(str(folder(tmp_path, {"a": 1})), 8, 1)
     assert source.read(0).image.shape == (8, 8, 1)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_area_resize_is_the_mean_of_what_each_pixel_covers(tmp_path: Path, channels: int) -> None:
+    """A 24 x 40 image: its centre square of 24, in blocks of 3 x 3; against means in float64, rounded to half a grey value."""
+    (tmp_path / "a").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
+    pixels = pixels if channels == 3 else np.repeat(pixels[..., :1], 3, axis=2)
+    Image.fromarray(pixels).save(tmp_path / "a" / "0.png")
+    source = open_source(data_config(source="folder", path=str(tmp_path), channels=channels, resize="area"))
+    means = pixels[:, 8:32].reshape(8, 3, 8, 3, 3).mean((1, 3))[..., :channels]
+    assert np.abs(source.read(0).image - means).max() <= 0.5 + 1e-4  # the mean is taken in float32
+    adm = image_folder(str(tmp_path), 8, channels, 10)
+    assert adm.identity != source.identity
+    assert not np.array_equal(adm.read(0).image, source.read(0).image)
 
 
 def test_an_image_that_is_no_image_is_named(tmp_path: Path) -> None:
@@ -194,11 +216,95 @@ def test_parquet_files_that_do_not_fit_are_named(tmp_path: Path) -> None:
         parquet(str(tmp_path), 8, 3)
 
 
+def counted_loads(source: Source, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The blocks that the source loads from now on."""
+    loads: list[int] = []
+    original = source.read.load  # type: ignore[attr-defined]
+    monkeypatch.setattr(source.read, "load", lambda block: loads.append(block) or original(block))
+    return loads
+
+
+def test_parquet_is_read_by_the_row_group_and_one_window_of_them_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """20 row groups of 5 images in windows of 4 groups: one pass loads each group once, and holds no more than 4."""
+    images = [png(number, 32) for number in range(100)]
+    table = pyarrow.table({"image": images, "label": list(range(100))})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=5, compression="none")
+    whole = parquet(str(tmp_path), 32, 3)
+    metadata = pyarrow.parquet.read_metadata(tmp_path / "a.parquet")
+    total = sum(metadata.row_group(number).total_byte_size for number in range(20))
+    monkeypatch.setattr("data_pipeline.sources.WINDOW_BYTES", total // 20 * 9 // 2)
+    source = parquet(str(tmp_path), 32, 3)
+    blocks: Any = source.read
+    assert blocks.window == 4
+    loads = counted_loads(source, monkeypatch)
+    held, labels = 0, []
+    for item in range(100):
+        labels.append(source.read(item).label)
+        held = max(held, len(blocks.kept))
+    assert sorted(labels) == list(range(100))
+    assert (sorted(loads), held) == (list(range(20)), 4)
+    assert len({label // 5 for label in labels[:20]}) == 4  # a window is a mixture of its four groups
+    assert labels[:20] != sorted(labels[:20])
+    assert labels != [whole.read(item).label for item in range(100)]
+    copy: Any = pickle.loads(cloudpickle.dumps(source))  # what an actor gets: the same items, and none of the bytes
+    assert copy.read.kept == {}
+    assert [copy.read(item).label for item in range(100)] == labels
+
+
+def foreign(path: Path, tars: int = 6, each: int = 7) -> Path:
+    """WebDataset tars of 12 x 12 images in label order, with a manifest as `freeguide index` writes it."""
+    path.mkdir()
+    for number in range(tars):
+        first = number * each
+        members = [
+            member for n in range(first, first + each) for member in ((f"{n}.cls", str(n // 5).encode()), (f"{n}.png", png(n, 12)))
+        ]
+        (path / f"part-{number}.tar").write_bytes(make_tar(members))
+    index_shards(open_store(str(path)), Schema(12, 3, 10))
+    return path
+
+
+def test_foreign_tars_are_decoded_resized_and_shuffled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = foreign(tmp_path / "tars")
+    monkeypatch.setattr("data_pipeline.sources.BLOCK_BYTES", 4096)
+    source = open_source(data_config(source="webdataset", path=str(path)))
+    loads = counted_loads(source, monkeypatch)
+    samples = [source.read(item) for item in range(source.items)]
+    expected = {fit(decode_image(png(n, 12), 3), 8).tobytes(): n // 5 for n in range(42)}
+    assert {sample.image.tobytes(): sample.label for sample in samples} == expected
+    assert len(loads) == len(set(loads)) > 5
+    assert [sample.label for sample in samples] != sorted(sample.label for sample in samples)
+
+
+def test_foreign_tars_need_a_manifest_whose_labels_fit(tmp_path: Path) -> None:
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match="freeguide index"):
+        tars(str(tmp_path / "none"), 8, 3, 10)
+    with pytest.raises(DataError, match=r"has 10 classes, but data\.classes is 3"):
+        tars(str(foreign(tmp_path / "tars")), 8, 3, 3)
+
+
+def test_a_damaged_foreign_sample_is_named(tmp_path: Path) -> None:
+    path = foreign(tmp_path / "tars")
+    data = bytearray((path / "part-2.tar").read_bytes())
+    data[600] ^= 1
+    (path / "part-2.tar").write_bytes(bytes(data))
+    source = tars(str(path), 8, 3, 10)
+    bad = []
+    for item in range(42):
+        try:
+            source.read(item)
+        except BadSample as error:
+            bad.append(str(error))
+    assert len(bad) == 1
+    assert "Sample 0 of part-2.tar" in bad[0]
+
+
 def test_the_configuration_names_the_source(tmp_path: Path) -> None:
     assert open_source(data_config(source="digits", channels=1)).items == 1797
     with pytest.raises(ConfigError, match=r"set data\.image_size=8, channels=1"):
         open_source(data_config(source="digits", image_size=16, channels=1))
-    with pytest.raises(ConfigError, match="choose digits, folder, idx or parquet"):
+    with pytest.raises(ConfigError, match="choose digits, folder, idx, parquet or webdataset"):
         open_source(data_config(source="imagenet"))
     folder(tmp_path, {"a": 2})
     assert open_source(data_config(source="folder", path=str(tmp_path))).items == 2

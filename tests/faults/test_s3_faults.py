@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from configs.errors import DataError, StoreError, UserError
+from data_pipeline.fetch import Gate
 from data_pipeline.manifest import Manifest, load_manifest
 from data_pipeline.order import Order
-from data_pipeline.store import ChangedObject, Retry, S3Store, Store, open_store
+from data_pipeline.store import Cancelled, ChangedObject, Retry, S3Store, Store, open_store
 from data_pipeline.stream import Batch, Reader
 from tests.data_pipeline.conftest import data_config, s3_endpoint, s3_uri, write_noise  # noqa: F401 (s3_endpoint is a fixture)
 from tests.faults.proxy import FaultProxy
@@ -163,9 +164,7 @@ def test_a_slow_read_is_raced_and_the_faster_one_wins(direct: str, proxy: FaultP
     assert stats["retries"] == {}
 
 
-def test_concurrency_falls_under_overload_and_recovers(direct: str, proxy: FaultProxy) -> None:
-    from data_pipeline.fetch import Gate
-
+def test_concurrency_falls_under_overload_and_recovers(direct: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate(8)
     for expected in (4, 2, 1, 1):
         gate.retried("busy")
@@ -175,31 +174,62 @@ def test_concurrency_falls_under_overload_and_recovers(direct: str, proxy: Fault
     for _ in range(100):
         gate.succeeded()
     assert gate.limit == 8
+    limits: list[float] = []
+    retried = Gate.retried
+
+    def noted(gate: Gate, cause: str) -> None:
+        retried(gate, cause)
+        limits.append(gate.limit)
+
+    monkeypatch.setattr(Gate, "retried", noted)
     store = open_store(direct, RETRY)
     manifest = load_manifest(store)
-    proxy.faults.extend([""] * 28 + ["503", "503"])
-    _, stats = read(store, manifest)
-    assert stats["concurrency"] < 4
+    proxy.faults.extend([""] * 10 + ["503"] + [""] * 10 + ["503"])
+    _, stats = read(store, manifest, fetch_threads=4)
+    assert (len(limits), limits[0]) == (2, 2.0)  # the reader's own gate, halved from 4 each time
+    assert limits[0] < stats["concurrency"] <= 4
 
 
-def test_a_spent_retry_budget_makes_every_pause_the_longest_one(direct: str, proxy: FaultProxy) -> None:
-    """Two retries of debt are allowed. The third and fourth wait 0.5 s instead of at most 1 ms; ten good reads pay one back."""
-    store = open_store(direct, replace(RETRY, base_s=0.0005, cap_s=0.5, budget=2.0))
+def test_a_spent_retry_budget_makes_every_pause_the_longest_one(
+    direct: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two retries of debt are allowed. The third and fourth wait 0.5 s instead of at most 2 ms; ten good reads pay one back."""
+    store = open_store(direct, replace(PATIENT, base_s=0.0005, cap_s=0.5, budget=2.0))
     store.get("shards/000000.tar")
+    waits: list[float] = []
+    monkeypatch.setattr("data_pipeline.store.time.sleep", waits.append)
 
-    def seconds(faults: int) -> float:
+    def pauses(faults: int) -> list[float]:
         proxy.faults.extend(["503"] * faults)
-        began = time.monotonic()
+        waits.clear()
         store.get_range("shards/000000.tar", 0, 1000)
-        return time.monotonic() - began
+        return list(waits)
 
-    assert seconds(2) < 0.4
-    assert seconds(2) > 0.9
+    assert [pause <= 0.002 for pause in pauses(2)] == [True, True]
+    assert pauses(2) == [0.5, 0.5]
     assert store.traffic.debt == pytest.approx(3.8)
     for _ in range(30):
-        seconds(0)
+        assert pauses(0) == []
     assert store.traffic.debt == pytest.approx(0.8)
-    assert seconds(1) < 0.4
+    assert [pause <= 0.002 for pause in pauses(1)] == [True]
+
+
+def test_closing_does_not_wait_for_a_read_that_hangs(direct: str, proxy: FaultProxy) -> None:
+    """The answers stop half-way and the store would wait 10 s for more. The bound leaves a busy machine two seconds."""
+    store = open_store(direct, PATIENT)
+    manifest = load_manifest(store)
+    proxy.forever = "stall"
+    reader = Reader(store, manifest, ORDER, global_batch=12, rank=0, world_size=1, start_step=0, data=data_config())
+    reader._start(0)
+    while not proxy.ranges:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    began = time.monotonic()
+    reader.close()
+    assert time.monotonic() - began < 3
+    assert not any(thread.is_alive() for thread in reader._threads)
+    with pytest.raises(Cancelled):
+        next(reader)
 
 
 def test_expired_credentials_are_fetched_anew(direct: str, proxy: FaultProxy) -> None:

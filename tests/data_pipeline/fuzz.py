@@ -1,0 +1,95 @@
+"""Coverage-guided fuzzing of what meets bytes from strangers: the tar walk and the decoders.
+
+    python -m tests.data_pipeline.fuzz tar|image|npy|label CORPUS [libFuzzer's options]
+
+Any exception but DataError, a hang, or memory over the cap ends it with an exit code that is not 0.
+"""
+
+import sys
+from pathlib import Path
+
+import atheris
+
+with atheris.instrument_imports(include=["data_pipeline.tar", "data_pipeline.decode"]):
+    from data_pipeline import decode, tar
+
+import contextlib
+
+from configs.errors import DataError
+from data_pipeline.manifest import Schema
+
+SCHEMA = Schema(8, 3, 10)
+
+
+def walk(data: bytes) -> None:
+    """Whatever the walk accepts lies inside the bytes, in order, and without overlap."""
+    end = 0
+    for span in tar.samples(data):
+        for start, size in span.fields.values():
+            assert span.start < start
+            assert end <= start <= start + size <= len(data)
+            end = start + size
+        span.read(data)
+
+
+def image(data: bytes) -> None:
+    pixels = decode.decode_image(data, 3)
+    assert pixels.ndim == 3
+    assert pixels.shape[2] == 3
+    assert pixels.dtype == "uint8"
+    assert decode.fit(pixels, 8).shape == (8, 8, 3)
+
+
+def npy(data: bytes) -> None:
+    assert decode.decode_sample({"npy": data, "cls": b"1"}, SCHEMA)[0].shape == (8, 8, 3)
+
+
+def label(data: bytes) -> None:
+    for ext in ("cls", "json"):
+        with contextlib.suppress(DataError):
+            assert 0 <= decode.decode_label({ext: data}, 10) < 10
+
+
+TARGETS = {"tar": walk, "image": image, "npy": npy, "label": label}
+
+
+def seeds(target: str) -> list[bytes]:
+    """Valid inputs to start from."""
+    import io
+    import tarfile
+
+    import numpy as np
+
+    from tests.data_pipeline.tars import make_tar, pairs, png
+
+    if target == "tar":
+        formats = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
+        return [make_tar([("x" * 120 + "/a.png", png(1)), *pairs(range(2))], format_, 0.5) for format_ in formats]
+    if target == "image":
+        found = []
+        for codec in ("PNG", "JPEG", "WEBP"):
+            decode.Image.fromarray(np.zeros((9, 7, 3), np.uint8)).save(out := io.BytesIO(), codec)
+            found.append(out.getvalue())
+        return found
+    if target == "npy":
+        np.save(out := io.BytesIO(), np.zeros((9, 8, 3), np.uint8))
+        return [out.getvalue()]
+    return [b"7", b'{"label": 3}', b'{"cls": [[1]]}']
+
+
+def main() -> None:
+    target, corpus = sys.argv.pop(1), Path(sys.argv[1])
+    corpus.mkdir(parents=True, exist_ok=True)
+    for number, data in enumerate(seeds(target)):
+        (corpus / f"seed{number}").write_bytes(data)
+
+    def one(data: bytes) -> None:
+        with contextlib.suppress(DataError):
+            TARGETS[target](data)
+
+    atheris.Setup(sys.argv, one)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
