@@ -110,7 +110,7 @@ def run_steps(run: Run, start: int) -> None:
             last = done == options.steps
             save = bool(stop) or last or done % options.checkpoint_every == 0
             if save or done % options.log_every == 0:
-                run.incidents.review(run.telemetry.flush(done))
+                run.incidents.review(run.telemetry.flush(done, run.reader.stats()))
             if save:
                 run.telemetry.saved(done, run.writer.start(done, run.incidents.bad_steps))
             sample = last or (options.sample_every > 0 and save and done % options.sample_every == 0)

@@ -117,8 +117,11 @@ class Telemetry:
         self._lrs.append(lr)
         self._waited += waited
 
-    def flush(self, step: int) -> Interval:
-        """End an interval after `step` steps: reduce over the ranks, print the line, write the scalars."""
+    def flush(self, step: int, reading: dict[str, Any]) -> Interval:
+        """End an interval after `step` steps: reduce over the ranks, print the line, write the scalars.
+
+        `reading` are the figures of this rank's reader (`Reader.stats`); those of rank 0 are shown.
+        """
         count, rank = len(self._losses), dist.get_rank()
         ranks = torch.zeros(2, dist.get_world_size(), dtype=torch.float64, device=self._device)
         ranks[0, rank], ranks[1, rank] = self._waited, self.forward.take()
@@ -129,7 +132,7 @@ class Telemetry:
         losses = losses / self._config.train.global_batch
         interval = Interval(step - count, losses.tolist(), torch.stack(self._norms).tolist(), self._own)
         if self._writer is not None:
-            self._write(step, interval, bands.view(2, -1), ranks.view(2, -1))
+            self._write(step, interval, bands.view(2, -1), ranks.view(2, -1), reading)
         self._forget()
         self._stall = None
         self._mark = time.perf_counter()
@@ -161,7 +164,7 @@ class Telemetry:
         self._bands = torch.zeros(2, len(BANDS), dtype=torch.float64, device=self._device)
         self._waited = 0.0
 
-    def _write(self, step: int, interval: Interval, bands: Tensor, ranks: Tensor) -> None:
+    def _write(self, step: int, interval: Interval, bands: Tensor, ranks: Tensor, reading: dict[str, Any]) -> None:
         """`bands` (2, BANDS) are sums of losses and counts by log-SNR, `ranks` (2, R) seconds waited for data and in forwards."""
         assert self._writer is not None
         self._written = True
@@ -190,6 +193,10 @@ class Telemetry:
         for name, value in speed.items():
             if value is not None:
                 self._writer.add_scalar(f"speed/{name}", value, step)
+        for name, value in reading.items():
+            for cause, count_of in value.items() if isinstance(value, dict) else [("", value)]:
+                self._writer.add_scalar(f"data/{name}/{cause}".rstrip("/"), count_of, step)
+        retries, bad = (sum(reading[name].values()) for name in ("retries", "bad_samples"))
         elapsed, done = time.perf_counter() - self._began, step - self._first
         parts = [
             f"step {step}/{train.steps}",
@@ -199,6 +206,8 @@ class Telemetry:
             f"{images_per_second:,.0f} images/s",
             *([f"mfu {mfu:.1f} %"] if mfu is not None else []),
             f"data wait {wait:.1f} %",
+            *([f"{retries} retries"] if retries else []),
+            *([f"{bad} bad samples"] if bad else []),
             *([f"slowest rank {slowest} +{behind:.0f} %"] if world_size > 1 else []),
             *([f"save stall {1000 * self._stall:.0f} ms"] if self._stall is not None else []),
             f"eta {timedelta(seconds=round(elapsed / done * (train.steps - step)))}",

@@ -129,6 +129,8 @@ def assert_tensorboard_shows_the_run(run: Store, folder: Path) -> None:
         *tags["scalars"]
     }
     assert [event.step for event in log.Scalars("train/loss")] == list(range(1, 9))
+    assert {"data/bytes", "data/gets", "data/get_s_p95", "data/ready_batches", "data/waited_s"} <= {*tags["scalars"]}
+    assert log.Scalars("data/bytes")[-1].value > 0
     assert any(tag.startswith("loss_by_logsnr/") for tag in tags["scalars"])
     assert tags["images"] == ["samples/w=0.5"]
     assert [image.step for image in log.Images("samples/w=0.5")] == [8]
