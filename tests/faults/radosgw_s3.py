@@ -10,6 +10,7 @@ may (root, apt-get). Everything lives in a temporary folder; what was started is
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -179,6 +180,7 @@ def _answers(url: str) -> bool:
 
 def main(command: list[str]) -> int:
     install()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped then too
     began = time.monotonic()
     with radosgw() as environment:
         print(f"radosgw at {environment['AWS_ENDPOINT_URL']}, up in {time.monotonic() - began:.1f} s", flush=True)
