@@ -202,7 +202,7 @@ def test_the_command_prints_the_row_and_writes_it(place, tmp_path, capsys):
         dataset="toys",
         name="theirs",
         w=0.5,
-        facts=["steps=8"],
+        overrides=["steps=8"],
         device="cpu",
         json=str(tmp_path / "row.json"),
     )
