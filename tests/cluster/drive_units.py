@@ -1,0 +1,55 @@
+"""A driver of `units.run` in a process of its own: `python drive_units.py STORE IMAGES WEIGHTS DEATHS REFUSALS` (lists in JSON).
+
+Prints the finished units as JSON, or the sentence of a UserError with exit code 2.
+"""
+
+import functools
+import json
+import os
+import sys
+from pathlib import Path
+
+from cluster import units
+from cluster.session import session
+from cluster.units import Unit
+from configs.errors import DataError, UserError
+from configs.load import load_config
+from data_pipeline.store import Store, open_store
+
+ROOT = Path(__file__).parents[2]
+
+
+class Count:
+    """Publishes its unit. Dies once, without a word, at each unit whose `first` is in `deaths`; refuses those in `refusals`."""
+
+    def __init__(self, store: Store, deaths: list[int], refusals: list[int]) -> None:
+        self.store, self.deaths, self.refusals = store, deaths, refusals
+
+    def __call__(self, unit: Unit) -> None:
+        if unit.first in self.deaths and not self.store.exists(f"died/{unit.first}"):
+            self.store.put(f"died/{unit.first}", b"")
+            os._exit(1)
+        if unit.first in self.refusals:
+            raise DataError(f"unit {unit.first} is refused; leave it out.")
+        self.store.put(f"made/{unit.w:g}-{unit.first}-{os.getpid()}", b"")
+        self.store.put(unit.key("npz"), b"done")
+
+
+def main() -> int:
+    store, images = open_store(sys.argv[1]), int(sys.argv[2])
+    weights, deaths, refusals = map(json.loads, sys.argv[3:6])
+    config = load_config(ROOT / "configs" / "digits.yaml", ["cluster.actors=2"])
+    try:
+        with session(config, 2) as resources:
+            done = list(
+                units.run(units.split(weights, images, 10), functools.partial(Count, store, deaths, refusals), config, resources)
+            )
+    except UserError as error:
+        print(error)
+        return 2
+    print(json.dumps([[u.w, u.first, u.last] for u in sorted(done)]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
