@@ -7,6 +7,7 @@ Ray restarts the group after any failure. What a user has to mend would fail aga
 note with the driver and the restarted group ends at once. An outage of the store is not such a thing: restarts wait it out.
 """
 
+import logging
 import os
 import tempfile
 import time
@@ -86,6 +87,7 @@ def _worker(job: dict[str, Any]) -> None:
 
     if ray.get(job["note"].read.remote()) is not None:
         return
+    logging.getLogger("botocore").setLevel(logging.WARNING)  # Ray turns on INFO, and every client says where its keys come from
     torch.set_num_threads(job["threads"])
     os.environ["LOCAL_RANK"] = str(ray.train.get_context().get_local_rank())
     try:
