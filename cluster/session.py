@@ -53,9 +53,13 @@ def session(config: Config, processes: int) -> Iterator[Resources]:
     else:
         # The command's own processes need a share too, and a laptop may have fewer cores than the config has workers.
         room = max(os.cpu_count() or 1, math.ceil(processes * cpus)) + 1
-        options = {"address": "local", "num_cpus": room, "logging_level": logging.ERROR}
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            dashboard = int(probe.getsockname()[1])
+        options = {"address": "local", "num_cpus": room, "logging_level": logging.ERROR, "dashboard_port": dashboard}
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-        runtime["env_vars"] = {"PYTHONPATH": path} | runtime["env_vars"]
+        # Ray Train looks for the dashboard of the newest cluster on this machine, which may be another one, or dead.
+        runtime["env_vars"] |= {"PYTHONPATH": path, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away with notice
     try:
         ray.init(**options, runtime_env=runtime, log_to_driver=True)
