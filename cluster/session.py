@@ -40,7 +40,7 @@ class Resources:
 def session(config: Config, processes: int) -> Iterator[Resources]:
     """Connect, yield the resources of each of `processes` workers or actors, and disconnect.
 
-    Raises ConfigError where RAY_ADDRESS does not answer, or the cluster is of fixed size and too small.
+    Raises ConfigError where RAY_ADDRESS does not answer or lets nobody in. A cluster that is too small is waited for.
     """
     address = os.environ.get("RAY_ADDRESS", "")
     cpus = config.cluster.cpus_per_worker
