@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -116,6 +117,11 @@ def test_the_whole_job_runs_and_nothing_is_done_twice(freeguide, ray_head, tmp_p
     submitted = ok("train", "run=s3://lab/runs/submitted", "--submit", dashboard, RAY_ADDRESS="")
     assert "trained to step 8" in submitted
     assert checkpoint.find(open_store("s3://lab/runs/submitted")).step == 8
+    shutil.rmtree(tmp_path / "runs")
+    measured = ok("evaluate", "run=s3://lab/runs/submitted", "evaluate.w=[0]", "--submit", dashboard, RAY_ADDRESS="")
+    assert "report: runs/digits/index.html" in measured.splitlines()[-1]
+    assert (report / "index.html").stat().st_size > 0
+    assert [row["checkpoint_step"] for row in json.loads((report / "report.json").read_text())["rows"]] == [8]
 
 
 def assert_tensorboard_shows_the_run(run: Store, folder: Path) -> None:
