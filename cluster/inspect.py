@@ -13,8 +13,7 @@ from trainer import checkpoint
 from trainer.diffusion.theory import draw_figure_2
 from trainer.networks.build import build_network, count_parameters, forward_flops
 from trainer.sampler import evaluations
-
-H100_FLOPS = 989e12  # dense bf16 FLOP/s, by its data sheet
+from trainer.telemetry import PEAK_FLOPS
 
 
 def inspect(config: Config) -> None:
@@ -86,7 +85,7 @@ def _state_bytes(parameters: int, train: TrainConfig, workers: int) -> int:
 
 
 def _hours(flops: float) -> str:
-    return f"{flops / (0.4 * H100_FLOPS) / 3600:,.3g} GPU-hours at 40 % of an H100's bf16 peak"
+    return f"{flops / (0.4 * PEAK_FLOPS['H100']) / 3600:,.3g} GPU-hours at 40 % of an H100's bf16 peak"
 
 
 def _mib(count: int) -> str:

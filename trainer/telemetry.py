@@ -29,7 +29,7 @@ BAND_EDGES = (-8.0, -4.0, 0.0, 4.0, 8.0)  # log-SNR; 83 % of the paper's p(lambd
 BANDS = ("below_-8", "-8_to_-4", "-4_to_0", "0_to_4", "4_to_8", "above_8")
 _UPLOAD_SECONDS = 30.0
 _log = logging.getLogger("freeguide.telemetry")
-_PEAK_FLOPS = {  # dense bf16, by the maker's data sheet
+PEAK_FLOPS = {  # dense bf16, by the maker's data sheet
     "H100 PCIe": 756e12,
     "H100": 989e12,
     "H200": 989e12,
@@ -43,7 +43,7 @@ _PEAK_FLOPS = {  # dense bf16, by the maker's data sheet
 def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 FLOP/s of the device by its maker's data sheet, or None where we know of none (a CPU)."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for part, peak in _PEAK_FLOPS.items() if part in name), None)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
 class Stopwatch:
