@@ -13,56 +13,32 @@ import functools
 import io
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 from numpy.typing import NDArray
 
 from cluster import units
-from cluster.metrics import evaluator as evaluators
 from cluster.metrics import measure
-from cluster.metrics import reference as references
-from cluster.metrics.evaluator import Evaluator
-from cluster.metrics.features import Extractor, Measured, load_extractor
+from cluster.metrics.features import Measured
 from cluster.metrics.images import to_uint8
-from cluster.metrics.reference import Reference
 from cluster.metrics.rows import Row, model_conditions
 from cluster.report import Cost, write_report
 from cluster.session import Resources, progress, session
 from cluster.units import Unit
-from configs.errors import StoreError, UserError
+from cluster.yardstick import Yardstick, extractor_of, yardstick_of
+from configs.errors import StoreError
 from configs.load import from_yaml, to_yaml
 from configs.schema import Config
-from data_pipeline.manifest import Manifest, load_manifest
-from data_pipeline.scan import scan_all
+from data_pipeline.manifest import load_manifest
 from data_pipeline.store import MissingObject, Store, open_store
 from trainer import checkpoint
 from trainer.loop import check_data
 from trainer.sampler import Sampler, evaluations, image_labels
 
 LATEST = "evaluate/latest.json"
-EVALUATOR, REFERENCE = "evaluator.safetensors", "reference.npz"
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Yardstick:
-    """What images are measured with. What the job makes of it stands beside the data, so that every run on that data shares it."""
-
-    store: Store
-    extractor: Extractor
-    reference: Reference  # the real images
-
-    @staticmethod
-    def load(config: Config, store: Store) -> "_Yardstick":
-        """Raises MissingObject where it has to be made first, DataError for weights or statistics that cannot be used."""
-        extractor = _extractor(config, store)
-        if config.evaluate.reference:
-            return _Yardstick(store, extractor, references.load_npz(config.evaluate.reference, extractor, _dataset(config)))
-        return _Yardstick(store, extractor, references.from_npz(store.get(REFERENCE), f"{store.uri}/{REFERENCE}", extractor))
 
 
 def evaluate(config: Config) -> Path:
@@ -80,7 +56,7 @@ def evaluate(config: Config) -> Path:
     with contextlib.ExitStack() as stack:
         # Where all is done already, Ray is not started.
         connect = functools.cache(lambda: stack.enter_context(session(config, config.cluster.actors)))
-        yardstick = _yardstick(config, data, manifest, connect)
+        yardstick = yardstick_of(config, data, manifest, connect)
         prefix = f"evaluate/{units.fingerprint(_conditions(config, trained, yardstick))}/"
         store = run.child(prefix)
         plan = units.split(config.evaluate.w, config.evaluate.images, config.evaluate.unit)
@@ -123,7 +99,7 @@ def fetch_report(config: Config) -> Path:
     return folder
 
 
-def _conditions(config: Config, trained: checkpoint.Checkpoint, yardstick: _Yardstick) -> dict[str, Any]:
+def _conditions(config: Config, trained: checkpoint.Checkpoint, yardstick: Yardstick) -> dict[str, Any]:
     """Everything that decides what a unit holds, but its w and range."""
     return {
         "sampling": dataclasses.asdict(config.sampling) | {"checkpoint": trained.sha256},
@@ -133,68 +109,6 @@ def _conditions(config: Config, trained: checkpoint.Checkpoint, yardstick: _Yard
         "threads": config.cluster.cpus_per_worker,
         "code": units.code_version(),
     }
-
-
-# --- the evaluator and the reference ---
-
-
-def _extractor(config: Config, store: Store) -> Extractor:
-    """The weights that `evaluate.extractor` names, or the data's own evaluator, which stands in `store`."""
-    if config.evaluate.extractor:
-        return load_extractor(config.evaluate.extractor)
-    return evaluators.from_bytes(store.get(EVALUATOR), f"{store.uri}/{EVALUATOR}")
-
-
-def _dataset(config: Config) -> str:
-    """What tables call the real images."""
-    return config.evaluate.dataset or Path(config.data.uri).name
-
-
-def _yardstick(config: Config, data: Store, manifest: Manifest, connect: Callable[[], Resources]) -> _Yardstick:
-    options: dict[str, Any] = {"format": 2, "data": manifest.fingerprint, "dataset": _dataset(config)}
-    if config.evaluate.extractor:
-        options |= {"extractor": load_extractor(config.evaluate.extractor).hash}
-    else:
-        options |= {"epochs": config.evaluate.evaluator_epochs, "seed": config.evaluate.evaluator_seed}
-    store = data.child(f"evaluators/{units.fingerprint(options)}/")
-    with contextlib.suppress(MissingObject):
-        return _Yardstick.load(config, store)
-    print(f"{'measuring' if config.evaluate.extractor else 'training the evaluator on'} {manifest.samples} real images", flush=True)
-    resources = connect()
-    task = ray.remote(_make_yardstick).options(num_cpus=resources.cpus, num_gpus=resources.gpus or None)
-    if failure := ray.get(task.remote(to_yaml(config), store, resources)):
-        raise UserError(failure)
-    made = _Yardstick.load(config, store)
-    if isinstance(made.extractor, Evaluator):
-        accuracy = f"{100 * made.extractor.accuracy:.1f} % accuracy on held-out images"
-        print(f"evaluator {made.extractor.hash[:12]}: {accuracy}", flush=True)
-    return made
-
-
-def _make_yardstick(text: str, store: Store, resources: Resources) -> str:
-    """Returns the sentence of a UserError, or "": Ray would wrap the error in its traceback."""
-    torch.set_num_threads(resources.threads)
-    try:
-        _publish_yardstick(from_yaml(text), store, "cuda" if resources.gpus else "cpu")
-    except UserError as error:
-        return str(error)
-    return ""
-
-
-def _publish_yardstick(config: Config, store: Store, device: str) -> None:
-    data = open_store(config.data.uri)
-    manifest = load_manifest(data)
-    made = None
-    if not config.evaluate.extractor:
-        images, labels = scan_all(data, manifest)
-        epochs, seed = config.evaluate.evaluator_epochs, config.evaluate.evaluator_seed
-        made = evaluators.fit_evaluator(images, labels, config.data.classes, epochs, seed, name=_dataset(config), device=device)
-    extractor = made or load_extractor(config.evaluate.extractor)
-    if not config.evaluate.reference:
-        reference = references.from_manifest(data, manifest, extractor, _dataset(config), device)
-        store.put(REFERENCE, reference.to_bytes(extractor))
-    if made:
-        store.put(EVALUATOR, made.to_bytes())
 
 
 # --- work units ---
@@ -208,7 +122,7 @@ class _Measure:
         self.config, self.store = from_yaml(text), store
         self.device = torch.device("cuda" if resources.gpus else "cpu")
         self.sampler = Sampler.from_run(self.config, step, self.device)
-        self.extractor = _extractor(self.config, yardstick)
+        self.extractor = extractor_of(self.config, yardstick)
 
     def __call__(self, unit: Unit) -> None:
         began = time.perf_counter()
@@ -234,7 +148,7 @@ def _fold(
     store: Store,
     plan: list[Unit],
     trained: checkpoint.Checkpoint,
-    yardstick: _Yardstick,
+    yardstick: Yardstick,
 ) -> tuple[list[Row], dict[float, NDArray[np.uint8]], Cost]:
     """Rows and sample grids from published units, in unit order, and what they cost."""
     rows, grids, seconds, devices = [], {}, 0.0, set()

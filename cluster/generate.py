@@ -1,7 +1,8 @@
 """The generation job: a labelled set of samples as WebDataset shards with a manifest, and as one `.npz`.
 
 A work unit is one shard. The set can be trained on (it is a data set like any other), and its `.npz` (uint8 NHWC `arr_0`, labels
-`arr_1`) is what the ADM evaluator reads.
+`arr_1`) is what the ADM evaluator reads. A run on latents makes latents, in the units of those it was given: float NCHW, for
+the decoder that they belong to.
 """
 
 import dataclasses
@@ -42,6 +43,8 @@ def generate(config: Config) -> str:
         "threads": config.cluster.cpus_per_worker,
         "code": units.code_version(),
     }
+    if config.data.dtype != "uint8":
+        conditions["latents"] = {"dtype": config.data.dtype, "scale": config.data.latent_scale}
     store = run.child(f"generate/w{options.w:g}-n{options.images}-{units.fingerprint(conditions)}/")
     plan = units.split([options.w], options.images, options.unit)
     if not (store.exists(NAME) and store.exists("samples.npz")):
@@ -51,7 +54,8 @@ def generate(config: Config) -> str:
                 make = functools.partial(_Generate, to_yaml(config), store, trained.step, resources)
                 for _ in progress(units.run(todo, make, config, resources), len(todo), "shard"):
                     pass
-        schema = Schema(config.data.image_size, config.data.channels, config.data.classes)
+        data = config.data
+        schema = Schema(data.image_size, data.channels, data.classes, dtype=data.dtype)
         manifest = build_manifest(schema, [ShardIndex.from_bytes(store.get(u.key("tar.npz"))) for u in plan])
         write_npz(store, manifest)
         save_manifest(store, manifest)
@@ -70,23 +74,24 @@ class _Generate:
     def __call__(self, unit: Unit) -> None:
         index = torch.arange(unit.first, unit.last)
         labels = image_labels(self.config, index)
-        images = to_uint8(self.sampler.sample(index, labels, unit.w))
-        packed = pack_shard((Sample(image, int(label)) for image, label in zip(images, labels, strict=True)), unit.first)
+        x, data = self.sampler.sample(index, labels, unit.w), self.config.data
+        images = to_uint8(x) if data.dtype == "uint8" else (x / data.latent_scale).numpy().astype(data.dtype)
+        samples = (Sample(image, int(label)) for image, label in zip(images, labels, strict=True))
+        packed = pack_shard(samples, unit.first, data.dtype)
         key = unit.key("tar")
         self.store.put(unit.key("tar.npz"), packed.index(key, self.store.put(key, packed.data)).to_bytes())
 
 
 def write_npz(store: Store, manifest: Manifest) -> None:
-    """All images of a set as `samples.npz`, written shard by shard: `arr_0` uint8 (N, H, W, C), `arr_1` int64 (N,)."""
-    size, channels = manifest.schema.image_size, manifest.schema.channels
+    """All images of a set as `samples.npz`, written shard by shard: `arr_0` uint8 (N, H, W, C) or float (N, C, H, W), `arr_1` int64 (N,)."""
+    schema = manifest.schema
     labels: list[int] = []
     with tempfile.TemporaryDirectory(prefix="freeguide-npz-") as folder:
         path = Path(folder) / "samples.npz"
         with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
             with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as out:
-                np.lib.format.write_array_header_2_0(
-                    out, {"descr": "|u1", "fortran_order": False, "shape": (manifest.samples, size, size, channels)}
-                )
+                header = {"descr": np.dtype(schema.dtype).str, "fortran_order": False, "shape": (manifest.samples, *schema.shape)}
+                np.lib.format.write_array_header_2_0(out, header)
                 for pixels, label in scan(store, manifest):
                     out.write(pixels.tobytes())
                     labels.append(label)

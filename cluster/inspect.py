@@ -65,7 +65,7 @@ def inspect_order(config: Config) -> None:
     manifest = load_manifest(store)
     batch = config.train.global_batch
     print()
-    print(quality.table(manifest, Order.choose(manifest, batch, config.seed, config.data.cache_mib), batch))
+    print(quality.table(manifest, Order.choose(manifest, batch, config.seed), batch))
 
 
 def inspect_theory(config: Config, path: str) -> None:

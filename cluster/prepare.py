@@ -82,7 +82,7 @@ def index(config: Config) -> Manifest:
         return mixture
     manifest, broken = index_shards(
         store,
-        Schema(data.image_size, data.channels, data.classes),
+        Schema(data.image_size, data.channels, data.classes, dtype=data.dtype),
         data.shards,
         skip_broken=data.skip_broken,
         threads=data.fetch_threads,
@@ -95,8 +95,9 @@ def index(config: Config) -> Manifest:
 
 
 def _describe(manifest: Manifest, uri: str, seconds: float) -> None:
-    size, schema = manifest.schema.image_size, manifest.schema
+    schema = manifest.schema
+    kind = "images" if schema.dtype == "uint8" else f"latents of {schema.dtype}"
     print(
-        f"{manifest.samples} images {size}x{size}x{schema.channels}, {schema.classes} classes, {len(manifest.shards)} shards, "
+        f"{manifest.samples} {kind} {'x'.join(map(str, schema.shape))}, {schema.classes} classes, {len(manifest.shards)} shards, "
         f"{manifest.bytes / 2**20:.1f} MiB, fingerprint {manifest.fingerprint[:12]}, {seconds:.1f} s: {uri}"
     )
