@@ -27,7 +27,7 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -m slow --timeout 1800
 
-# The data pipeline against a real S3 server, Ceph's radosgw on loopback: installs Debian's packages where it may.
+# What of the data pipeline talks to a server, against a real one: Ceph's radosgw on loopback. Installs Debian's packages where it may.
 test-s3: setup
 	$(BIN)/python -m tests.faults.radosgw_s3 $(BIN)/python -m pytest tests/data_pipeline tests/faults/test_s3_faults.py
 
@@ -36,6 +36,7 @@ bench: .venv-bench/ready
 	$(BIN)/python -m tests.faults.radosgw_s3 $(BIN)/python benchmarks/data.py --quick --peers .venv-bench/bin/python
 	$(BIN)/python benchmarks/metrics.py --quick --peers .venv-bench/bin/python
 	$(BIN)/python benchmarks/training.py --quick
+	$(BIN)/python benchmarks/sampling.py --quick --peers .venv-bench/bin/python
 
 .venv-bench/ready: benchmarks/requirements.txt setup
 	$(PYTHON) -m venv .venv-bench

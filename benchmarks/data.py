@@ -6,7 +6,8 @@
 The server is whatever AWS_ENDPOINT_URL names; without one, a moto server of its own. PEERS is an environment with
 benchmarks/requirements.txt. Each measurement is a process of its own with cold caches. It delivers one epoch of shuffled batches
 as float32 (B, 3, 64, 64) in [-1, 1] with labels, decoded from PNG by Pillow; everyone decodes with the same function but us, who
-use our reader's. Since decoding costs everyone the same, another epoch brings the PNGs only ("undecoded"). CPU seconds include
+use our reader's. Since decoding costs everyone the same, another epoch brings the PNGs only ("undecoded"). A third one is shared by
+several processes, the ranks of a training, that begin together: their samples over the time of the slowest. CPU seconds include
 child processes and threads, not the server. Contenders take turns; medians of the rounds, of ratios too.
 
 torchdata 0.11 has no reader of its own for S3 any more, so it has no row.
@@ -21,6 +22,7 @@ import os
 import platform
 import resource
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -28,6 +30,7 @@ import tempfile
 import time
 import types
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,7 +40,7 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-SIZES = {"quick": (6_016, 3), "full": (24_000, 3)}  # images, rounds
+SIZES = {"quick": 6_016, "full": 24_000}  # images
 SIDE = 64  # pixels
 SHARD = 1500  # images of a shard; about 15 MB, for everyone
 BATCH = 64
@@ -49,8 +52,10 @@ CONTENDERS = {
     "litdata": "litdata",
 }
 RESUMES = (0.1, 0.5, 0.99)  # of an epoch
+PROCESSES = 2  # that share an epoch, where several do
 
 Item = tuple[bytes, int]  # PNG, label
+Runs = dict[str, list[dict[str, float]]]  # of each contender, what `together` found in each round
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -82,11 +87,20 @@ def batched(items: Iterator[Item], decode: bool) -> Batches:
 
 
 # ------------------------------------------------------------------------------------------------------------- contenders
-# Each starts from nothing at image `first` of the epoch and yields batches to the end of the epoch, in one process: who has threads
-# may use them, and nobody gets worker processes.
+# Each starts from nothing at image `first` of the epoch and yields the batches of its rank to the end of it. Each is one process:
+# who has threads may use them, and nobody gets worker processes.
 
 
-def ours(uri: str, images: int, first: int, folder: Path, decode: bool) -> Batches:
+def rank_and_world() -> tuple[int, int]:
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def cache() -> Path:
+    """An empty folder, at a fixed place since litdata's states name it; the ranks of one machine share it."""
+    return Path(os.environ["BENCH_TARS"]) / "cache"
+
+
+def ours(uri: str, images: int, first: int, decode: bool) -> Batches:
     from configs.schema import DataConfig
     from data_pipeline.manifest import load_manifest
     from data_pipeline.order import Order
@@ -95,15 +109,16 @@ def ours(uri: str, images: int, first: int, folder: Path, decode: bool) -> Batch
 
     store = open_store(f"{uri}/ours")
     manifest = load_manifest(store)
-    order = Order.choose(manifest, BATCH, 0)
+    rank, world = rank_and_world()
+    order = Order.choose(manifest, world * BATCH, 0)
     data = DataConfig(uri="", image_size=SIDE, classes=10)
-    place = {"global_batch": BATCH, "rank": 0, "world_size": 1, "start_step": first // BATCH}
+    place = {"global_batch": world * BATCH, "rank": rank, "world_size": world, "start_step": first // BATCH // world}
     with Reader(store, manifest, order, data=data, **place) as reader:
         if not decode:
-            samples = itertools.islice(reader.samples(), images // BATCH * BATCH - first)
+            samples = itertools.islice(reader.samples(), images // BATCH * BATCH - first)  # of one rank
             yield from batched(((sample["png"], int(sample["cls"])) for sample in samples), decode)
             return
-        for _ in range(first // BATCH, images // BATCH):
+        for _ in range(first // BATCH // world, images // BATCH // world):
             batch = next(reader)
             yield batch.images, batch.labels
 
@@ -111,18 +126,22 @@ def ours(uri: str, images: int, first: int, folder: Path, decode: bool) -> Batch
 def webdataset_over(urls: list[str], first: int, decode: bool) -> Batches:
     import webdataset
 
+    rank, world = rank_and_world()
+
     # The pipeline of its documentation: shards and a buffer of samples shuffled. It cannot start elsewhere than at the beginning.
-    data = webdataset.WebDataset(urls, shardshuffle=100, seed=0, empty_check=False).shuffle(1000).to_tuple("png", "cls")
+    urls = urls[rank::world]
+    data = webdataset.WebDataset(urls, nodesplitter=None, shardshuffle=100, seed=0, empty_check=False)
+    data = data.shuffle(1000).to_tuple("png", "cls")
     samples = ((png, int(label)) for png, label in data)
     return batched(itertools.islice(samples, first, None), decode)
 
 
-def pipe(uri: str, images: int, first: int, folder: Path, decode: bool) -> Batches:
+def pipe(uri: str, images: int, first: int, decode: bool) -> Batches:
     aws = Path(sys.executable).parent / "aws"
     return webdataset_over([f"pipe:{aws} s3 cp {url} -" for url in _shards(f"{uri}/ours", images)], first, decode)
 
 
-def local(uri: str, images: int, first: int, folder: Path, decode: bool) -> Batches:
+def local(uri: str, images: int, first: int, decode: bool) -> Batches:
     return webdataset_over(_shards(os.environ["BENCH_TARS"], images), first, decode)
 
 
@@ -147,11 +166,11 @@ def import_streaming() -> Any:
     return streaming
 
 
-def mosaic(uri: str, images: int, first: int, folder: Path, decode: bool) -> Batches:
+def mosaic(uri: str, images: int, first: int, decode: bool) -> Batches:
     streaming = import_streaming()
     os.environ["S3_ENDPOINT_URL"] = os.environ["AWS_ENDPOINT_URL"]
     data = streaming.StreamingDataset(
-        remote=f"{uri}/mosaic", local=str(folder), shuffle=True, shuffle_seed=0, batch_size=BATCH, num_canonical_nodes=1
+        remote=f"{uri}/mosaic", local=str(cache()), shuffle=True, shuffle_seed=0, batch_size=BATCH, num_canonical_nodes=1
     )
     if first:
         state = {"epoch": 0, "sample_in_epoch": first, "num_canonical_nodes": 1, "shuffle_seed": 0, "initial_physical_nodes": 1}
@@ -159,7 +178,7 @@ def mosaic(uri: str, images: int, first: int, folder: Path, decode: bool) -> Bat
     return batched(((sample["x"], int(sample["y"])) for sample in data), decode)
 
 
-def litdata(uri: str, images: int, first: int, folder: Path, decode: bool) -> Batches:
+def litdata(uri: str, images: int, first: int, decode: bool) -> Batches:
     loader = litdata_loader(uri)
     if first:
         loader.load_state_dict(json.loads((Path(os.environ["BENCH_TARS"]) / f"litdata-{first}.json").read_text()))
@@ -168,19 +187,18 @@ def litdata(uri: str, images: int, first: int, folder: Path, decode: bool) -> Ba
 
 
 def litdata_loader(uri: str) -> Any:
-    """With an empty cache at a fixed place, since litdata's states name it."""
     from litdata import StreamingDataLoader, StreamingDataset
     from litdata.streaming import downloader
 
     downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True  # its fast client insists on https, and has no option for it
-    cache = Path(os.environ["BENCH_TARS"]) / "litdata-cache"
-    shutil.rmtree(cache, ignore_errors=True)
     endpoint = {"endpoint_url": os.environ["AWS_ENDPOINT_URL"]}
-    data = StreamingDataset(f"{uri}/litdata", cache_dir=str(cache), shuffle=True, seed=0, storage_options=endpoint)
+    rank, world = rank_and_world()
+    place = cache() / str(rank) if world > 1 else cache()  # ranks that begin with one empty cache trip over each other's index
+    data = StreamingDataset(f"{uri}/litdata", cache_dir=str(place), shuffle=True, seed=0, storage_options=endpoint)
     return StreamingDataLoader(data, batch_size=BATCH, num_workers=0, collate_fn=list)
 
 
-CONTEND: dict[str, Callable[[str, int, int, Path, bool], Batches]] = {
+CONTEND: dict[str, Callable[[str, int, int, bool], Batches]] = {
     "ours": ours,
     "pipe": pipe,
     "local": local,
@@ -197,18 +215,18 @@ def contend(name: str, uri: str, images: int, first: int, batches: int, decode: 
         import_streaming()
     else:
         __import__({"litdata": "litdata", "ours": "data_pipeline.stream"}.get(name, "webdataset"))  # importing is not reading
+    if rank_and_world()[1] > 1:  # two of the peers ask torch.distributed which rank they are
+        torch.distributed.init_process_group("gloo")
+        torch.distributed.barrier()
     before, used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, _cpu()
-    with tempfile.TemporaryDirectory(
-        prefix="freeguide-bench-", ignore_cleanup_errors=True
-    ) as folder:  # peers have threads of their own
-        began = time.perf_counter()
-        stream = CONTEND[name](uri, images, first, Path(folder), bool(decode))
-        count = len(next(stream)[1])
-        started = time.perf_counter()
-        for _, labels in itertools.islice(stream, batches - 1 if batches else None):
-            count += len(labels)
-        ended = time.perf_counter()
-        stream.close()  # type: ignore[attr-defined]
+    began = time.perf_counter()
+    stream = CONTEND[name](uri, images, first, bool(decode))
+    count = len(next(stream)[1])
+    started = time.perf_counter()
+    for _, labels in itertools.islice(stream, batches - 1 if batches else None):
+        count += len(labels)
+    ended = time.perf_counter()
+    stream.close()  # type: ignore[attr-defined]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
         "samples": count,
@@ -305,20 +323,40 @@ def _resume_at(images: int, part: float) -> int:
     return int(images * part) // BATCH * BATCH
 
 
-def child(peers: str, name: str, *arguments: object) -> dict[str, float]:
+def together(
+    peers: str, name: str, uri: str, images: int, first: int, batches: int, decode: int, world: int = 1
+) -> dict[str, float]:
+    """One measurement of `contend`, with an empty cache, over `world` processes that begin together."""
+    shutil.rmtree(cache(), ignore_errors=True)
+    cache().mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    shared |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    arguments = ("--contend", name, uri, images, first, batches, decode)
+
+    def one(rank: int) -> dict[str, float]:
+        return child(peers, name, *arguments, **shared, RANK=str(rank), LOCAL_RANK=str(rank))
+
+    with ThreadPoolExecutor(world) as pool:
+        found = list(pool.map(one, range(world)))
+    total = {key: sum(part[key] for part in found) for key in ("samples", "cpu_s")}
+    return total | {key: max(part[key] for part in found) for key in ("first_s", "wall_s", "memory_mib")}
+
+
+def child(peers: str, name: str, *arguments: object, **variables: str) -> dict[str, float]:
     """Runs this file in the environment of the contender, and returns what it prints."""
     python = sys.executable if name == "ours" else peers
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    environment = {**os.environ, **variables, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     command = [python, __file__, *map(str, arguments)]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3600)
     if ended.returncode:
         raise RuntimeError(f"{name}: {ended.stderr[-2000:]}")
     lines = [line for line in ended.stdout.splitlines() if line.startswith("{")]
     return json.loads(lines[-1]) if lines else {}
 
 
-def run(size: str, peers: str) -> list[dict[str, Any]]:
-    images, rounds = SIZES[size]
+def run(size: str, peers: str, rounds: int) -> list[dict[str, Any]]:
+    images = SIZES[size]
     names = [name for name in CONTENDERS if peers or name == "ours"]
     with server() as where, tempfile.TemporaryDirectory(prefix="freeguide-bench-") as folder:
         os.environ["BENCH_TARS"] = folder
@@ -326,35 +364,42 @@ def run(size: str, peers: str) -> list[dict[str, Any]]:
         for name in names:
             if name in WRITE:
                 child(peers, name, "--write", name, uri, images)
-        epochs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-        plain: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+        epochs, plain, several = (Runs((name, []) for name in names) for _ in range(3))
         resumes: dict[tuple[str, float], list[float]] = {(name, part): [] for name in names for part in RESUMES}
         for number in range(rounds):
             for name in names:
-                epochs[name].append(child(peers, name, "--contend", name, uri, images, 0, 0, 1))
-                print(f"round {number + 1}/{rounds}  {CONTENDERS[name]:28} {epochs[name][-1]}", flush=True)
-                plain[name].append(child(peers, name, "--contend", name, uri, images, 0, 0, 0))
+                epochs[name].append(together(peers, name, uri, images, 0, 0, 1))
+                plain[name].append(together(peers, name, uri, images, 0, 0, 0))
+                several[name].append(together(peers, name, uri, images, 0, 0, 1, PROCESSES))
+                for found in (epochs, plain, several):
+                    print(f"round {number + 1}/{rounds}  {CONTENDERS[name]:28} {found[name][-1]}", flush=True)
                 for part in RESUMES:
-                    found = child(peers, name, "--contend", name, uri, images, _resume_at(images, part), 1, 1)
-                    resumes[name, part].append(found["first_s"])
-        return rows(names, epochs, plain, resumes, conditions(size, where, images, rounds))
+                    resumes[name, part].append(together(peers, name, uri, images, _resume_at(images, part), 1, 1)["first_s"])
+        return rows(names, epochs, plain, several, resumes, conditions(size, where, images, rounds))
 
 
 def rows(
     names: list[str],
-    epochs: dict[str, list[dict[str, float]]],
-    plain: dict[str, list[dict[str, float]]],
+    epochs: Runs,
+    plain: Runs,
+    several: Runs,
     resumes: dict[tuple[str, float], list[float]],
     shared: dict[str, Any],
 ) -> list[dict[str, Any]]:
     """Every measure against every peer. Ratios above 1 mean that ours is better, whatever the unit."""
+
+    def rate(runs: Runs, seconds: str) -> tuple[str, bool, Callable[[str], list[float]]]:
+        return "1/s", True, lambda name: [run["samples"] / run[seconds] for run in runs[name]]
+
     measures: dict[str, tuple[str, bool, Callable[[str], list[float]]]] = {
-        "samples per CPU-second": ("1/s", True, lambda name: [e["samples"] / e["cpu_s"] for e in epochs[name]]),
-        "samples per second": ("1/s", True, lambda name: [e["samples"] / e["wall_s"] for e in epochs[name]]),
-        "undecoded samples per CPU-second": ("1/s", True, lambda name: [e["samples"] / e["cpu_s"] for e in plain[name]]),
-        "undecoded samples per second": ("1/s", True, lambda name: [e["samples"] / e["wall_s"] for e in plain[name]]),
-        "cold start to the first batch": ("s", False, lambda name: [e["first_s"] for e in epochs[name]]),
-        "memory over the imports": ("MiB", False, lambda name: [e["memory_mib"] for e in epochs[name]]),
+        "samples per CPU-second": rate(epochs, "cpu_s"),
+        "samples per second": rate(epochs, "wall_s"),
+        "undecoded samples per CPU-second": rate(plain, "cpu_s"),
+        "undecoded samples per second": rate(plain, "wall_s"),
+        f"samples per CPU-second, {PROCESSES} processes": rate(several, "cpu_s"),
+        f"samples per second, {PROCESSES} processes": rate(several, "wall_s"),
+        "cold start to the first batch": ("s", False, lambda name: [run["first_s"] for run in epochs[name]]),
+        "memory over the imports": ("MiB", False, lambda name: [run["memory_mib"] for run in epochs[name]]),
     }
     for part in RESUMES:
         measures[f"resume at {part:.0%} of an epoch"] = ("s", False, lambda name, part=part: resumes[name, part])  # type: ignore[misc]
@@ -398,6 +443,7 @@ def main() -> None:
         "--quick", action="store_const", dest="size", const="quick", default="quick", help="6 016 images (the default)"
     )
     sizes.add_argument("--full", action="store_const", dest="size", const="full", help="24 000 images")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds in which the contenders take turns (default: 3)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows there")
     parser.add_argument("--peers", metavar="PYTHON", default="", help="Python of an environment with benchmarks/requirements.txt")
     parser.add_argument("--write", nargs=3, help=argparse.SUPPRESS)
@@ -409,12 +455,12 @@ def main() -> None:
     if options.contend:
         name, uri, *numbers = options.contend
         return print(json.dumps(contend(name, uri, *map(int, numbers))), flush=True)
-    found = run(options.size, options.peers)
+    found = run(options.size, options.peers, options.rounds)
     print("\n" + "\n".join(f"{name}: {value}" for name, value in found[0]["conditions"].items()))
-    print(f"\n{'':32} {'':28} {'ours':>10} {'peer':>10} {'':4} {'ratio':>7}")
+    print(f"\n{'':40} {'':28} {'ours':>10} {'peer':>10} {'':4} {'ratio':>7}")
     for row in found:
         print(
-            f"{row['measure']:32} {row['peer_name']:28} {row['ours']:10.2f} {row['peer']:10.2f} {row['unit']:4} {row['ratio']:7.2f}"
+            f"{row['measure']:40} {row['peer_name']:28} {row['ours']:10.2f} {row['peer']:10.2f} {row['unit']:4} {row['ratio']:7.2f}"
         )
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")

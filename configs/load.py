@@ -5,6 +5,7 @@ the nearest key that exists. Values are then merged one by one through OmegaConf
 """
 
 import difflib
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
@@ -63,8 +64,12 @@ def to_yaml(config: Config) -> str:
 
 
 def from_yaml(text: str) -> Config:
-    """The config that `to_yaml` wrote, without checking it again."""
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text)))
+    """The config that `to_yaml` wrote, without checking it again. Raises ConfigError if another version wrote it."""
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text)))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"a stored config cannot be read ({reason}); use the version that wrote it") from error
     assert isinstance(config, Config)
     return config
 
@@ -75,6 +80,35 @@ def validate(config: Config, command: str = "train") -> None:
         for holds, sentence in checks(config, command):
             if not holds:
                 raise ConfigError(sentence)
+    if config.evaluate.sweep:
+        for series in sweep(config):
+            validate(series, command)
+
+
+def sweep(config: Config) -> list[Config]:
+    """A config for each combination of the values in `evaluate.sweep`, the last option changing fastest; `[config]` without one.
+
+    Raises ConfigError for options that cannot be swept and for values that do not fit their option.
+    """
+    axes = config.evaluate.sweep
+    # The labels decide what is compared, the batch nothing but memory and rounding.
+    known = ["run", *(key for key in _schema_keys(Config) if key.startswith("sampling."))]
+    known = [key for key in known if key not in ("sampling.labels", "sampling.batch")]
+    for key, values in axes.items():
+        if key not in known:
+            raise ConfigError(
+                f"evaluate.sweep: {key} cannot be swept, as {{sampling.steps: [8, 16]}} can; {_choices('options', str(key), known)}"
+            )
+        if not isinstance(values, list) or not values or any(values.count(value) > 1 for value in values):
+            raise ConfigError(f"evaluate.sweep: {key} is {values!r}; give a list of values, each once")
+    found = []
+    for values in itertools.product(*axes.values()):
+        series = OmegaConf.structured(config)
+        _merge(series, {"evaluate": {"sweep": {}}, **dict(zip(axes, values, strict=True))}, "evaluate.sweep")
+        one = OmegaConf.to_object(series)
+        assert isinstance(one, Config)
+        found.append(one)
+    return found
 
 
 Checks = Iterator[tuple[bool, str]]  # what has to hold, and the sentence for when it does not; later ones rely on earlier ones
@@ -85,6 +119,7 @@ def _name_checks(config: Config, command: str) -> Checks:
     names: dict[str, list[Any]] = {
         "data.source": ["digits", "folder", "idx", "parquet", "webdataset"],
         "data.resize": ["adm", "area"],
+        "data.dtype": ["uint8", "float16", "float32"],
         "diffusion.schedule": ["cosine", "uniform", "normal", "flow"],
         "diffusion.prediction": ["eps", "x", "v", "edm"],
         "diffusion.loss_weight": ["paper", "v", "min_snr", "edm", "elbo"],
@@ -95,6 +130,7 @@ def _name_checks(config: Config, command: str) -> Checks:
         "sampling.sampler": ["ancestral", "ddim", "dpmpp_2m", "heun"],
         "sampling.spacing": ["u", "logsnr", "karras"],
         "sampling.labels": ["balanced", "random"],
+        "sampling.precision": ["fp32", "bf16"],
     }
     for key, valid in names.items():
         value = _value(config, key)
@@ -130,7 +166,7 @@ def _range_checks(config: Config, command: str) -> Checks:
     ):
         value = _value(config, key)
         yield value >= 0, f"{key}={value}: must not be negative"
-    for key in ("data.disk_cache_gib", "train.lr", "train.adam_eps", "cluster.cpus_per_worker"):
+    for key in ("data.latent_scale", "data.disk_cache_gib", "train.lr", "train.adam_eps", "cluster.cpus_per_worker"):
         value = _value(config, key)
         yield value > 0, f"{key}={value}: must be positive"
     gpus = config.cluster.gpus_per_worker
@@ -139,10 +175,17 @@ def _range_checks(config: Config, command: str) -> Checks:
 
 def _data_checks(config: Config, command: str) -> Checks:
     data, diffusion = config.data, config.diffusion
-    yield data.channels in (1, 3), f"data.channels={data.channels}: 1 (grey) or 3 (RGB)"
+    if data.dtype == "uint8":
+        yield data.channels in (1, 3), f"data.channels={data.channels}: 1 (grey) or 3 (RGB)"
+    else:
+        yield from _latent_checks(config, command)
     if command == "prepare":
         yield data.source == "digits" or data.path != "", f"data.path is empty: name what data.source={data.source} reads"
     yield min(data.mixture.values(), default=1) >= 1, f"data.mixture={data.mixture}: weights are whole numbers from 1"
+    yield (
+        diffusion.p_uncond < 1 or command not in ("evaluate", "generate"),
+        f"diffusion.p_uncond=1 trains no class at all, so {command} cannot sample one at any w: train with p_uncond < 1",
+    )
     low, high = diffusion.logsnr_min, diffusion.logsnr_max
     yield low < high, f"diffusion.logsnr_min={low} is not below diffusion.logsnr_max={high}: swap them"
     asked = {"evaluate": config.evaluate.w, "generate": [config.generate.w]}.get(command, [])
@@ -151,6 +194,27 @@ def _data_checks(config: Config, command: str) -> Checks:
         diffusion.p_uncond > 0 or guided is None,
         f"diffusion.p_uncond=0 leaves the network without an unconditional mode, so {command}.w={guided} cannot be sampled: "
         f"train with p_uncond > 0 or ask for w=0",
+    )
+
+
+def _latent_checks(config: Config, command: str) -> Checks:
+    dtype = f"data.dtype={config.data.dtype}"
+    yield config.data.channels >= 1, f"data.channels={config.data.channels}: must be at least 1"
+    yield (
+        command != "train" or not config.data.flip,
+        f"data.flip=true with {dtype}: a mirrored latent is not the latent of the mirrored image; set data.flip=false",
+    )
+    yield (
+        command != "train" or config.train.sample_every == 0,
+        f"train.sample_every={config.train.sample_every} with {dtype}: latents are no pictures without their decoder; set it to 0",
+    )
+    yield (
+        command != "generate" or not config.sampling.clip,
+        f"sampling.clip=true with {dtype} would clamp latents to [-1, 1]; set sampling.clip=false",
+    )
+    yield (
+        command != "evaluate",
+        f"{dtype}: evaluate measures images, and there is no decoder here; generate the latents, decode them, and use score",
     )
 
 
@@ -220,8 +284,22 @@ def _sampling_checks(config: Config, command: str) -> Checks:
         len(interval) in (0, 2) and interval == sorted(set(interval)),
         f"sampling.interval={interval}: two log-SNRs, the lower one first, or an empty list",
     )
+    options = config.evaluate
+    yield (
+        options.dinov2 != "" or options.dinov2_reference == "",
+        f"evaluate.dinov2_reference={options.dinov2_reference} needs DINOv2's weights: set evaluate.dinov2 to their path",
+    )
+    yield (
+        re.fullmatch(r"|[0-9a-f]{64}", options.extractor_hash) is not None,
+        f"evaluate.extractor_hash={options.extractor_hash}: a sha256 has 64 hexadecimal digits, in lower case",
+    )
+    yield (
+        command != "fit-evaluator" or options.extractor == "",
+        f"evaluate.extractor={options.extractor} names weights that are there already: leave it out to fit an evaluator",
+    )
     yield len(set(weights)) == len(weights) > 0, f"evaluate.w={weights}: at least one weight, each once"
     yield all(w >= 0 for w in weights), f"evaluate.w={weights}: guidance weights must not be negative"
+    yield config.evaluate.screen >= -1, f"evaluate.screen={config.evaluate.screen}: a number of images, 0 for none, -1 for a tenth"
 
 
 def _value(config: Config, key: str) -> Any:

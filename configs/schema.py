@@ -20,7 +20,9 @@ class DataConfig:
     skip_broken: bool = False  # whether `index` leaves out broken tars instead of stopping
     image_size: int = 64  # pixels per side; other images are centre-cropped and resized
     resize: str = "adm"  # how `prepare` resizes: adm (box halvings, then bicubic) | area (each pixel the mean of what it covers)
-    channels: int = 3  # 1 = grey, 3 = RGB
+    channels: int = 3  # 1 = grey, 3 = RGB; latents have any number
+    dtype: str = "uint8"  # what a sample is: uint8 (an image) | float16 | float32 (raw latents, .npy arrays (C, H, W))
+    latent_scale: float = 1.0  # latents are multiplied by it when they are read; Stable Diffusion's autoencoder wants 0.18215
     classes: int = 1000  # number of classes; labels are 0 .. classes - 1
     flip: bool = True  # random horizontal flip, drawn by global sample index
     shard_samples: int = 4096  # samples per shard that `prepare` writes
@@ -110,6 +112,8 @@ class SamplingConfig:
     v: float = 0.3  # log-variance between the posterior's (0) and the forward process' (1); paper: 0.3 at 64x64, 0.2 at 128x128
     interval: list[float] = field(default_factory=list)  # [low, high]: guide only at these log-SNRs; empty = at all, the paper's
     clip: bool = True  # clamp x to [-1, 1] at every step, as ADM does; without it rounding of eps is amplified at logsnr -20
+    precision: str = "fp32"  # of the network: fp32 | bf16 (autocast; the sampler's own arithmetic stays fp32)
+    compile: bool = False  # torch.compile the network; the first batch of each shape takes up to minutes
     batch: int = 64  # images per forward pass (twice as many rows with guidance)
     seed: int = 0  # image i depends on (seed, i) only
     labels: str = "balanced"  # balanced (label of image i = i mod classes) | random (drawn by (seed, i))
@@ -119,7 +123,8 @@ class SamplingConfig:
 class GenerateConfig:
     images: int = 50_000  # how many images
     w: float = 0.0  # guidance weight of the paper: (1 + w) eps_c - w eps_u
-    unit: int = 1024  # images per work unit: what one failure can lose at most
+    unit: int = 1024  # images per work unit and shard: what one failure can lose at most
+    npz: bool = True  # also write all images as one samples.npz (uint8 arr_0, labels arr_1), which the ADM evaluator reads
 
 
 @dataclass
@@ -128,9 +133,14 @@ class EvaluateConfig:
     w: list[float] = field(
         default_factory=lambda: [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 2.0, 3.0, 4.0]
     )  # the rows of the paper's tables
+    sweep: dict[str, Any] = field(default_factory=dict)  # a series for each combination: {run: [URIs], sampling.steps: [8, 16]}
+    screen: int = 0  # images per w of a first look; only the w near the frontier then get all `images`. 0 = none, -1 = a tenth
     unit: int = 1024  # images per work unit: what one failure can lose at most
-    extractor: str = ""  # weights of the feature network (Inception, DINOv2, an evaluator), path or URI; empty = an own evaluator
+    extractor: str = ""  # weights of the feature network (Inception, an evaluator), path or URI; empty = the data's own evaluator
+    extractor_hash: str = ""  # sha256 that the feature network has to have, as `fit-evaluator` prints it; empty = any
     reference: str = ""  # statistics of the real images, an .npz by path or URI; empty = measured on the data set
+    dinov2: str = ""  # DINOv2's weights, path or URI, for FD-DINOv2 beside the rest; empty = without
+    dinov2_reference: str = ""  # its statistics of the real images, an .npz by path or URI; empty = measured on the data set
     dataset: str = ""  # name of the real images in tables (imagenet64, ...); empty = the last part of data.uri
     evaluator_epochs: int = 30  # epochs over the real data of the small evaluator network
     evaluator_seed: int = 0  # seed of the evaluator's weights and of its batches

@@ -102,6 +102,9 @@ class CachedStore(Store):
     def put(self, key: str, data: bytes) -> str:
         return self.store.put(key, data)
 
+    def put_file(self, key: str, path: Path) -> str:
+        return self.store.put_file(key, path)
+
     def stat(self, key: str) -> ObjectInfo:
         return self.store.stat(key)
 

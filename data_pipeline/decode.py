@@ -1,17 +1,20 @@
-"""From the bytes of a sample to pixels and a label, safely: they may come from strangers.
+"""From the bytes of a sample to pixels or latents and a label, safely: they may come from strangers.
 
 Codecs are an allow-list (PNG, JPEG, WebP, npy without pickle); the file's own header decides, and its pixels are counted before
-they are decoded. Labels are a number in `.cls`, or the key "label" (or "cls") of a JSON object. Whatever does not fit raises
-BadSample with a cause from a small set, so that a reader can count it and put a donor in its place.
+they are decoded. Raw latents are npy only, and are taken as they are: nothing could resize or convert them truthfully. Labels are
+a number in `.cls`, or the key "label" (or "cls") of a JSON object. Whatever does not fit raises BadSample with a cause from a
+small set, so that a reader can count it and put a donor in its place.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,9 +28,14 @@ MAX_BYTES = 32 * 2**20  # encoded bytes of one image
 MAX_PIXELS = 64 * 10**6
 MAX_LABEL_BYTES = 64 * 2**10
 
-NPY_HEADER = re.compile(rb"\{'descr': '\|u1', 'fortran_order': False, 'shape': \((\d{1,8}), (\d{1,8}), (\d)\), \} *\n")
+NPY_HEADER = re.compile(
+    rb"\{'descr': '(\|u1|<f2|<f4)', 'fortran_order': False, 'shape': \((\d{1,8}), (\d{1,8}), (\d{1,8})\), \} *\n"
+)
+NPY_TYPES = {b"|u1": "uint8", b"<f2": "float16", b"<f4": "float32"}
 
 Pixels = npt.NDArray[np.uint8]
+Latents = npt.NDArray[np.floating]
+Values = npt.NDArray[Any]  # of a sample: Pixels or Latents
 
 # Our own cap is below Pillow's, and follows its warning; a filter set per call would not be safe in threads.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -41,15 +49,31 @@ class BadSample(DataError):
         self.cause = cause
 
 
-def decode_sample(fields: Mapping[str, bytes], schema: Schema, resize: str = "adm") -> tuple[Pixels, int]:
-    """The image, uint8 (H, W, C) as the schema says, and the label. An image of another size is fitted, see `fit`."""
-    present = [ext for ext in IMAGE_FIELDS if ext in fields]
+def decode_sample(fields: Mapping[str, bytes], schema: Schema, resize: str = "adm") -> tuple[Values, int]:
+    """The image, uint8 (H, W, C), or the latents, float (C, H, W), as the schema says, and the label.
+
+    An image of another size is fitted, see `fit`. Where the schema speaks of latents, images beside them are passed over.
+    """
+    wanted = IMAGE_FIELDS if schema.dtype == "uint8" else ("npy",)
+    present = [ext for ext in wanted if ext in fields]
     if len(present) != 1:
-        raise BadSample("fields", f"it needs one image ({', '.join(IMAGE_FIELDS)}), and has {', '.join(sorted(fields)) or 'none'}")
+        raise BadSample("fields", f"it needs one of {', '.join(wanted)}, and has {', '.join(sorted(fields)) or 'none'}")
     data = fields[present[0]]
     label = decode_label(fields, schema.classes)
+    if schema.dtype != "uint8":
+        return decode_latents(data, schema), label
     image = _decode_npy(data, schema.channels) if present[0] == "npy" else decode_image(data, schema.channels)
     return fit(image, schema.image_size, resize), label
+
+
+def decode_latents(data: bytes, schema: Schema) -> Latents:
+    """An npy of exactly the schema's dtype and shape (C, H, W), all of it finite."""
+    latents = _load_npy(data)
+    if latents.dtype != schema.dtype or latents.shape != schema.shape:
+        raise BadSample("codec", f"its npy is {latents.dtype} {latents.shape}, not {schema.dtype} {schema.shape}")
+    if not np.isfinite(latents).all():
+        raise BadSample("image", "its latents are not finite")
+    return latents
 
 
 def decode_image(data: bytes, channels: int) -> Pixels:
@@ -62,7 +86,8 @@ def decode_image(data: bytes, channels: int) -> Pixels:
                 raise BadSample("size", f"its image has {image.width} x {image.height} pixels, over the cap of {MAX_PIXELS}")
             if image.mode.startswith(("I", "F")):
                 raise BadSample("codec", f"its image has more than 8 bits per channel (mode {image.mode})")
-            pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+            mode = "L" if channels == 1 else "RGB"
+            pixels = np.asarray(image if image.mode == mode else image.convert(mode))  # converting would copy those that fit
     except UnidentifiedImageError as error:
         raise BadSample("codec", "its image is neither PNG, JPEG nor WebP") from error
     except Image.DecompressionBombError as error:
@@ -75,17 +100,25 @@ def decode_image(data: bytes, channels: int) -> Pixels:
 
 
 def _decode_npy(data: bytes, channels: int) -> Pixels:
-    """Exactly what `np.save` writes for uint8 (H, W, C): its header is matched, never evaluated."""
+    image = _load_npy(data)
+    if image.dtype != np.uint8 or image.shape[2] != channels:
+        raise BadSample("codec", f"its npy is {image.dtype} {image.shape}, not uint8 (height, width, {channels})")
+    return image
+
+
+def _load_npy(data: bytes) -> npt.NDArray[Any]:
+    """Exactly what `np.save` writes for three axes of uint8, float16 or float32: its header is matched, never evaluated."""
     start = 10 + int.from_bytes(data[8:10], "little")
     if not data.startswith(b"\x93NUMPY\x01\x00") or len(data) < start:
         raise BadSample("image", "its npy header cannot be read")
     header = NPY_HEADER.fullmatch(data[10:start])
-    shape = tuple(map(int, header.groups())) if header else (0,)
-    if min(shape) < 1 or shape[-1] != channels:
-        raise BadSample("codec", f"its npy is not uint8 (height, width, {channels})")
-    if len(data) > MAX_BYTES or len(data) - start != shape[0] * shape[1] * shape[2]:
+    shape = tuple(map(int, header.groups()[1:])) if header else (0,)
+    if header is None or min(shape) < 1:
+        raise BadSample("codec", "its npy is not uint8, float16 or float32 with three axes in C order")
+    dtype = np.dtype(NPY_TYPES[header.group(1)])
+    if len(data) > MAX_BYTES or len(data) - start != math.prod(shape) * dtype.itemsize:
         raise BadSample("size", f"its npy of shape {shape} has {len(data)} bytes")
-    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+    return np.frombuffer(data, dtype, offset=start).reshape(shape)
 
 
 def decode_label(fields: Mapping[str, bytes], classes: int) -> int:
@@ -137,6 +170,13 @@ def _area(image: Pixels, size: int) -> Pixels:
     square = image[top : top + side, left : left + side].astype(np.float32)  # in whole numbers Pillow would round once per axis
     planes = [Image.fromarray(square[..., c]).resize((size, size), Image.Resampling.BOX) for c in range(image.shape[2])]
     return np.rint(np.stack([np.asarray(plane) for plane in planes], axis=-1)).astype(np.uint8)
+
+
+def encode_npy(latents: Latents) -> bytes:
+    """float16 or float32 (C, H, W) as npy."""
+    out = io.BytesIO()
+    np.save(out, np.ascontiguousarray(latents, latents.dtype.newbyteorder("<")), allow_pickle=False)
+    return out.getvalue()
 
 
 def encode_png(image: Pixels) -> bytes:

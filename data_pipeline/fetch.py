@@ -46,23 +46,29 @@ class Fetch:
 def plan(manifest: Manifest, order: Order, global_batch: int, slots: Ints, start: int, resident: bool) -> Iterator[Fetch]:
     """Every read of a rank from step `start` on, without end; with `resident`, every chunk once and then nothing more.
 
-    Samples are kept under their global position, or under their id where they stay resident.
+    Samples are kept under their global position, or under their id where they stay resident. The chunks of the first batch come
+    first, not joined to what stands beside them: a start, a resume too, waits for them alone.
     """
-    for generation in itertools.count(start * global_batch // order.generation):
+    begun = start * global_batch // order.generation
+    for generation in itertools.count(begun):
         first, end = generation * order.generation, (generation + 1) * order.generation
         steps = np.arange(max(start, first // global_batch), -(-end // global_batch), dtype=np.int64)
         positions = (steps[:, None] * global_batch + slots).reshape(-1)
         positions = positions[(positions >= first) & (positions < end)]
-        ids = order.locate(positions)[1]
-        if not resident:
-            yield from _join(manifest, ids, positions, positions)
-            continue
-        late = np.full(manifest.samples, np.iinfo(np.int64).max)
-        late[ids] = positions
-        every = np.arange(manifest.samples)
-        every = every[manifest.exists(every)]
-        yield from _join(manifest, every, every, late[every])
-        return
+        ids, keys, uses = order.locate(positions)[1], positions, positions
+        if resident:
+            late = np.full(manifest.samples, np.iinfo(np.int64).max)
+            late[ids] = positions
+            ids = keys = np.flatnonzero(manifest.exists(np.arange(manifest.samples)))
+            uses = late[ids]
+        # A single window is small data, of which a batch needs a sample from nearly every read anyway.
+        at_once = generation == begun and order.streams > 1
+        chunks = ids // manifest.chunk_samples
+        now = np.isin(chunks, chunks[uses < (start + 1) * global_batch]) & at_once
+        yield from _join(manifest, ids[now], keys[now], uses[now])
+        yield from _join(manifest, ids[~now], keys[~now], uses[~now])
+        if resident:
+            return
 
 
 def _join(manifest: Manifest, ids: Ints, slots: Ints, positions: Ints) -> list[Fetch]:
@@ -175,8 +181,7 @@ class Fetcher:
             if crc != self.manifest.crcs[chunk]:
                 raise BadSample("checksum", "its bytes are not those that were indexed")
             spans = [(span, part) for part in parts for span in tar.samples(part)]
-            q = self.manifest.chunk_samples
-            whole = int(self.manifest.exists(np.arange(chunk * q, (chunk + 1) * q)).sum())
+            whole = self.manifest.in_chunk(chunk)
             if len(spans) != whole:
                 raise BadSample("tar", f"its chunk holds {len(spans)} samples, not {whole}")
         except BadSample as error:

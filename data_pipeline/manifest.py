@@ -36,15 +36,37 @@ CHUNK_BYTES = 4 * 2**20  # aim of one ranged GET
 LEAST_BYTES = 256 * 2**10  # smaller reads cost more CPU for the request than for the bytes
 WHOLE_BYTES = 64 * 2**20  # a data set up to this size is kept in memory by every worker, and addressed sample by sample
 
+DTYPES = ("uint8", "float16", "float32")  # of samples: images, and raw latents
+
 Uint32s = npt.NDArray[np.uint32]
 
 
 @dataclass(frozen=True)
 class Schema:
-    image_size: int  # pixels per side
-    channels: int  # 1 = grey, 3 = RGB
+    image_size: int  # pixels per side, of latents places
+    channels: int  # 1 = grey, 3 = RGB; latents have any number
     classes: int  # labels are 0 .. classes - 1
     class_names: tuple[str, ...] = ()
+    dtype: str = "uint8"  # uint8 = images; float16 or float32 = raw latents
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of a sample: (H, W, C) of an image, (C, H, W) of latents."""
+        size = self.image_size
+        return (size, size, self.channels) if self.dtype == "uint8" else (self.channels, size, size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it. Images are not said to be uint8: data sets written before there were latents keep their identity."""
+        facts = {**vars(self), "class_names": list(self.class_names)}
+        return {name: value for name, value in facts.items() if (name, value) != ("dtype", "uint8")}
+
+    @classmethod
+    def from_dict(cls, facts: Mapping[str, Any]) -> Schema:
+        """Raises ValueError, KeyError or TypeError where that is no schema."""
+        schema = cls(**{**facts, "class_names": tuple(facts["class_names"])})
+        if schema.dtype not in DTYPES:
+            raise ValueError(f"its samples are {schema.dtype!r}")
+        return schema
 
 
 @dataclass(frozen=True)
@@ -130,6 +152,13 @@ class Manifest:
         shard = np.searchsorted(self.first_samples, ids, side="right") - 1
         return ids - self.first_samples[shard] < self._counts[shard]
 
+    def in_chunk(self, chunk: int) -> int:
+        """How many samples a chunk holds: q, or fewer where a data set ends."""
+        q = self.chunk_samples
+        if self.parts:
+            return int(self.exists(np.arange(chunk * q, (chunk + 1) * q)).sum())
+        return min(q, self.samples - chunk * q)
+
     @cached_property
     def _counts(self) -> npt.NDArray[np.int64]:
         """(shards + 1,) samples of each shard, and 0 for what comes after the last."""
@@ -140,6 +169,7 @@ class Manifest:
         """sha256 over the content: schema, samples per shard, chunks. Neither names nor places nor etags change it."""
         schema = self.schema
         facts: list[Any] = [schema.image_size, schema.channels, schema.classes, list(schema.class_names), self.chunk_samples]
+        facts += [schema.dtype] if schema.dtype != "uint8" else []
         facts += [[part.weight, part.samples] for part in self.parts]
         digest = hashlib.sha256(json.dumps([*facts, [shard.samples for shard in self.shards]]).encode())
         digest.update(self.starts.astype("<u4").tobytes())
@@ -248,7 +278,9 @@ def join(parts: Sequence[tuple[str, int, Manifest]]) -> Manifest:
         if manifest.parts:
             raise DataError(f"{uri} is a mixture itself; name its data sets one by one.")
         if replace(manifest.schema, class_names=()) != replace(schema, class_names=()):
-            raise DataError(f"{uri} has other images or classes than {parts[0][0]}; prepare both with one image_size and classes.")
+            raise DataError(
+                f"{uri} has other images or classes than {parts[0][0]}; prepare both with one image_size, dtype and classes."
+            )
         if manifest.samples < q:
             raise DataError(f"{uri} has {manifest.samples} samples, fewer than the {q} of a chunk; leave it out.")
     found = [coarser(manifest, q) for _, _, manifest in parts]
@@ -305,7 +337,7 @@ def save_manifest(store: Store, manifest: Manifest) -> None:
         "fingerprint": manifest.fingerprint,
         "source": manifest.source,
         "samples": manifest.samples,
-        "schema": {**vars(manifest.schema), "class_names": list(manifest.schema.class_names)},
+        "schema": manifest.schema.to_dict(),
         "chunk_samples": manifest.chunk_samples,
         "index": {"key": index, "sha256": digest},
         "shards": columns,
@@ -332,7 +364,7 @@ def load_manifest(store: Store) -> Manifest:
         if hashlib.sha256(index).hexdigest() != header["index"]["sha256"]:
             raise ValueError("the index is not the one that the manifest names")
         table = np.load(io.BytesIO(index), allow_pickle=False)
-        schema = Schema(**{**header["schema"], "class_names": tuple(header["schema"]["class_names"])})
+        schema = Schema.from_dict(header["schema"])
         columns = header["shards"]
         rows = zip(columns["key"], columns["bytes"], columns["etag"], columns["samples"], strict=True)
         manifest = Manifest(

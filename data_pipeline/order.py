@@ -29,6 +29,7 @@ Ints = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
 
 WHOLE_BYTES = 64 * 2**20  # a data set up to this size is one window: every worker keeps it in memory
+WINDOWS_BYTES = 256 * 2**20  # of the windows of all streams together: half of what data.cache_mib is by default
 WINDOW_CHUNKS = 8  # G: below it neighbouring batches share chunks and their means correlate
 ROUNDS = 4
 MIN_BITS = 8  # in smaller domains four rounds are measurably not uniform
@@ -52,19 +53,20 @@ class Order:
             raise ValueError(f"a window of {self.window_chunks} chunks does not fit into {self.chunks} chunks")
 
     @classmethod
-    def choose(cls, manifest: Manifest, global_batch: int, seed: int, cache_mib: int = 512) -> Order:
-        """An order whose windows fit into half of one worker's `cache_mib`, for 100 samples as for 10^10.
+    def choose(cls, manifest: Manifest, global_batch: int, seed: int) -> Order:
+        """An order whose windows take 256 MiB at most over all workers, for 100 samples as for 10^10.
 
         A small data set is one window with every sample exactly once per epoch. Otherwise C = B, halved while the windows of all
-        streams are more than the data set holds or the memory does; then G shrinks. It does not depend on the world size.
+        streams are more than the data set holds or those bytes; then G shrinks. Neither the world size nor the memory of a worker
+        may change what a run trains on.
         """
         samples, q = manifest.samples, manifest.chunk_samples
         chunks = samples // q
         if manifest.parts:
-            return Mixture.of_parts(manifest, global_batch, seed, cache_mib)
-        if manifest.bytes <= min(WHOLE_BYTES, cache_mib * 2**19):
+            return Mixture.of_parts(manifest, global_batch, seed)
+        if manifest.bytes <= WHOLE_BYTES:
             return cls(samples, q, 1, chunks, seed)
-        return cls(samples, q, *_fit_windows(manifest, global_batch, cache_mib, min(WINDOW_CHUNKS, chunks)), seed)
+        return cls(samples, q, *_fit_windows(manifest, global_batch, min(WINDOW_CHUNKS, chunks)), seed)
 
     @property
     def chunks(self) -> int:
@@ -115,11 +117,11 @@ class Order:
         return asdict(self)
 
 
-def _fit_windows(manifest: Manifest, global_batch: int, cache_mib: int, window: int) -> tuple[int, int]:
-    """C and G: streams, and chunks in a window of up to `window`, which all together fit into half of the memory."""
+def _fit_windows(manifest: Manifest, global_batch: int, window: int) -> tuple[int, int]:
+    """C and G: streams, and chunks in a window of up to `window`, which all together take WINDOWS_BYTES at most."""
     chunk_bytes = manifest.sample_bytes * manifest.chunk_samples
     chunks = manifest.samples // manifest.chunk_samples
-    budget = max(1, min(chunks, int(cache_mib * 2**19 / chunk_bytes)))  # chunks that all streams may hold together
+    budget = max(1, min(chunks, int(WINDOWS_BYTES / chunk_bytes)))  # chunks that all streams may hold together
     streams = global_batch
     while streams * window > budget and streams % 2 == 0:
         streams //= 2
@@ -164,11 +166,11 @@ class Mixture(Order):
         return cls(ids, first.chunk_samples, first.streams, first.window_chunks, first.seed, orders, weights)
 
     @classmethod
-    def of_parts(cls, manifest: Manifest, global_batch: int, seed: int, cache_mib: int) -> Mixture:
+    def of_parts(cls, manifest: Manifest, global_batch: int, seed: int) -> Mixture:
         """The order of a mixture's manifest, see `Order.choose`; no window is larger than the smallest data set."""
         q = manifest.chunk_samples
         most = min(WINDOW_CHUNKS, *(part.samples // q for part in manifest.parts))
-        streams, window = _fit_windows(manifest, global_batch, cache_mib, most)
+        streams, window = _fit_windows(manifest, global_batch, most)
         orders = tuple(Order(part.samples, q, streams, window, seed + number) for number, part in enumerate(manifest.parts))
         return cls.of(orders, tuple(part.weight for part in manifest.parts))
 

@@ -7,13 +7,16 @@ import numpy.typing as npt
 
 from configs.errors import DataError
 from data_pipeline import tar
-from data_pipeline.decode import Pixels, decode_sample
+from data_pipeline.decode import Values, decode_sample
 from data_pipeline.manifest import Manifest
 from data_pipeline.store import Store
 
 
-def scan(store: Store, manifest: Manifest) -> Iterator[tuple[Pixels, int]]:
-    """Every image, uint8 (H, W, C), with its label. Raises DataError, naming the shard, at the first that cannot be used."""
+def scan(store: Store, manifest: Manifest) -> Iterator[tuple[Values, int]]:
+    """Every image, uint8 (H, W, C), or latents, float (C, H, W), with its label.
+
+    Raises DataError, naming the shard, at the first that cannot be used.
+    """
     if manifest.parts:
         raise DataError(f"{store.uri} is a mixture; set data.uri to one of its data sets: {manifest.parts[0].uri}, ...")
     for shard in manifest.shards:
@@ -30,10 +33,9 @@ def scan(store: Store, manifest: Manifest) -> Iterator[tuple[Pixels, int]]:
             )
 
 
-def scan_all(store: Store, manifest: Manifest) -> tuple[Pixels, npt.NDArray[np.int64]]:
-    """The data set in memory: images uint8 (N, H, W, C) and labels int64 (N,)."""
-    schema = manifest.schema
-    images = np.empty((manifest.samples, schema.image_size, schema.image_size, schema.channels), np.uint8)
+def scan_all(store: Store, manifest: Manifest) -> tuple[Values, npt.NDArray[np.int64]]:
+    """The data set in memory: images uint8 (N, H, W, C), or latents (N, C, H, W), and labels int64 (N,)."""
+    images = np.empty((manifest.samples, *manifest.schema.shape), manifest.schema.dtype)
     labels = np.empty(manifest.samples, np.int64)
     for i, (image, label) in enumerate(scan(store, manifest)):
         images[i], labels[i] = image, label

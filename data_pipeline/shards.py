@@ -14,7 +14,7 @@ import itertools
 import json
 import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import webdataset
@@ -22,7 +22,7 @@ import webdataset
 from configs.errors import DataError
 from data_pipeline import manifest as manifests
 from data_pipeline import tar
-from data_pipeline.decode import BadSample, Pixels, encode_png
+from data_pipeline.decode import BadSample, Values, encode_npy, encode_png
 from data_pipeline.manifest import Manifest, Schema, ShardIndex, Uint32s, build_manifest, load_manifest, save_manifest
 from data_pipeline.store import MissingObject, Store
 
@@ -32,7 +32,7 @@ Elsewhere = Callable[["Plan", list[int]], Iterable[int]]  # (plan, missing units
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    image: Pixels  # uint8 (H, W, C)
+    image: Values  # uint8 (H, W, C), or float16 or float32 (C, H, W)
     label: int
     key: str = ""  # a name without dots; empty = its number
 
@@ -63,23 +63,26 @@ class PackedShard:
         return ShardIndex(key, len(self.data), etag, self.starts, self.crcs, bad)
 
 
-def pack_shard(samples: Iterable[Sample], first: int = 0) -> PackedShard:
-    """One WebDataset tar: `.png` and `.cls` per sample, keys counted from `first` where a sample has none. Deterministic bytes.
+def pack_shard(samples: Iterable[Sample], first: int = 0, dtype: str = "uint8") -> PackedShard:
+    """One WebDataset tar: `.png`, or `.npy` of latents, and `.cls` per sample. Deterministic bytes.
 
-    Raises ValueError where a key has a dot or a slash, or an image is not uint8 (H, W, 1 or 3).
+    Keys are counted from `first` where a sample has none. Raises ValueError where a key has a dot or a slash, an image is not uint8
+    (H, W, 1 or 3), or latents are not `dtype` (C, H, W).
     """
+    ext = "png" if dtype == "uint8" else "npy"
     out = io.BytesIO()
     with webdataset.TarWriter(out, encoder=False, user="freeguide", group="freeguide", mode=0o644, mtime=0) as writer:
         for number, sample in enumerate(samples, first):
             key = sample.key or f"{number:09d}"
             if "." in key or "/" in key:
                 raise ValueError(f"the key {key!r} has a dot or a slash, which would merge or hide samples")
-            if sample.image.dtype != np.uint8 or sample.image.ndim != 3 or sample.image.shape[2] not in (1, 3):
-                raise ValueError(f"sample {key} is {sample.image.dtype} {sample.image.shape}, not uint8 (H, W, 1 or 3)")
-            writer.write({"__key__": key, "cls": str(int(sample.label)).encode(), "png": encode_png(sample.image)})
-    data = out.getvalue()
-    starts, crcs = index_tar(data)
-    return PackedShard(data, starts, crcs)
+            image = sample.image
+            if image.dtype != dtype or image.ndim != 3 or (ext == "png" and image.shape[2] not in (1, 3)):
+                raise ValueError(f"sample {key} is {image.dtype} {image.shape}, not {dtype} with its three axes")
+            data = encode_png(image) if ext == "png" else encode_npy(image)
+            writer.write({"__key__": key, "cls": str(int(sample.label)).encode(), ext: data})
+    packed = out.getvalue()
+    return PackedShard(packed, *index_tar(packed))
 
 
 def index_tar(data: tar.Bytes) -> tuple[Uint32s, Uint32s]:
@@ -141,7 +144,7 @@ class Plan:
         """Raises DataError where the source is empty."""
         if source.items == 0:
             raise DataError("The source has no images; check data.path.")
-        facts = json.dumps([source.identity, source.items, shard_samples, asdict(source.schema)])
+        facts = json.dumps([source.identity, source.items, shard_samples, source.schema.to_dict()])
         return cls(hashlib.sha256(facts.encode()).hexdigest(), source.items, -(-source.items // shard_samples))
 
     def existing(self, store: Store) -> Manifest | None:
@@ -173,7 +176,7 @@ class Plan:
             pass
         bad: list[str] = []
         first, end = (self.items * i // self.units for i in (unit, unit + 1))
-        packed = pack_shard(_readable(source, first, end, bad), first)
+        packed = pack_shard(_readable(source, first, end, bad), first, source.schema.dtype)
         key = f"shards/{unit:06d}.tar"
         index = packed.index(key, store.put(key, packed.data), tuple(bad))
         store.put(part, index.to_bytes())

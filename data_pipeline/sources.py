@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from configs.errors import ConfigError, DataError
 from configs.schema import DataConfig
-from data_pipeline.decode import BadSample, Pixels, decode_image, decode_sample, fit
+from data_pipeline.decode import BadSample, Pixels, decode_image, decode_latents, decode_sample, fit
 from data_pipeline.fetch import Fetch, Fetcher, Fields
 from data_pipeline.manifest import Manifest, Schema, load_manifest
 from data_pipeline.order import key, permute
@@ -35,12 +35,16 @@ BLOCK_BYTES = 4 * 2**20  # of tars that are read in blocks
 
 def open_source(data: DataConfig) -> Source:
     """The source that the configuration names. Raises ConfigError or DataError."""
+    if data.dtype != "uint8" and data.source not in ("folder", "webdataset"):
+        raise ConfigError(
+            f"data.source={data.source} holds images; latents (data.dtype={data.dtype}) come from folder or webdataset."
+        )
     if data.source == "digits":
         if (data.image_size, data.channels, data.classes) != (8, 1, 10):
             raise ConfigError("data.source=digits is 8x8 grey with 10 classes; set data.image_size=8, channels=1 and classes=10.")
         return digits()
     if data.source == "folder":
-        return image_folder(data.path, data.image_size, data.channels, data.classes, data.resize)
+        return image_folder(data.path, data.image_size, data.channels, data.classes, data.resize, data.dtype)
     if data.source == "idx":
         if data.channels != 1:
             raise ConfigError("data.source=idx is grey; set data.channels=1.")
@@ -48,7 +52,7 @@ def open_source(data: DataConfig) -> Source:
     if data.source == "parquet":
         return parquet(data.path, data.image_size, data.channels, data.classes, resize=data.resize)
     if data.source == "webdataset":
-        return tars(data.path, data.image_size, data.channels, data.classes, data.resize)
+        return tars(data.path, data.image_size, data.channels, data.classes, data.resize, data.dtype)
     raise ConfigError(f"data.source={data.source} is unknown; choose digits, folder, idx, parquet or webdataset.")
 
 
@@ -61,10 +65,13 @@ def digits() -> Source:
     return _from_arrays(images, table.target, Schema(8, 1, 10, tuple(str(digit) for digit in range(10))))
 
 
-def image_folder(path: str, image_size: int, channels: int, classes: int | None = None, resize: str = "adm") -> Source:
+def image_folder(
+    path: str, image_size: int, channels: int, classes: int | None = None, resize: str = "adm", dtype: str = "uint8"
+) -> Source:
     """Images at `path/class/name.png` (or jpg, jpeg, webp), brought to image_size. Sorted class names become 0, 1, ...
 
-    Raises DataError where the folder, its class folders or their images are missing, or there are more than `classes` of them.
+    With another dtype than uint8: latents at `path/class/name.npy`, taken as they are. Raises DataError where the folder, its class
+    folders or their files are missing, or there are more than `classes` of them.
     """
     root = Path(path)
     if not path or not root.is_dir():
@@ -74,28 +81,36 @@ def image_folder(path: str, image_size: int, channels: int, classes: int | None 
         raise DataError(f"{path} has no class folders; put the images of each class into {path}/CLASS/.")
     if classes is not None and len(names) > classes:
         raise DataError(f"{path} has {len(names)} class folders, but data.classes is {classes}; set data.classes={len(names)}.")
+    extensions = EXTENSIONS if dtype == "uint8" else {".npy"}
     files = [
         (file, label)
         for label, name in enumerate(names)
         for file in sorted((root / name).iterdir())
-        if file.suffix.lower() in EXTENSIONS and not file.name.startswith(".")
+        if file.suffix.lower() in extensions and not file.name.startswith(".")
     ]
     if not files:
-        raise DataError(f"The class folders of {path} hold no images ({', '.join(sorted(EXTENSIONS))}); check data.path.")
+        kind = "images" if dtype == "uint8" else "latents"
+        raise DataError(f"The class folders of {path} hold no {kind} ({', '.join(sorted(extensions))}); check data.path.")
     digest = hashlib.sha256()
     for file, _ in files:
         digest.update(f"{file.relative_to(root)}\0{file.stat().st_size}\0".encode())
+    if dtype != "uint8":  # latents that were made anew have the names and sizes of the old ones
+        for file, _ in files[:: max(1, len(files) // 64)]:
+            digest.update(file.read_bytes())
+    schema = Schema(image_size, channels, classes or len(names), tuple(names), dtype)
 
     def read(item: int) -> Sample:
         file, label = files[item]
         try:
-            return Sample(fit(decode_image(file.read_bytes(), channels), image_size, resize), label)
+            data = file.read_bytes()
+            if dtype != "uint8":
+                return Sample(decode_latents(data, schema), label)
+            return Sample(fit(decode_image(data, channels), image_size, resize), label)
         except BadSample as error:
             raise BadSample(error.cause, f"{file}: {error}") from error
         except OSError as error:
             raise BadSample("image", f"{file}: {error.strerror}") from error
 
-    schema = Schema(image_size, channels, classes or len(names), tuple(names))
     return Source(schema, len(files), _shuffled(read, len(files)), f"folder {resize} {digest.hexdigest()}")
 
 
@@ -192,16 +207,18 @@ def _row_groups(path: str, files: Sequence[Path], image: str, label: str) -> lis
     return groups
 
 
-def tars(uri: str, image_size: int, channels: int, classes: int, resize: str = "adm") -> Source:
+def tars(uri: str, image_size: int, channels: int, classes: int, resize: str = "adm", dtype: str = "uint8") -> Source:
     """WebDataset tars in a folder or bucket that `freeguide index` has been run on, read in blocks of about 4 MiB.
 
-    Raises DataError where there is no manifest, or it speaks of more classes.
+    Raises DataError where there is no manifest, or it speaks of more classes or another dtype.
     """
     store = open_store(uri)
     manifest = load_manifest(store)
     if manifest.schema.classes > classes:
         raise DataError(f"{uri} has {manifest.schema.classes} classes, but data.classes is {classes}; set it to that number.")
-    schema = Schema(image_size, channels, classes, manifest.schema.class_names)
+    if manifest.schema.dtype != dtype:
+        raise DataError(f"{uri} has samples of {manifest.schema.dtype}, but data.dtype is {dtype}; set it to that.")
+    schema = Schema(image_size, channels, classes, manifest.schema.class_names, dtype)
     chunk_bytes = max(1, manifest.bytes * manifest.chunk_samples // manifest.samples)
     per_block = manifest.chunk_samples * max(1, BLOCK_BYTES // chunk_bytes)
     rows = [min(per_block, manifest.samples - first) for first in range(0, manifest.samples, per_block)]

@@ -44,7 +44,7 @@ T = TypeVar("T")
 class Batch:
     """One rank's share b = B / R of a global batch."""
 
-    images: torch.Tensor  # float32 (b, C, H, W) in [-1, 1]: x / 127.5 - 1
+    images: torch.Tensor  # float32 (b, C, H, W): images in [-1, 1], x / 127.5 - 1; latents times data.latent_scale
     labels: torch.Tensor  # int64 (b,)
     index: torch.Tensor  # int64 (b,) global position of each sample occurrence: it keys all randomness of the training
 
@@ -248,12 +248,16 @@ class Reader:
     def _build(self, step: int) -> Batch:
         schema = self.manifest.schema
         decode = functools.partial(decode_sample, schema=schema)
-        shape = (len(self.slots), schema.image_size, schema.image_size, schema.channels)
-        images, labels, index = np.empty(shape, np.uint8), np.empty(len(self.slots), np.int64), np.empty(len(self.slots), np.int64)
+        images = np.empty((len(self.slots), *schema.shape), schema.dtype)
+        labels, index = np.empty(len(self.slots), np.int64), np.empty(len(self.slots), np.int64)
         for row, (position, (image, label)) in enumerate(self._usable(step, decode)):
             images[row], labels[row], index[row] = image, label, position
-        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.float32).contiguous()
-        return Batch(pixels.div_(127.5).sub_(1), torch.from_numpy(labels), torch.from_numpy(index))
+        if schema.dtype == "uint8":
+            x = torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+            x.div_(127.5).sub_(1)
+        else:
+            x = torch.from_numpy(images).to(torch.float32).mul_(self.data.latent_scale)
+        return Batch(x, torch.from_numpy(labels), torch.from_numpy(index))
 
     def _usable(self, step: int, use: Callable[[Fields], T]) -> Iterator[tuple[int, T]]:
         """For each position of a step: the position, and `use` of its sample, or of a donor where that raises BadSample."""

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ["configs", "data_pipeline", "trainer", "cluster"]  # each may import the rooms before it
-HOMES = {"ray": "cluster/", "deepspeed": "trainer/", "boto3": "data_pipeline/store.py", "botocore": "data_pipeline/store.py"}
+HOMES = {"ray": "cluster/", "deepspeed": "trainer/", "boto3": "data_pipeline/s3.py", "botocore": "data_pipeline/s3.py"}
 
 
 def imports(path: Path) -> Iterator[str]:

@@ -22,6 +22,19 @@ KEYS = {
 }
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Against a real server (FREEGUIDE_TEST_S3) only what talks to it is run: the rest is `make test`'s."""
+    if not os.environ.get("FREEGUIDE_TEST_S3"):
+        return
+    kept, left = [], []
+    for item in items:
+        assert isinstance(item, pytest.Function)
+        parameters = item.callspec.id.split("-") if hasattr(item, "callspec") else []
+        (kept if "s3_endpoint" in item.fixturenames or "s3" in parameters else left).append(item)
+    config.hook.pytest_deselected(items=left)
+    items[:] = kept
+
+
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
     """The URL of an S3 server with a bucket `freeguide`; AWS_ENDPOINT_URL points to it for the whole session.

@@ -1,6 +1,6 @@
 """Coverage-guided fuzzing of what meets bytes from strangers: the tar walk and the decoders.
 
-    python -m tests.data_pipeline.fuzz tar|image|npy|label CORPUS [libFuzzer's options]
+    python -m tests.data_pipeline.fuzz tar|image|npy|latents|label CORPUS [libFuzzer's options]
 
 Any exception but DataError, a hang, or memory over the cap ends it with an exit code that is not 0.
 """
@@ -19,6 +19,7 @@ from configs.errors import DataError
 from data_pipeline.manifest import Schema
 
 SCHEMA = Schema(8, 3, 10)
+LATENTS = Schema(8, 4, 10, dtype="float16")
 
 
 def walk(data: bytes) -> None:
@@ -44,13 +45,19 @@ def npy(data: bytes) -> None:
     assert decode.decode_sample({"npy": data, "cls": b"1"}, SCHEMA)[0].shape == (8, 8, 3)
 
 
+def latents(data: bytes) -> None:
+    values = decode.decode_latents(data, LATENTS)
+    assert values.shape == (4, 8, 8)
+    assert values.dtype == "float16"
+
+
 def label(data: bytes) -> None:
     for ext in ("cls", "json"):
         with contextlib.suppress(DataError):
             assert 0 <= decode.decode_label({ext: data}, 10) < 10
 
 
-TARGETS = {"tar": walk, "image": image, "npy": npy, "label": label}
+TARGETS = {"tar": walk, "image": image, "npy": npy, "latents": latents, "label": label}
 
 
 def seeds(target: str) -> list[bytes]:
@@ -74,6 +81,8 @@ def seeds(target: str) -> list[bytes]:
     if target == "npy":
         np.save(out := io.BytesIO(), np.zeros((9, 8, 3), np.uint8))
         return [out.getvalue()]
+    if target == "latents":
+        return [decode.encode_npy(np.zeros((4, 8, 8), np.float16)), decode.encode_npy(np.full((4, 8, 8), np.nan, np.float32))]
     return [b"7", b'{"label": 3}', b'{"cls": [[1]]}']
 
 

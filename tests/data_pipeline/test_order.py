@@ -131,11 +131,11 @@ def test_a_rank_always_meets_the_same_share_of_the_streams(streams: int) -> None
 @pytest.mark.parametrize(
     ("samples", "size", "batch"), [(100, 1000, 64), (10**5, 10**5, 256), (1_281_167, 10_000, 2048), (10**10, 10**5, 4096)]
 )
-def test_choose_keeps_the_windows_of_a_run_inside_half_of_one_cache(samples: int, size: int, batch: int) -> None:
+def test_choose_keeps_the_windows_of_all_streams_within_256_mib(samples: int, size: int, batch: int) -> None:
     from data_pipeline.manifest import choose_chunk
 
     q = choose_chunk(samples, samples * size)
-    order = Order.choose(manifest(samples, size, q), batch, seed=0, cache_mib=512)
+    order = Order.choose(manifest(samples, size, q), batch, seed=0)
     assert order.generation * size <= 256 * 2**20
     assert batch % order.streams == 0
     assert order.window_chunks == 8 or order.streams == 1

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +13,9 @@ import torch
 import webdataset
 
 from configs.errors import ConfigError, DataError
+from data_pipeline.fetch import plan
 from data_pipeline.manifest import Manifest
-from data_pipeline.order import Order
+from data_pipeline.order import Order, slots
 from data_pipeline.store import Cancelled, FolderStore, Store, open_store
 from data_pipeline.stream import Batch, Reader
 from tests.data_pipeline.conftest import data_config, item_of, noise_source, write_noise
@@ -212,9 +212,7 @@ def test_close_joins_every_thread(folder: tuple[Store, Manifest]) -> None:
     reader = Reader(*folder, Order(603, 8, 4, 5, seed=1), **place, data=data_config())
     next(reader)
     assert threading.active_count() > before
-    began = time.monotonic()
     reader.close()
-    assert time.monotonic() - began < 2
     assert threading.active_count() == before
     with pytest.raises(Cancelled):
         next(reader)
@@ -228,11 +226,32 @@ def test_stats_count_what_was_read(folder: tuple[Store, Manifest]) -> None:
             next(reader)
         stats = reader.stats()
     assert stats["bytes"] == folder[1].bytes  # a resident data set is read once, whatever the number of epochs
-    assert 1 <= stats["gets"] <= len(folder[1].shards)
+    assert 1 <= stats["gets"] <= len(folder[1].shards) + 2 * BATCH  # the chunks of the first batch by themselves, and the gaps
     assert stats["waited_s"] > 0
     assert stats["retries"] == {}
     assert stats["bad_samples"] == {}
     assert stats["get_s_p99"] >= stats["get_s_p50"] > 0
+
+
+@pytest.mark.parametrize("resident", [False, True])
+@pytest.mark.parametrize("start", [0, 5, 40])
+def test_a_start_waits_for_the_chunks_of_its_first_batch_alone(folder: tuple[Store, Manifest], resident: bool, start: int) -> None:
+    """They are the first reads of the plan, whatever stands beside them; every chunk is read once per generation all the same."""
+    manifest, order = folder[1], Order(603, 8, 12, 3, seed=1)
+    first = start * BATCH // order.generation * order.generation
+    reads, served = [], set()
+    for fetch in plan(manifest, order, BATCH, slots(order, BATCH, 0, 1), start, resident):
+        if not resident and fetch.first >= first + order.generation:
+            break
+        reads.append(fetch)
+        served |= {slot for wanted in fetch.wanted for _, slot in wanted}
+    ids = order.locate(np.arange(start * BATCH, (start + 1) * BATCH))[1]
+    needed = set((ids // 8).tolist())
+    count = sum(fetch.first < (start + 1) * BATCH for fetch in reads)
+    assert {chunk for fetch in reads[:count] for chunk in fetch.chunks} == needed
+    chunks = [chunk for fetch in reads for chunk in fetch.chunks]
+    assert len(chunks) == len(set(chunks))
+    assert served == set(range(603) if resident else range(start * BATCH, first + order.generation))
 
 
 def test_undecoded_samples_feed_webdatasets_own_stages(folder: tuple[Store, Manifest]) -> None:
@@ -247,3 +266,13 @@ def test_undecoded_samples_feed_webdatasets_own_stages(folder: tuple[Store, Mani
             assert np.array_equal(images, pixels(batch))
             assert list(labels) == batch.labels.tolist()
             assert list(index) == batch.index.tolist()
+
+
+def test_the_memory_of_a_worker_changes_no_batch(tmp_path: Path) -> None:
+    """A data set of 1.8 MiB kept whole, and the same one read as it is needed because half of 2 MiB does not hold it."""
+    store = open_store(str(tmp_path))
+    manifest = write_noise(store, 603, size=20)
+    assert 2**20 < manifest.bytes < 2**21
+    order = Order.choose(manifest, BATCH, seed=3)
+    small, large = (read(store, manifest, order, 40, cache_mib=cache, image_size=20) for cache in (2, 512))
+    assert all(map(same, small, large))

@@ -77,9 +77,10 @@ def install() -> None:
     if apt is None or os.geteuid() != 0:
         sys.exit("Ceph is missing: apt-get install radosgw ceph-mon ceph-osd (as root)")
     quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    subprocess.run([apt, "update", "-q"], env=quiet, check=True)
     packages = ["radosgw", "ceph-mon", "ceph-osd", "ceph-common"]
-    subprocess.run([apt, "install", "-q", "-y", "--no-install-recommends", *packages], env=quiet, check=True)
+    for command in (["update", "-q"], ["install", "-q", "-y", "--no-install-recommends", *packages]):
+        if subprocess.run([apt, *command], env=quiet, stdin=subprocess.DEVNULL).returncode:
+            sys.exit(f"apt-get {command[0]} has failed, so Ceph is missing; see what it says above")
 
 
 @contextmanager

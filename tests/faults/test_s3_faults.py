@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from configs.errors import DataError, StoreError, UserError
-from data_pipeline.fetch import Gate
+from data_pipeline.fetch import READS, Gate
 from data_pipeline.manifest import Manifest, load_manifest
 from data_pipeline.order import Order
-from data_pipeline.store import Cancelled, ChangedObject, Retry, S3Store, Store, open_store
+from data_pipeline.s3 import S3Store
+from data_pipeline.store import Cancelled, ChangedObject, Retry, Store, open_store
 from data_pipeline.stream import Batch, Reader
 from tests.data_pipeline.conftest import data_config, s3_endpoint, s3_uri, write_noise  # noqa: F401 (s3_endpoint is a fixture)
 from tests.faults.proxy import FaultProxy
@@ -126,7 +127,6 @@ def test_a_fault_that_stays_ends_in_one_sentence_with_shard_and_byte(fault: str,
     manifest = load_manifest(store)
     proxy.forever = fault
     kind, reason = LASTING[fault]
-    began = time.monotonic()
     with pytest.raises(UserError, match=r"shards/00000\d\.tar.* at byte \d+|at byte \d+ of shards/00000\d\.tar") as caught:
         read(store, manifest)
     assert isinstance(caught.value, kind)
@@ -135,7 +135,8 @@ def test_a_fault_that_stays_ends_in_one_sentence_with_shard_and_byte(fault: str,
     text = str(caught.value)
     assert text.endswith(".")
     assert "\n" not in text
-    assert time.monotonic() - began < 5
+    tries = READS * len(manifest.crcs) if fault == "bit" else RETRY.attempts * data_config().fetch_threads
+    assert len(proxy.ranges) <= tries
 
 
 def test_an_object_that_changed_stops_the_stream(s3_endpoint: str, tmp_path: Path) -> None:  # noqa: F811
@@ -149,18 +150,16 @@ def test_an_object_that_changed_stops_the_stream(s3_endpoint: str, tmp_path: Pat
 
 
 def test_a_slow_read_is_raced_and_the_faster_one_wins(direct: str, proxy: FaultProxy) -> None:
+    """The late answer would end in a time-out, and the stream in a retry, if the stream waited for it."""
     store = open_store(direct, Retry(read_s=10))
     manifest = load_manifest(store)
     proxy.faults.extend([""] * 25 + ["late"])
-    proxy.delay = 3.0
-    began = time.monotonic()
+    proxy.delay = 60.0
     with Reader(store, manifest, ORDER, global_batch=12, rank=0, world_size=1, start_step=0, data=data_config()) as reader:
         for _ in range(10):
             next(reader)
-        assert time.monotonic() - began < 2
         stats = reader.stats()
-    assert stats["hedges_won"] == 1
-    assert stats["hedges"] == 1
+    assert 1 <= stats["hedges_won"] <= stats["hedges"] <= 3  # one, and on a busy machine another that was slow by itself
     assert stats["retries"] == {}
 
 
@@ -215,8 +214,8 @@ def test_a_spent_retry_budget_makes_every_pause_the_longest_one(
 
 
 def test_closing_does_not_wait_for_a_read_that_hangs(direct: str, proxy: FaultProxy) -> None:
-    """The answers stop half-way and the store would wait 10 s for more. The bound leaves a busy machine two seconds."""
-    store = open_store(direct, PATIENT)
+    """The answers stop half-way, and the store waits for more: it still does when the reader has been closed."""
+    store = open_store(direct, replace(PATIENT, read_s=30.0))
     manifest = load_manifest(store)
     proxy.forever = "stall"
     reader = Reader(store, manifest, ORDER, global_batch=12, rank=0, world_size=1, start_step=0, data=data_config())
@@ -224,9 +223,8 @@ def test_closing_does_not_wait_for_a_read_that_hangs(direct: str, proxy: FaultPr
     while not proxy.ranges:
         time.sleep(0.01)
     time.sleep(0.2)
-    began = time.monotonic()
     reader.close()
-    assert time.monotonic() - began < 3
+    assert any(thread.is_alive() for thread in reader._fetcher._pool._threads)
     assert not any(thread.is_alive() for thread in reader._threads)
     with pytest.raises(Cancelled):
         next(reader)
