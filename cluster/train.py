@@ -3,62 +3,92 @@
 A restarted worker group goes on from the newest whole checkpoint by itself, and so does the same command given again; Ray's own
 checkpoint mechanism is not used. With `cluster.min_workers` the group may be smaller for a while: the global batch stays.
 
-Ray restarts the group after any failure. What a user has to mend would fail again, so the first worker that meets it leaves a
-note with the driver and the restarted group ends at once. An outage of the store is not such a thing: restarts wait it out.
+    a worker dies                       Ray starts the group again                           (`cluster.max_failures`)
+    a worker gets SIGTERM               )
+    Ray says that a node will go        ) all save at the same step and leave; the group is started again, which is no failure
+    Ray resizes an elastic group        )
+    the driver gets SIGTERM             all save at the same step and leave, and so does the driver, with exit code 143
+    a user has to mend something        the first worker that meets it leaves a note with the driver, and all ends at once
+
+An outage of the store is not such a thing: restarts wait it out.
 """
 
+import contextlib
 import logging
 import os
 import tempfile
+import threading
 import time
 from datetime import timedelta
 from typing import Any
 
 import ray
 import ray.train
+from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch.config import _TorchBackend
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
-from cluster.session import session
+from cluster.session import Resources, session
 from configs.errors import StoreError, UserError
 from configs.load import from_yaml, to_yaml
 from configs.schema import Config
+from trainer.failures import TERMINATED, Terminated
 from trainer.loop import preflight
+
+_LISTEN_SECONDS = 1.0  # between two questions of a worker whether it should leave: a machine is taken away with 30 s notice
+_LEAVE_SECONDS = 120.0  # for saving, before a resize
+_this_worker = Terminated()  # in a worker's process
+_left = threading.Event()  # set once this worker's training has ended
 
 
 def train(config: Config) -> None:
-    """Train `config` on the cluster until `train.steps`. Raises UserError before Ray starts for whatever can be known before."""
+    """Train `config` on the cluster until `train.steps`. Raises UserError before Ray starts for whatever can be known before.
+
+    Raises SystemExit with code 143 after SIGTERM, once the run is saved, or at once while no worker trains.
+    """
     start = preflight(config)
     if start >= config.train.steps:
         print(f"{config.run} is trained: step {start} of {config.train.steps}, nothing to do")
         return
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
     began = time.monotonic()
     with session(config, config.cluster.min_workers or config.cluster.workers) as resources:
         note = _Note.remote()  # type: ignore[attr-defined]
-        trainer = TorchTrainer(
-            _worker,
-            train_loop_config={"config": to_yaml(config), "threads": resources.threads, "note": note},
-            torch_config=TorchConfig(backend="nccl" if resources.gpus else "gloo"),
-            scaling_config=ScalingConfig(
-                num_workers=_workers(config),
-                use_gpu=resources.gpus > 0,
-                resources_per_worker={"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {}),
-            ),
-            run_config=RunConfig(
-                name=f"{config.name}-{time.time_ns()}",  # a finished run's name used again would return at once
-                storage_path=os.path.join(tempfile.gettempdir(), "freeguide-ray"),
-                failure_config=FailureConfig(max_failures=config.cluster.max_failures),
-            ),
-        )
-        try:
-            trainer.fit()
-        except TrainingFailedError as error:
-            raise _cause(error) from error
-        if (mistake := ray.get(note.read.remote())) is not None:
-            raise mistake
+        with Terminated(tell=lambda: _pass_on(note)) as terminated:
+            while not _fit(config, resources, note):
+                if terminated.asked:
+                    raise SystemExit(TERMINATED)
+                print("the workers had to leave; starting them again", flush=True)
     print(f"trained to step {config.train.steps} in {timedelta(seconds=round(time.monotonic() - began))}: {config.run}")
+
+
+def _fit(config: Config, resources: Resources, note: Any) -> bool:
+    """Train with Ray Train; returns whether to the end. False: the workers were asked to leave, and have saved."""
+    trainer = TorchTrainer(
+        _worker,  # type: ignore[arg-type]  # in Ray Train V2 it may return something
+        train_loop_config={"config": to_yaml(config), "threads": resources.threads, "note": note},
+        torch_config=_Group(backend="nccl" if resources.gpus else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=_workers(config),
+            use_gpu=resources.gpus > 0,
+            resources_per_worker={"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {}),
+        ),
+        run_config=RunConfig(
+            name=f"{config.name}-{time.time_ns()}",  # a finished run's name used again would return at once
+            storage_path=os.path.join(tempfile.gettempdir(), "freeguide-ray"),
+            failure_config=FailureConfig(max_failures=config.cluster.max_failures),
+        ),
+    )
+    try:
+        result: Any = trainer.fit()
+    except TrainingFailedError as error:
+        raise _cause(error) from error
+    if (mistake := ray.get(note.mistake.remote())) is not None:
+        raise mistake
+    return bool(result.return_value)
 
 
 def _workers(config: Config) -> Any:  # Ray Train V2 takes a pair for an elastic group
@@ -66,37 +96,106 @@ def _workers(config: Config) -> Any:  # Ray Train V2 takes a pair for an elastic
     return (fewest, most) if fewest else most
 
 
+# --- between the driver and the workers ---
+
+
 @ray.remote(num_cpus=0, max_restarts=-1)
 class _Note:
-    """What a user has to mend, from a worker to the driver."""
+    """What a worker tells the driver, a mistake that a user has to mend; and what the driver tells the workers, to leave."""
 
     def __init__(self) -> None:
         self._mistake: UserError | None = None
+        self._leave = False
+        self._asked = -60.0  # when a worker last asked
 
     def write(self, mistake: UserError) -> None:
         self._mistake = self._mistake or mistake
 
-    def read(self) -> UserError | None:
+    def mistake(self) -> UserError | None:
         return self._mistake
 
+    def should_leave(self) -> bool:
+        self._asked = time.monotonic()
+        return self._leave
 
-def _worker(job: dict[str, Any]) -> None:
+    def leave(self) -> bool:
+        """Let the workers leave; returns whether there are any."""
+        self._leave = True
+        return time.monotonic() - self._asked < 10 * _LISTEN_SECONDS
+
+
+def _pass_on(note: Any) -> None:
+    """SIGTERM of the driver, to its workers."""
+    if not ray.get(note.leave.remote()):
+        raise SystemExit(TERMINATED)
+
+
+class _Group(TorchConfig):
+    """torch's process group, in workers that hear SIGTERM and leave in order when the group is resized."""
+
+    @property
+    def backend_cls(self) -> type[_TorchBackend]:
+        return _Backend
+
+
+class _Backend(_TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        super().on_start(worker_group, backend_config)
+        worker_group.execute(_hear)
+
+    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+        status = worker_group.get_latest_poll_status()
+        if status is not None and not status.errors and not status.finished:  # a resize: nothing has failed, nothing is lost
+            worker_group.execute(_leave)
+        super().on_shutdown(worker_group, backend_config)
+
+
+def _hear() -> None:
+    _this_worker.listen()  # Ray calls this in the main thread of the worker's process; the training runs in another
+
+
+def _leave() -> None:
+    _this_worker.ask()
+    _left.wait(_LEAVE_SECONDS)
+
+
+# --- in a worker ---
+
+
+def _worker(job: dict[str, Any]) -> bool:
+    """Train; returns whether to the end, or False where the workers were asked to leave and have saved."""
     import torch
 
     from trainer.loop import train
 
-    if ray.get(job["note"].read.remote()) is not None:
-        return
+    note = job["note"]
+    if ray.get(note.mistake.remote()) is not None:
+        return False
     logging.getLogger("botocore").setLevel(logging.WARNING)  # Ray turns on INFO, and every client says where its keys come from
     torch.set_num_threads(job["threads"])
     os.environ["LOCAL_RANK"] = str(ray.train.get_context().get_local_rank())
+    threading.Thread(target=_listen, args=(note,), name="freeguide-listen", daemon=True).start()
     try:
-        train(from_yaml(job["config"]))
+        train(from_yaml(job["config"]), _this_worker)
+    except SystemExit:
+        return False
     except StoreError:
         raise
     except UserError as mistake:
-        ray.get(job["note"].write.remote(mistake))
+        ray.get(note.write.remote(mistake))
         raise
+    finally:
+        _left.set()
+    return True
+
+
+def _listen(note: Any) -> None:
+    """Ask the training to leave when Ray takes a worker's node away, which all workers hear together, or when the driver has to."""
+    leads = ray.train.get_context().get_world_rank() == 0
+    with contextlib.suppress(RayError):  # the end of the group
+        while ray.train.get_preemption_info() is None and not (leads and ray.get(note.should_leave.remote())):
+            time.sleep(_LISTEN_SECONDS)
+        _this_worker.ask()
 
 
 def _cause(error: TrainingFailedError) -> Exception:

@@ -59,6 +59,7 @@ class Checkpoint:
     adam_steps: int
     loss_scale: dict[str, float]  # state of fp16's loss scaling, else empty
     bad_steps: list[int]  # steps so far whose gradients were not finite
+    undone: int  # the last of the steps whose updates were undone, 0: none
     world_size: int  # that wrote it
     zero_stage: int
     identity: dict[str, Any]
@@ -107,6 +108,7 @@ def read_manifest(store: Store, key: str) -> Checkpoint:
             adam_steps=int(manifest["adam_steps"]),
             loss_scale=dict(manifest.get("loss_scale", {})),
             bad_steps=[int(step) for step in manifest.get("bad_steps", [])],
+            undone=int(manifest.get("undone", 0)),
             world_size=int(manifest["world_size"]),
             zero_stage=int(manifest["zero_stage"]),
             identity=dict(manifest["identity"]),
@@ -141,14 +143,16 @@ def _check_places(checkpoint: Checkpoint) -> None:
             raise ValueError(f"a piece of {piece.name} lies outside it or its file")
 
 
-def resume(store: Store, engine: Engine, ema: Ema, identity: dict[str, Any]) -> Checkpoint | None:
+def resume(store: Store, engine: Engine, ema: Ema, identity: dict[str, Any], before: int = 0) -> Checkpoint | None:
     """Load the newest whole checkpoint into `engine` and `ema` and return it; None for a new run.
 
+    With `before`, the newest one of an earlier step than that, and None where there is none: a run that goes on may go back.
     All ranks call it together and take the same checkpoint. Everything is read and checked before a weight is touched.
     Raises CheckpointError if the run was started with another network, data set, seed or fewer averages, or if there are
     checkpoints and none can be used.
     """
-    offers = candidates(store) if engine.rank == 0 else iter(())
+    earlier = (c for c in newest(store) if c.step < before)
+    offers = (earlier if before else candidates(store)) if engine.rank == 0 else iter(())
     while (checkpoint := _offer(offers)) is not None:
         check_identity(store, checkpoint, identity)
         check_shapes(store, checkpoint, engine.shapes)
@@ -335,10 +339,19 @@ def describe(store: Store) -> dict[str, Any]:
             "bytes": sum(last.files.values()),
             "averages": last.averages,
             "bad_steps": last.bad_steps,
+            "undone": last.undone,
             "snapshots": len(manifests(store, SNAPSHOTS)),
             "identity": last.identity,
         }
     return state
+
+
+def discard(store: Store, after: int) -> None:
+    """Let the checkpoints and snapshots of the steps after `after` exist no more: what they had learnt is undone."""
+    for kind in (CHECKPOINTS, SNAPSHOTS):
+        for key in manifests(store, kind):
+            if key.split("/")[1] > folder_of(after, kind).split("/")[1]:
+                store.delete(key)
 
 
 def folder_of(step: int, kind: str = CHECKPOINTS) -> str:

@@ -6,6 +6,7 @@ ZeRO splits the fp32 state over the ranks in a way that depends on its stage. `F
 """
 
 import logging
+import math
 import os
 import warnings
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from configs.schema import TrainConfig
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")  # fp32 weights and AdamW's two moments
 _LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed's DynamicLossScaler
+_BUCKET = 500_000_000  # values that DeepSpeed reduces at once; it makes room for so many, however small the network
 _OURS = {
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -80,6 +82,7 @@ class Engine:
         self.accumulation = config.global_batch // (self.world_size * self.micro_batch)
         self.stage = config.zero_stage
         self.shapes = {name: tuple(p.shape) for name, p in network.named_parameters()}
+        numel = sum(map(math.prod, self.shapes.values()))
         _check_device(config, self.device)
         network = network.to(self.device)
         network.recompute = config.recompute  # type: ignore[assignment]  # an attribute of every network here
@@ -95,7 +98,7 @@ class Engine:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=network,
             optimizer=adamw,
-            config=_deepspeed_config(config, self.micro_batch, self.accumulation, self.world_size),
+            config=_deepspeed_config(config, self.micro_batch, self.accumulation, self.world_size, numel),
             dist_init_required=False,
         )
         self._adamw: torch.optim.Optimizer = adamw if self.stage == 0 else self._optimizer.optimizer
@@ -163,6 +166,7 @@ class Engine:
         elif self.stage == 3:
             for group in range(len(self._optimizer.fp32_partitioned_groups_flat)):
                 self._optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            self._optimizer._partition_all_parameters()  # what stands gathered since the last step is not gathered again
             if self._optimizer.persistent_parameters:
                 self._optimizer.persistent_parameters[0].all_gather(self._optimizer.persistent_parameters)
 
@@ -223,18 +227,23 @@ def _import_deepspeed() -> Any:
     return deepspeed
 
 
-def _deepspeed_config(config: TrainConfig, micro_batch: int, accumulation: int, world_size: int) -> dict[str, Any]:
-    refused = sorted(_OURS & set(config.deepspeed)) + (
-        ["zero_optimization.stage"] if "stage" in config.deepspeed.get("zero_optimization", {}) else []
-    )
+def _deepspeed_config(config: TrainConfig, micro_batch: int, accumulation: int, world_size: int, numel: int) -> dict[str, Any]:
+    theirs = config.deepspeed.get("zero_optimization", {})
+    refused = sorted(_OURS & set(config.deepspeed)) + (["zero_optimization.stage"] if "stage" in theirs else [])
     if refused:
         raise ConfigError(f"train.deepspeed.{refused[0]} is set from the options of `train`; remove it from the deepspeed section")
+    zero = {
+        "stage": config.zero_stage,
+        "reduce_bucket_size": min(_BUCKET, numel),
+        # Stage 1 reduces when the backward pass is over. A copy of each gradient into a buffer would only cost time there.
+        "contiguous_gradients": config.zero_stage != 1 or bool(theirs.get("overlap_comm")),
+    }
     ours: dict[str, Any] = {
         "train_batch_size": micro_batch * accumulation * world_size,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.grad_clip,
-        "zero_optimization": {"stage": config.zero_stage, **config.deepspeed.get("zero_optimization", {})},
+        "zero_optimization": {**zero, **theirs},
         "bf16": {"enabled": config.precision == "bf16"},
         "fp16": {"enabled": config.precision == "fp16"},  # DeepSpeed's dynamic loss scale, from 2^16
         "steps_per_print": 2**31 - 1,

@@ -1,9 +1,10 @@
 """What can go wrong in a long training, and what is done about it.
 
     a worker hangs          `Watchdog` ends it, `limit_collectives` ends those that wait for it; the launcher restarts the group
-    SIGTERM                 `Terminated` remembers it; all ranks save at the same step boundary and leave with exit code 143
+    a wish to end           `Terminated` remembers it (SIGTERM); all ranks save at the same step boundary and leave with code 143
     a rank cannot save      all ranks stop at the next step boundary, with its reason
-    gradients not finite    the engine moves nothing; `Incidents` records the samples and stops the run over the budget
+    gradients not finite    the engine moves nothing; `Incidents` records the samples; over the budget, all steps since the last
+                            good checkpoint become steps that moved nothing, once in a run; the next time the run ends
     the loss jumps          `Incidents` records the samples
 
 Ranks must take such decisions at the same step, or they wait for each other for ever. `Agreement` gives them the maximum over
@@ -20,8 +21,8 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from datetime import timedelta
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -68,23 +69,32 @@ class Agreement:
 
 
 class Terminated:
-    """Remembers SIGTERM while it is entered, where the process lets us (Ray's workers train outside the main thread)."""
+    """Remembers that this process has been asked to end: by SIGTERM while it is entered in the main thread, or by `ask`.
 
-    def __init__(self) -> None:
+    `tell` is called at every request, where the request happens; in a signal handler it may raise.
+    """
+
+    def __init__(self, tell: Callable[[], object] = lambda: None) -> None:
         self.asked = False
+        self._tell = tell
         self._before: Any = None
 
     def __enter__(self) -> "Terminated":
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._note)
+            self._before = self.listen()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
 
-    def _note(self, _signal: int, _frame: FrameType | None) -> None:
+    def listen(self) -> Any:
+        """Hear SIGTERM from now on; returns the handler before. Only a process's main thread may call it."""
+        return signal.signal(signal.SIGTERM, lambda *_: self.ask())
+
+    def ask(self) -> None:
         self.asked = True
+        self._tell()
 
 
 class Watchdog:
@@ -132,17 +142,22 @@ def limit_collectives(seconds: float) -> None:
 class Incidents:
     """Steps that went wrong, with their samples, as JSON lines in `<run>/incidents.jsonl`.
 
-    `bad_steps` are those so far whose gradients were not finite; it is part of the checkpoint, so a restart does not reset it.
+    `bad_steps` are those so far whose gradients were not finite, `undone` is the last of the steps that were undone (0: none).
+    Both are part of the checkpoint, so a restart does not reset them. The budget counts the bad steps after `undone`.
     """
 
-    def __init__(self, store: Store, order: Order, bad_steps: list[int], train: TrainConfig) -> None:
-        self.bad_steps = list(bad_steps)
+    def __init__(self, store: Store, order: Order, bad_steps: list[int], train: TrainConfig, undone: int = 0) -> None:
+        self.bad_steps, self.undone = list(bad_steps), undone
         self._store, self._order, self._budget = store, order, train.bad_steps
         self._scaled = train.precision == "fp16"  # a gradient that overflows is how the loss scale is found, not an incident
         self._recent: deque[float] = deque(maxlen=WINDOW)
 
-    def review(self, interval: Interval) -> None:
-        """Look at the steps of an interval; every rank calls it. Raises UserError over the budget of steps that are not finite."""
+    def review(self, interval: Interval) -> int:
+        """Look at the steps of an interval; every rank calls it.
+
+        Returns 0, or over the budget of steps that are not finite the first of the last unbroken row of them: the weights of a
+        checkpoint before it are good. Raises UserError where the run has been there before: going back did not help.
+        """
         rows, first = [], interval.first
         for i, (loss, norm) in enumerate(zip(interval.losses, interval.norms, strict=True)):
             finite = math.isfinite(loss) and (self._scaled or math.isfinite(norm))
@@ -155,14 +170,29 @@ class Incidents:
                 what = "spike" if finite else "not finite"
                 rows.append({"step": first + i + 1, "what": what, "loss": loss, "gradient_norm": norm, "median": median})
                 rows[-1]["samples"] = self._worst(*interval.own[i])
-        if rows and dist.get_rank() == 0:
-            self._write(rows)
-        if len(self.bad_steps) > self._budget:
-            raise UserError(
-                f"the gradients of {len(self.bad_steps)} steps were not finite (the last of them {self.bad_steps[-1]}), more than "
-                f"train.bad_steps={self._budget}; {self._store.uri}/incidents.jsonl names the samples: lower train.lr, mend the "
-                f"data, or raise train.bad_steps"
-            )
+        self._record(rows)
+        if sum(step > self.undone for step in self.bad_steps) <= self._budget:
+            return 0
+        if self.undone:
+            raise self.hopeless(f"although the steps up to {self.undone} had been undone")
+        begin, bad = self.bad_steps[-1], set(self.bad_steps)
+        while begin - 1 in bad:
+            begin -= 1
+        return begin
+
+    def undo(self, good: int, step: int) -> None:
+        """Note that the updates after step `good`, up to `step`, have been undone. Every rank calls it."""
+        self.undone = step
+        self._record([{"step": step, "what": "undone", "back_to": good}])
+
+    def hopeless(self, why: str) -> UserError:
+        """The sentence of a run that is over its budget and cannot go back."""
+        bad = [step for step in self.bad_steps if step > self.undone]
+        return UserError(
+            f"the gradients of {len(bad)} steps were not finite (the last of them {bad[-1]}), more than "
+            f"train.bad_steps={self._budget}, {why}; {self._store.uri}/incidents.jsonl names the samples: lower train.lr, mend the "
+            f"data, or raise train.bad_steps"
+        )
 
     def _worst(self, losses: Tensor, index: Tensor) -> list[dict[str, Any]]:
         """The samples with the largest losses of a step, over all ranks, largest first; what is not finite comes first of all."""
@@ -175,19 +205,26 @@ class Incidents:
         samples = self._order.locate(np.array([at for _, at in every[:_WORST]]))[1].tolist()
         return [{"index": at, "sample": id_, "loss": loss} for (loss, at), id_ in zip(every, samples, strict=False)]
 
-    def _write(self, rows: list[dict[str, Any]]) -> None:
+    def _record(self, rows: list[dict[str, Any]]) -> None:
+        """Rank 0 writes; what a resumed run does again replaces what was written."""
+        if not rows or dist.get_rank() > 0:
+            return
         try:
             try:
-                before = self._store.get("incidents.jsonl").decode().splitlines()
+                before = [json.loads(line) for line in self._store.get("incidents.jsonl").decode().splitlines()]
             except MissingObject:
                 before = []
-            lines = [line for line in before if json.loads(line)["step"] not in {row["step"] for row in rows}]
-            lines += [json.dumps(_plain(row)) for row in rows]
-            self._store.put("incidents.jsonl", "".join(f"{line}\n" for line in lines).encode())
+            again = {(row["step"], "back_to" in row) for row in rows}
+            kept = [row for row in before if (row["step"], "back_to" in row) not in again] + [_plain(row) for row in rows]
+            self._store.put("incidents.jsonl", "".join(f"{json.dumps(row)}\n" for row in kept).encode())
         except StoreError as error:  # a diary is not worth a run
             _log.warning("%s; incidents of step %s are not recorded", error, rows[0]["step"])
         for row in rows:
-            _log.warning("step %d: %s, loss %.4g, gradient norm %.4g", row["step"], row["what"], row["loss"], row["gradient_norm"])
+            if "back_to" in row:
+                _log.warning("step %d: over train.bad_steps; the updates after step %d are undone", row["step"], row["back_to"])
+            else:
+                text = "step %d: %s, loss %.4g, gradient norm %.4g"
+                _log.warning(text, row["step"], row["what"], row["loss"], row["gradient_norm"])
 
 
 def _plain(value: Any) -> Any:

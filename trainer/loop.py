@@ -49,18 +49,19 @@ class Run:
     telemetry: Telemetry
     writer: Writer
     incidents: Incidents
+    identity: dict[str, Any]
 
 
-def train(config: Config) -> int:
+def train(config: Config, terminated: Terminated | None = None) -> int:
     """Train until `config.train.steps`, going on from the run's newest checkpoint; returns the step it went on from.
 
     Every rank calls it. Raises UserError, one sentence, for data, a store or a checkpoint that cannot be used, and SystemExit
-    with code 143 where a rank was asked to end (SIGTERM), once the run is saved.
+    with code 143 where a rank was asked to end (SIGTERM, or `terminated.ask`), once the run is saved.
     """
     run, start = assemble(config)
     with run.reader, closing(run.telemetry):
         if start < config.train.steps:
-            run_steps(run, start)
+            run_steps(run, start, terminated or Terminated())
     return start
 
 
@@ -73,7 +74,7 @@ def assemble(config: Config) -> tuple[Run, int]:
     images = {"image_size": config.data.image_size, "channels": config.data.channels, "classes": config.data.classes}
     engine = Engine(build_network(config.model, **images, seed=config.seed), config.train)
     ema = Ema(engine, profiles(config.train))
-    order = Order.choose(manifest, config.train.global_batch, config.seed, config.data.cache_mib)
+    order = Order.choose(manifest, config.train.global_batch, config.seed)
     identity = run_identity(config, manifest, order)
     found = checkpoint.resume(store, engine, ema, identity)
     start = found.step if found else 0
@@ -89,18 +90,18 @@ def assemble(config: Config) -> tuple[Run, int]:
     )
     telemetry = Telemetry(config, store, engine.device, start, forward_flops(config.model, **images))
     writer = Writer(store, engine, ema, identity, config.train)
-    incidents = Incidents(store, order, found.bad_steps if found else [], config.train)
-    return Run(config, store, engine, ema, reader, telemetry, writer, incidents), start
+    incidents = Incidents(store, order, found.bad_steps if found else [], config.train, found.undone if found else 0)
+    return Run(config, store, engine, ema, reader, telemetry, writer, incidents, identity), start
 
 
-def run_steps(run: Run, start: int) -> None:
+def run_steps(run: Run, start: int, terminated: Terminated) -> None:
     """The steps themselves, from `start` to `train.steps`."""
     config, options, engine = run.config, run.config.train, run.engine
     if engine.rank == 0:
         run.store.put("config.yaml", to_yaml(config).encode())
         print(f"{'resuming from' if start else 'starting at'} step {start} of {options.steps}", flush=True)
     agreement = Agreement(3)
-    with Watchdog(options.watchdog_seconds) as watchdog, Terminated() as terminated:
+    with Watchdog(options.watchdog_seconds) as watchdog, terminated:
         for step in range(start, options.steps):
             take_step(run, step)
             done = step + 1
@@ -110,20 +111,22 @@ def run_steps(run: Run, start: int) -> None:
             last = done == options.steps
             save = bool(stop) or last or done % options.checkpoint_every == 0
             if save or done % options.log_every == 0:
-                run.incidents.review(run.telemetry.flush(done, run.reader.stats()))
+                first_bad = run.incidents.review(run.telemetry.flush(done, run.reader.stats()))
+                if first_bad:
+                    go_back(run, done, first_bad)
             if save:
-                run.telemetry.saved(done, run.writer.start(done, run.incidents.bad_steps))
+                run.telemetry.saved(done, run.writer.start(done, run.incidents.bad_steps, run.incidents.undone))
             sample = last or (options.sample_every > 0 and save and done % options.sample_every == 0)
             if sample or stop:
                 run.writer.finish()
-            if sample:
+            if sample and config.data.dtype == "uint8":  # latents are no pictures without their decoder
                 draw_samples(config, run.telemetry, done)
             if done == start + 1:
                 limit_collectives(options.watchdog_seconds)
             watchdog.progress(f"step {done}")
             if stop and not last:
                 if engine.rank == 0:
-                    print(f"asked to end: saved at step {done}; run the same command again to go on", flush=True)
+                    print(f"asked to end: saved at step {done}; the next start goes on from there", flush=True)
                 raise SystemExit(TERMINATED)
     agreement.close()
 
@@ -140,6 +143,22 @@ def take_step(run: Run, step: int) -> None:
     run.telemetry.record(losses, logsnr, batch.index, norm, lr, waited)
 
 
+def go_back(run: Run, done: int, first_bad: int) -> None:
+    """Undo the updates since the last checkpoint before step `first_bad`: all steps up to `done` become steps that moved nothing.
+
+    The data go on, so that what led there does not come again. Raises UserError where there is no such checkpoint.
+    """
+    run.writer.finish()
+    found = checkpoint.resume(run.store, run.engine, run.ema, run.identity, before=first_bad)
+    if found is None:
+        raise run.incidents.hopeless("and there is no checkpoint before them to go back to")
+    for update in range(found.step + 1, done + 1):
+        run.ema.update(update)
+    if run.engine.rank == 0:
+        checkpoint.discard(run.store, after=found.step)
+    run.incidents.undo(found.step, done)
+
+
 def preflight(config: Config) -> int:
     """Everything about a run that can be checked without workers; returns the step that training would go on from.
 
@@ -151,7 +170,7 @@ def preflight(config: Config) -> int:
         place.check()
     manifest = load_manifest(data)
     check_data(config, manifest)
-    order = Order.choose(manifest, config.train.global_batch, config.seed, config.data.cache_mib)
+    order = Order.choose(manifest, config.train.global_batch, config.seed)
     forward_flops(config.model, image_size=config.data.image_size, channels=config.data.channels, classes=config.data.classes)
     newest = next(checkpoint.candidates(store), None)
     if newest is None:
@@ -217,6 +236,7 @@ def run_identity(config: Config, manifest: Manifest, order: Order) -> dict[str, 
     return {
         "data.fingerprint": manifest.fingerprint,
         "data.flip": config.data.flip,
+        **({} if manifest.schema.dtype == "uint8" else {"data.latent_scale": config.data.latent_scale}),
         "seed": config.seed,
         "train.global_batch": config.train.global_batch,
         "order": order.to_dict(),
@@ -226,8 +246,8 @@ def run_identity(config: Config, manifest: Manifest, order: Order) -> dict[str, 
 
 
 def check_data(config: Config, manifest: Manifest) -> None:
-    """Raises ConfigError where the manifest's images are not those that the config speaks of."""
-    for name in ("image_size", "channels", "classes"):
+    """Raises ConfigError where the manifest's samples are not those that the config speaks of."""
+    for name in ("image_size", "channels", "classes", "dtype"):
         expected, found = getattr(config.data, name), getattr(manifest.schema, name)
         if expected != found:
             raise ConfigError(

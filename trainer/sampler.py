@@ -1,9 +1,13 @@
 """A trained run, ready to sample: its averaged weights, its schedule, and Algorithm 2 with the run's sampling options.
 
-Image i of a seed depends on (seed, i), its label and w only: its noise is keyed by i, so any machine may draw any part.
+Image i of a seed depends on (seed, i), its label and w only: its noise is keyed by i, so any machine may draw any part. Where
+guidance is kept to an interval of log-SNRs, trajectories of different w are one and the same up to the first guided level: `sweep`
+goes there once and lets every w continue from that state, with the same bits as by itself.
 """
 
 import dataclasses
+import logging
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +15,24 @@ from torch import Tensor, nn
 from configs.schema import Config
 from data_pipeline.store import open_store
 from trainer import checkpoint
-from trainer.diffusion.guidance import Weight, classifier_free, interval, weight_at
+from trainer.diffusion.guidance import Weight, classifier_free, first_guided, interval, weight_at
 from trainer.diffusion.randomness import Purpose, bits
-from trainer.diffusion.samplers import SAMPLERS, ancestral, sample
-from trainer.diffusion.schedule import SCHEDULES, Schedule, levels
+from trainer.diffusion.samplers import LOOK_AHEAD, SAMPLERS, State, ancestral, sample
+from trainer.diffusion.schedule import SCHEDULES, Schedule, alpha_sigma, levels, posterior
 from trainer.networks.build import build_network
+
+_log = logging.getLogger("freeguide.sampler")
+_ROUNDING = 2.0**-9  # of bf16, relative
+_NOISE = 0.01  # standard deviation of noise in z, whose own is about 1, that we do not mention
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """Images at one w, and the network evaluations behind them. Evaluations that several w share are counted at the first."""
+
+    w: float
+    images: Tensor  # (N, C, H, W) float32 on the CPU
+    evaluations: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,36 +53,70 @@ class Sampler:
         network = build_network(config.model, image_size=data.image_size, channels=data.channels, classes=data.classes)
         checkpoint.check_shapes(store, found, {name: tuple(p.shape) for name, p in network.named_parameters()})
         network.load_state_dict(checkpoint.average(store, found, config.sampling.ema), strict=False)
-        return Sampler(network.eval().requires_grad_(False).to(device), config, found, device)
+        network.eval().requires_grad_(False).to(device)
+        noise = rounding_noise(config)
+        if noise > _NOISE:
+            _log.warning(
+                "sampling.precision=bf16 rounds eps, which unclipped adds noise of standard deviation %.2g to z in one step; "
+                "set sampling.clip=true or sampling.precision=fp32",
+                noise,
+            )
+        if config.sampling.compile:
+            network.compile(dynamic=False)
+        return Sampler(network, config, found, device)
 
     def sample(self, index: Tensor, labels: Tensor, w: float) -> Tensor:
         """Images `index` (N,) of the seed, with `labels` (N,), at guidance weight w: (N, C, H, W) float32 on the CPU."""
-        config = self.config
-        options, data = config.sampling, config.data
-        network = self.network
+        return next(self.sweep(index, labels, [w])).images
+
+    def sweep(self, index: Tensor, labels: Tensor, weights: Sequence[float]) -> Iterator[Drawn]:
+        """The same images at each of `weights`, one w after the other; steps that do not depend on w are made once."""
+        fork = shared_steps(self.config, weights) if len(weights) > 1 else 0
+        batch = self.config.sampling.batch
+        batches = list(zip(index.to(self.device).split(batch), labels.to(self.device).split(batch), strict=True))
+        starts: list[State | None] = [None] * len(batches)
+        for w in weights:
+            yield self._draw(w, batches, fork, starts)
+
+    @torch.inference_mode()
+    def _draw(self, w: float, batches: list[tuple[Tensor, Tensor]], fork: int, starts: list[State | None]) -> Drawn:
+        """One w of a sweep. Each batch goes on from its state of `starts` where it has one, else keeps its state at step `fork`."""
+        options, data = self.config.sampling, self.config.data
+        evaluations = 0
+
+        def network(z: Tensor, logsnr: Tensor, labels: Tensor) -> Tensor:
+            nonlocal evaluations
+            evaluations += len(z)
+            with torch.autocast(z.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
+                output: Tensor = self.network(z, logsnr, labels)
+                return output
+
         denoise = classifier_free(
-            lambda z, logsnr, labels: network(z, logsnr, labels),
-            guidance_weight(config, w),
+            network,
+            guidance_weight(self.config, w),
             null_label=data.classes,
-            p_uncond=config.diffusion.p_uncond,
-            kind=config.diffusion.prediction,
+            p_uncond=self.config.diffusion.p_uncond,
+            kind=self.config.diffusion.prediction,
         )
         transition = ancestral(options.v) if options.sampler == "ancestral" else SAMPLERS[options.sampler]()
-        with torch.inference_mode():
-            images = [
-                sample(
-                    denoise,
-                    rows.to(self.device),
-                    i.to(self.device),
-                    (data.channels, data.image_size, data.image_size),
-                    levels=sampling_levels(config),
-                    sampler=transition,
-                    seed=options.seed,
-                    clip=options.clip,
-                ).cpu()
-                for rows, i in zip(labels.split(options.batch), index.split(options.batch), strict=True)
-            ]
-        return torch.cat(images)
+        images = []
+        for number, (index, labels) in enumerate(batches):
+            passed: dict[int, State] = {}
+            x = sample(
+                denoise,
+                labels,
+                index,
+                (data.channels, data.image_size, data.image_size),
+                levels=sampling_levels(self.config),
+                sampler=transition,
+                seed=options.seed,
+                clip=options.clip,
+                start=starts[number],
+                on_step=lambda state, passed=passed: passed.update({state.step: state} if state.step == fork else {}),  # type: ignore[misc]
+            )
+            images.append(x.cpu())
+            starts[number] = starts[number] or passed.get(fork)
+        return Drawn(w, torch.cat(images), evaluations)
 
 
 def guidance_weight(config: Config, w: float) -> Weight:
@@ -79,12 +130,42 @@ def sampling_levels(config: Config) -> Tensor:
     return levels(noise_schedule(config), config.sampling.steps, config.sampling.spacing)
 
 
-def evaluations(config: Config, w: float) -> int:
-    """Network evaluations per image: one per level, two where it is guided, and Heun's second ones."""
+def shared_steps(config: Config, weights: Sequence[float]) -> int:
+    """Transitions at the beginning that are the same at all `weights`, because none guides at a level that they look at."""
+    ladder = sampling_levels(config)
+    first = min(first_guided(guidance_weight(config, w), ladder) for w in weights)
+    return max(0, min(first - LOOK_AHEAD[config.sampling.sampler], len(ladder) - 1))
+
+
+def evaluations(config: Config, w: float, start: int = 0) -> int:
+    """Network evaluations per image from step `start` on: one per level, two where it is guided, and Heun's second ones."""
     weight = guidance_weight(config, w)
-    guided = [weight_at(weight, logsnr) != 0 for logsnr in sampling_levels(config).tolist()]
-    again = guided[1:] if config.sampling.sampler == "heun" else []
+    guided = [weight_at(weight, logsnr) != 0 for logsnr in sampling_levels(config).tolist()][start:]
+    again = guided[1:] if LOOK_AHEAD[config.sampling.sampler] else []
     return sum(1 + bool(g) for g in [*guided, *again])
+
+
+def sweep_evaluations(config: Config, weights: Sequence[float]) -> int:
+    """Network evaluations per image of `Sampler.sweep`: the shared steps once, and every w from there."""
+    if not weights:
+        return 0
+    fork = shared_steps(config, weights)
+    shared = evaluations(config, weights[0]) - evaluations(config, weights[0], fork)
+    return shared + sum(evaluations(config, w, fork) for w in weights)
+
+
+def rounding_noise(config: Config) -> float:
+    """What bf16's rounding of eps adds to z in the worst transition of Algorithm 2, as a standard deviation; 0 where x is clamped.
+
+    x = (z - sigma eps) / alpha multiplies an error of eps by sigma / alpha, 22026 at lambda = -20; the posterior's mean takes
+    most of it away again. The other parametrisations do not divide by alpha.
+    """
+    options = config.sampling
+    if options.precision == "fp32" or options.clip or config.diffusion.prediction != "eps" or options.steps == 1:
+        return 0.0
+    ladder = sampling_levels(config)
+    alpha, sigma = alpha_sigma(ladder[:-1])
+    return float((posterior(ladder[:-1], ladder[1:]).x_scale * sigma / alpha).max()) * _ROUNDING
 
 
 def noise_schedule(config: Config) -> Schedule:

@@ -11,6 +11,8 @@ what the devices could do. All ranks move at the pace of the slowest: the time o
 import logging
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -44,6 +46,16 @@ def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 FLOP/s of the device by its maker's data sheet, or None where we know of none (a CPU)."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+@contextmanager
+def event_file(store: Store, key: str) -> Iterator[SummaryWriter]:
+    """A TensorBoard writer whose events stand at `key` of the store when the block ends."""
+    with tempfile.TemporaryDirectory(prefix="freeguide-events-") as folder:
+        with SummaryWriter(folder) as writer:
+            yield writer
+        (path,) = Path(folder).iterdir()
+        store.put(key, path.read_bytes())
 
 
 class Stopwatch:

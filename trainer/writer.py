@@ -90,16 +90,17 @@ class Writer:
         if power:
             self._files.append(File(SNAPSHOTS, [(name, f, values) for name in power for f, values in averages[name]]))
 
-    def start(self, step: int, bad_steps: list[int]) -> float:
+    def start(self, step: int, bad_steps: list[int], undone: int = 0) -> float:
         """Begin the checkpoint of `step`; all ranks call it together. Returns the seconds for which the training stood still.
 
+        `bad_steps` and `undone` are those of `trainer.failures.Incidents`.
         It first waits for the checkpoint before, where that is still on its way. Raises StoreError as `finish` does.
         """
         began = time.perf_counter()
         self.finish()
         for file in self._files:
             file.copy()
-        self._facts = {"step": step, "bad_steps": list(bad_steps), **self._engine.counters()}
+        self._facts = {"step": step, "bad_steps": list(bad_steps), "undone": undone, **self._engine.counters()}
         self._pending = step
         self._run(self._upload)
         return time.perf_counter() - began

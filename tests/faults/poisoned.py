@@ -1,5 +1,9 @@
-"""`python poisoned.py CONFIG...` trains them one after the other; the loss of the samples at the positions POISON=3,17 is NaN."""
+"""`python poisoned.py CONFIG...` trains them one after the other; POISON says by what the losses of some samples are multiplied.
 
+POISON is JSON: {config file: {position in the run: factor}}. A run that ends with a sentence does not keep the next from beginning.
+"""
+
+import json
 import os
 import sys
 
@@ -11,21 +15,25 @@ from trainer import loop
 from trainer.diffusion.objective import Losses, training_loss
 from trainer.engine import join_process_group
 
-POISON = torch.tensor([int(position) for position in os.environ["POISON"].split(",")])
+factors: dict[int, float] = {}
 
 
 def poisoned(*args: object, **kwargs: object) -> Losses:
     losses = training_loss(*args, **kwargs)  # type: ignore[arg-type]
-    bad = torch.isin(args[3], POISON)  # type: ignore[call-overload]
-    return losses._replace(loss=losses.loss * torch.where(bad, float("nan"), 1.0))
+    factor = torch.tensor([factors.get(position, 1.0) for position in args[3].tolist()])  # type: ignore[attr-defined]
+    return losses._replace(loss=losses.loss * factor)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     join_process_group()
     loop.training_loss = poisoned
-    try:
-        for path in sys.argv[1:]:
+    code = 0
+    for path in sys.argv[1:]:
+        factors = {int(position): factor for position, factor in json.loads(os.environ["POISON"])[path].items()}
+        try:
             loop.train(load_config(path))
-    except UserError as error:
-        sys.exit(f"freeguide: error: {error}")
+        except UserError as error:
+            print(f"freeguide: error: {error}")
+            code = 1
+    sys.exit(code)

@@ -1,137 +1,29 @@
 """Drills: what is done to a training, and that it ends with the weights of the training to which nothing was done.
 
-Each drill prints how long it took until the training made steps again.
+Each drill prints how long it took until the training made steps again. Those under Ray are in test_ray_drills.py.
 """
 
 import json
+import math
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
-import yaml
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import Tensor
 
 from configs.load import load_config
-from data_pipeline.shards import write_shards
-from data_pipeline.sources import digits
 from data_pipeline.store import create_bucket, open_store
+from tests.faults.conftest import BATCH, EVERY, PATIENCE, ROOT, Ranks, assert_same_bits, ended, output, saved, state, wait_for
 from trainer import checkpoint
-from trainer.engine import KINDS
-from trainer.failures import HUNG, TERMINATED
-
-ROOT = Path(__file__).parents[2]
-STEPS, EVERY, BATCH = 120, 20, 12
-Ranks = list["subprocess.Popen[bytes]"]
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """config(name, **train options) -> the file of a config that trains a very small network on digits."""
-    data = str(tmp_path_factory.mktemp("digits"))
-    write_shards(digits(), open_store(data), shard_samples=600)
-
-    def make(name: str, **train: object) -> Path:
-        folder = tmp_path_factory.mktemp(name)
-        options = {"steps": STEPS, "global_batch": BATCH, "lr": 1e-3, "zero_stage": 2, "checkpoint_every": EVERY, "log_every": 5}
-        content = {
-            "name": name,
-            "run": str(folder / "run"),
-            "data": {"uri": data, "image_size": 8, "channels": 1, "classes": 10},
-            "model": {"channels": 16, "channel_mult": [1, 2], "res_blocks": 1, "attention": [4], "head_channels": 16},
-            "train": options | train,
-            "sampling": {"steps": 2},
-            "cluster": {"workers": 2},
-        }
-        path = folder / "config.yaml"
-        path.write_text(yaml.safe_dump(content))
-        return path
-
-    return make
-
-
-@pytest.fixture
-def start() -> Iterator[Callable[..., Ranks]]:
-    """start(config, world_size, script=...) starts `python -m trainer` on each rank; whatever is left is killed in the end."""
-    started: Ranks = []
-
-    def run(path: Path, world_size: int = 2, script: tuple[str, ...] = ("-m", "trainer"), **environment: str) -> Ranks:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
-        shared |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
-        ranks = []
-        for rank in range(world_size):
-            with open(path.parent / f"rank{rank}.log", "ab") as log:
-                ranks.append(
-                    subprocess.Popen(
-                        [sys.executable, *script, str(path)],
-                        env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                        stdout=log,
-                        stderr=log,
-                        cwd=ROOT,
-                    )
-                )
-        started.extend(ranks)
-        return ranks
-
-    yield run
-    for process in started:
-        process.kill()
-        process.wait()
-
-
-def ended(ranks: Ranks) -> list[int]:
-    return [rank.wait(timeout=200) for rank in ranks]
-
-
-def output(path: Path, rank: int = 0) -> str:
-    return (path.parent / f"rank{rank}.log").read_text()
-
-
-def saved(path: Path) -> list[int]:
-    return checkpoint.describe(open_store(load_config(path).run))["checkpoints"]  # type: ignore[no-any-return]
-
-
-def wait_for(condition: Callable[[], object], ranks: Ranks = ()) -> float:  # type: ignore[assignment]
-    """Seconds until `condition` holds; a rank that ends before it fails the drill."""
-    began = time.monotonic()
-    while not condition():
-        assert time.monotonic() - began < 200
-        assert all(rank.poll() is None for rank in ranks), "a rank ended by itself"
-        time.sleep(0.01)
-    return time.monotonic() - began
-
-
-def state(path: Path, step: int = 0) -> dict[str, Tensor]:
-    store = open_store(load_config(path).run)
-    found = checkpoint.find(store, step)
-    return {f"{kind} {n}": v for kind in (*KINDS, *found.averages) for n, v in checkpoint.load(store, found, kind).items()}
-
-
-def losses(path: Path) -> dict[int, float]:
-    """The logged loss of every step; what a resumed run has written wins."""
-    seen: dict[int, float] = {}
-    for file in sorted((Path(load_config(path).run) / "events").iterdir(), key=lambda p: p.stat().st_mtime_ns):
-        log = EventAccumulator(str(file), size_guidance={"scalars": 0})
-        log.Reload()
-        seen |= {event.step: event.value for event in log.Scalars("train/loss")}
-    return seen
-
-
-def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    assert a.keys() == b.keys()
-    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+from trainer.failures import HUNG, SPIKE, TERMINATED
 
 
 def test_kill_9_and_sigterm_leave_the_weights_of_the_undisturbed_run(
@@ -202,120 +94,38 @@ def test_a_rank_that_hangs_alone_is_ended_by_its_watchdog(config: Callable[..., 
     assert output(path).splitlines()[-1].startswith("freeguide: rank 0: no progress for 2 s after step ")
 
 
-def test_a_batch_that_is_not_a_number_moves_nothing_is_named_and_counts_under_a_budget(
-    config: Callable[..., Path], start: Callable[..., Ranks]
-) -> None:
-    positions = [2 * BATCH + 1, 4 * BATCH]  # of the steps 3 and 5, on rank 0
-    train = {"checkpoint_every": 1, "keep_checkpoints": 9, "log_every": 1, "bad_steps": 1}
-    paths = {s: config(f"nan{s}", zero_stage=s, precision="bf16" if s else "fp32", steps=4, **train) for s in (0, 2, 3)}
-    over = config("over", steps=9, **train)
-    script = (str(Path(__file__).parent / "poisoned.py"), *map(str, paths.values()))
-    ranks = start(over, script=script, POISON=",".join(map(str, positions)))
-    assert ended(ranks) == [1, 1], output(over)
-    for stage, path in paths.items():
-        before, after, end = state(path, 2), state(path, 3), state(path, 4)
-        moved = {name.split()[0] for name in before if not torch.equal(before[name], after[name])}
-        assert moved == {"ema"}, stage  # the average goes on towards the weights, which stand still
-        assert all(torch.isfinite(values).all() for values in end.values()), stage
-        assert not torch.equal(after["master out_conv.weight"], end["master out_conv.weight"]), stage
-        store = open_store(load_config(path).run)
-        assert checkpoint.find(store).bad_steps == [3], stage
-        (row,) = [json.loads(line) for line in store.get("incidents.jsonl").decode().splitlines()]
-        assert (row["step"], row["what"]) == (3, "not finite")
-        assert (row["samples"][0]["index"], row["samples"][0]["loss"]) == (positions[0], "nan")
-    (sentence,) = [line for line in output(over).splitlines() if line.startswith("freeguide: error: ")]
-    assert "the gradients of 2 steps were not finite (the last of them 5), more than train.bad_steps=1" in sentence
-
-
-# --- under Ray ---
-
-
-def ray_train(path: Path, **environment: str) -> "subprocess.Popen[bytes]":
-    environment = os.environ | {"RAY_ADDRESS": "local", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
-    with open(path.parent / "rank0.log", "ab") as log:
-        command = [sys.executable, "-m", "cluster", "train", str(path)]
-        return subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=ROOT)
-
-
-def ray_workers(driver: "subprocess.Popen[bytes]") -> list[psutil.Process]:
-    children = psutil.Process(driver.pid).children(recursive=True)
-    return [child for child in children if child.is_running() and "TrainWorker" in " ".join(child.cmdline())]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", ["worker", "driver"])
-def test_a_kill_under_ray_leaves_the_weights_of_the_undisturbed_run(
-    config: Callable[..., Path], victim: str, capsys: pytest.CaptureFixture[str]
+def test_torchrun_restarts_a_worker_that_dies_and_passes_on_its_notice(
+    config: Callable[..., Path], start: Callable[..., Ranks], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path, undisturbed = config(f"ray-{victim}", steps=300), config("undisturbed", steps=300)
-    assert ray_train(undisturbed).wait(timeout=250) == 0, output(undisturbed)
-    driver = ray_train(path)
+    path, undisturbed = config("torchrun", steps=300), config("undisturbed", steps=300)
+
+    def torchrun() -> "subprocess.Popen[bytes]":
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        with open(path.parent / "rank0.log", "ab") as log:
+            return subprocess.Popen([*command, "-m", "trainer", str(path)], env=environment, stdout=log, stderr=log, cwd=ROOT)
+
+    agent = torchrun()
     try:
-        wait_for(lambda: EVERY in saved(path), [driver])
-        began = time.monotonic()
-        if victim == "worker":
-            ray_workers(driver)[1].kill()
-        else:
-            driver.kill()
-            driver.wait()
-            driver = ray_train(path)
-        wait_for(lambda: "resuming from step" in output(path), [driver])
-        recovery = time.monotonic() - began
-        assert driver.wait(timeout=250) == 0, output(path)
+        wait_for(lambda: EVERY in saved(path), [agent])
+        psutil.Process(agent.pid).children()[1].kill()
+        recovery = wait_for(lambda: "resuming from step" in output(path), [agent])
+        target = max(saved(path)) + EVERY
+        wait_for(lambda: target in saved(path), [agent])
+        agent.send_signal(signal.SIGTERM)
+        assert agent.wait(timeout=PATIENCE) != 0
+        (stopped,) = [line.split("saved at step ")[1].split(";")[0] for line in output(path).splitlines() if "asked to end" in line]
+        assert int(stopped) in saved(path)
+        agent = torchrun()
+        assert agent.wait(timeout=PATIENCE) == 0, output(path)
     finally:
-        driver.kill()
+        agent.kill()
+    assert f"resuming from step {stopped} " in output(path)
+    assert ended(start(undisturbed)) == [0, 0]
     assert_same_bits(state(undisturbed), state(path))
     with capsys.disabled():
-        print(f"\n  SIGKILL of the {victim} under Ray: resumed after {recovery:.1f} s")
-
-
-@pytest.mark.slow
-def test_what_a_user_has_to_mend_is_not_tried_again_under_ray(config: Callable[..., Path]) -> None:
-    path = config("mend")
-    data = Path(load_config(path).data.uri)
-    copy = path.parent / "data"
-    shutil.copytree(data, copy)
-    for shard in copy.rglob("*.tar"):
-        shard.write_bytes(bytes(len(shard.read_bytes())))
-    path.write_text(path.read_text().replace(str(data), str(copy)))
-    driver = ray_train(path)
-    assert driver.wait(timeout=250) == 2, output(path)
-    assert output(path).count("starting at step 0") == 1
-    assert output(path).splitlines()[-1].startswith("freeguide: error: ")
-
-
-@pytest.mark.slow
-def test_training_goes_on_with_fewer_workers_when_a_node_is_lost(
-    config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    from ray.cluster_utils import Cluster
-
-    path, undisturbed = config("elastic", steps=200, precision="fp32"), config("undisturbed", steps=200, precision="fp32")
-    path.write_text(path.read_text().replace("workers: 2", "workers: 2\n  min_workers: 1"))
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    node = cluster.add_node(num_cpus=1)
-    driver = ray_train(path, RAY_ADDRESS=cluster.address, RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="20")
-    try:
-        wait_for(lambda: EVERY in saved(path), [driver])
-        assert checkpoint.describe(open_store(load_config(path).run))["world_size"] == 2
-        began = time.monotonic()
-        cluster.remove_node(node, allow_graceful=False)
-        wait_for(lambda: "resuming from step" in output(path), [driver])
-        recovery = time.monotonic() - began
-        assert driver.wait(timeout=280) == 0, output(path)
-    finally:
-        driver.kill()
-        cluster.shutdown()
-    assert checkpoint.describe(open_store(load_config(path).run))["world_size"] == 1
-    assert ray_train(undisturbed).wait(timeout=280) == 0
-    (line,) = [line for line in output(path).splitlines() if "resuming from step" in line]
-    resumed = int(line.split("resuming from step ")[1].split()[0])
-    calm, fewer = losses(undisturbed), losses(path)
-    for step in range(resumed + 1, resumed + 21):
-        # Only the order of sums differs; 20 steps let its rounding grow a little beyond the 1e-5 of single steps.
-        assert fewer[step] == pytest.approx(calm[step], rel=1e-4), step
-    with capsys.disabled():
-        print(f"\n  a node lost, elastic 2 -> 1: resumed after {recovery:.1f} s")
+        print(f"\n  SIGKILL of a worker under torchrun: resumed after {recovery:.1f} s")
 
 
 @pytest.mark.slow
@@ -353,3 +163,77 @@ def test_a_store_that_is_gone_for_a_minute_does_not_end_the_training(
     assert_same_bits(state(undisturbed), end)
     with capsys.disabled():
         print(f"\n  store gone for 60 s: the next checkpoint was whole {recovery:.1f} s after it came back")
+
+
+# --- poisoned batches ---
+
+
+def poison(*steps: int, factor: float = math.nan) -> dict[int, float]:
+    """The second sample of each of these steps, which rank 0 trains on: position -> factor of its loss."""
+    return {(step - 1) * BATCH + 1: factor for step in steps}
+
+
+def train_poisoned(start: Callable[..., Ranks], poisons: dict[Path, dict[int, float]]) -> tuple[list[int], str]:
+    """Train these configs on two ranks, one after the other; returns the exit codes and what rank 0 said."""
+    *others, last = poisons
+    environment = {"POISON": json.dumps({str(path): factors for path, factors in poisons.items()})}
+    script = (str(Path(__file__).parent / "poisoned.py"), *map(str, others))
+    codes = ended(start(last, script=script, **environment))
+    return codes, output(last)
+
+
+def incidents(path: Path) -> list[dict[str, Any]]:
+    lines = open_store(load_config(path).run).get("incidents.jsonl").decode().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def found(path: Path) -> checkpoint.Checkpoint:
+    return checkpoint.find(open_store(load_config(path).run))
+
+
+def test_a_batch_that_is_not_a_number_moves_nothing_and_a_loss_that_jumps_is_named(
+    config: Callable[..., Path], start: Callable[..., Ranks]
+) -> None:
+    train = {"checkpoint_every": 1, "keep_checkpoints": 9, "log_every": 1, "bad_steps": 1}
+    paths = {s: config(f"nan{s}", zero_stage=s, precision="bf16" if s else "fp32", steps=4, **train) for s in (0, 2, 3)}
+    spike = config("spike", steps=24)
+    poisons = {path: poison(3) for path in paths.values()} | {spike: poison(22, factor=100.0)}
+    codes, said = train_poisoned(start, poisons)
+    assert codes == [0, 0], said
+    for stage, path in paths.items():
+        before, after, end = state(path, 2), state(path, 3), state(path, 4)
+        moved = {name.split()[0] for name in before if not torch.equal(before[name], after[name])}
+        assert moved == {"ema"}, stage  # the average goes on towards the weights, which stand still
+        assert all(torch.isfinite(values).all() for values in end.values()), stage
+        assert not torch.equal(after["master out_conv.weight"], end["master out_conv.weight"]), stage
+        assert found(path).bad_steps == [3], stage
+        (row,) = incidents(path)
+        assert (row["step"], row["what"]) == (3, "not finite")
+        assert (row["samples"][0]["index"], row["samples"][0]["loss"]) == (2 * BATCH + 1, "nan")
+    (row,) = incidents(spike)
+    assert (row["step"], row["what"], row["samples"][0]["index"]) == (22, "spike", 21 * BATCH + 1)
+    assert row["loss"] > SPIKE * row["median"]
+
+
+def test_over_the_budget_of_bad_steps_a_run_goes_back_once_as_if_nothing_had_been_learnt_since(
+    config: Callable[..., Path], start: Callable[..., Ranks]
+) -> None:
+    # Steps 6 and 7 are over a budget of 1, which is seen at step 8: the run goes back to step 4. The other run learns nothing in
+    # the steps 5 to 8 in the first place.
+    train = {"steps": 12, "checkpoint_every": 4, "log_every": 4, "ema_sigma_rel": [0.1]}
+    pairs, poisons = {}, {}
+    for s in (2, 3):  # 3 last: DeepSpeed exchanges torch's linear function for it, in the whole process
+        options = train | {"zero_stage": s, "precision": "bf16"}
+        pairs[s] = back, still = config(f"back{s}", **options, bad_steps=1), config(f"still{s}", **options, bad_steps=4)
+        poisons |= {back: poison(6, 7), still: poison(5, 6, 7, 8)}
+    again, never = config("again", **train, bad_steps=1), config("never", **train, bad_steps=1)
+    codes, said = train_poisoned(start, poisons | {again: poison(6, 7, 10, 11), never: poison(3, 4)})
+    assert codes == [1, 1], said
+    for stage, (back, still) in pairs.items():
+        assert_same_bits(state(back), state(still))
+        assert (found(back).bad_steps, found(back).undone) == ([6, 7], 8), stage
+        steps = [(row["step"], row["what"]) for row in incidents(back)]
+        assert steps == [(6, "not finite"), (7, "not finite"), (8, "undone")], stage
+    first, second = (line for line in said.splitlines() if line.startswith("freeguide: error: "))
+    assert "the gradients of 2 steps were not finite (the last of them 11), more than train.bad_steps=1, although" in first
+    assert "more than train.bad_steps=1, and there is no checkpoint before them to go back to" in second

@@ -93,7 +93,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def test_every_value_and_counter_comes_back_to_the_bit(training: Training) -> None:
     training.engine.loaded(17, {})
     training.move(3)
-    training.writer.start(training.step, [2])
+    training.writer.start(training.step, [2], undone=1)
     training.writer.finish()
     saved = training.state()
     training.move()
@@ -102,7 +102,22 @@ def test_every_value_and_counter_comes_back_to_the_bit(training: Training) -> No
     found = checkpoint.resume(training.store, training.engine, training.ema, IDENTITY)
     assert found is not None
     assert same(saved, training.state())
-    assert (found.step, found.bad_steps, training.engine.counters()["adam_steps"]) == (3, [2], 17)
+    assert (found.step, found.bad_steps, found.undone, training.engine.counters()["adam_steps"]) == (3, [2], 1, 17)
+
+
+def test_a_run_can_go_back_before_a_step_and_what_came_after_exists_no_more(training: Training) -> None:
+    for _ in range(2):
+        training.save()
+    good = training.state()
+    training.save()
+    assert checkpoint.resume(training.store, training.engine, training.ema, IDENTITY, before=2) is None  # two are kept
+    found = checkpoint.resume(training.store, training.engine, training.ema, IDENTITY, before=3)
+    assert found is not None
+    assert found.step == 2
+    assert same(good, training.state())
+    checkpoint.discard(training.store, after=2)
+    assert checkpoint.find(training.store).step == 2
+    assert [snapshot.step for snapshot in checkpoint.newest(training.store, checkpoint.SNAPSHOTS)] == [2, 1]
 
 
 def test_a_rank_file_is_a_safetensors_file_that_others_can_read(training: Training) -> None:

@@ -53,6 +53,14 @@ def test_sigterm_is_remembered_only_while_training() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_wish_to_end_is_passed_on() -> None:
+    heard: list[str] = []
+    with Terminated(tell=lambda: heard.append("told")) as terminated:
+        os.kill(os.getpid(), signal.SIGTERM)
+        terminated.ask()
+    assert heard == ["told", "told"]
+
+
 def watched(seconds: float, body: str) -> "subprocess.CompletedProcess[str]":
     code = f"import time\nfrom trainer.failures import Watchdog\nwith Watchdog({seconds}) as watchdog:\n"
     code += "".join(f"    {line}\n" for line in body.splitlines()) + "print('done')"
@@ -112,17 +120,35 @@ def test_a_step_that_is_not_finite_is_recorded_with_its_samples(tmp_path: Path) 
     assert incidents.bad_steps == [2]
 
 
-def test_the_budget_of_bad_steps_ends_the_run_with_one_sentence_and_outlives_a_restart(tmp_path: Path) -> None:
-    incidents = Incidents(FolderStore(tmp_path), ORDER, [2, 9], TrainConfig(bad_steps=2))
-    with pytest.raises(UserError, match=r"the gradients of 3 steps were not finite \(the last of them 12\).*train\.bad_steps=2"):
-        incidents.review(interval(11, [math.inf]))
+def test_over_the_budget_a_run_learns_where_its_last_row_of_bad_steps_begins(tmp_path: Path) -> None:
+    incidents = Incidents(FolderStore(tmp_path), ORDER, [2, 9], TrainConfig(bad_steps=4))
+    assert incidents.review(interval(10, [math.nan, 0.5, math.inf])) == 0  # steps 11 and 13
+    assert incidents.review(interval(13, [math.nan, math.nan])) == 13
+    single = Incidents(FolderStore(tmp_path), ORDER, [2, 9, 15], TrainConfig(bad_steps=3))
+    assert single.review(interval(16, [math.nan, 0.5])) == 17
+
+
+def test_going_back_is_recorded_begins_the_budget_anew_and_happens_once_also_after_a_restart(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path)
+    incidents = Incidents(store, ORDER, [2, 9], TrainConfig(bad_steps=2))
+    assert incidents.review(interval(11, [math.inf])) == 12
+    incidents.undo(10, 12)
+    assert [(row["step"], row["what"]) for row in rows(store)] == [(12, "not finite"), (12, "undone")]
+    assert rows(store)[1]["back_to"] == 10
+    assert incidents.review(interval(12, [math.nan, math.nan])) == 0
+    again = Incidents(store, ORDER, incidents.bad_steps, TrainConfig(bad_steps=2), undone=incidents.undone)
+    sentence = (
+        r"the gradients of 3 steps were not finite \(the last of them 20\), more than train\.bad_steps=2, "
+        r"although the steps up to 12 had been undone"
+    )
+    with pytest.raises(UserError, match=sentence):
+        again.review(interval(19, [math.nan]))
 
 
 def test_an_overflow_of_scaled_gradients_is_no_incident(tmp_path: Path) -> None:
     incidents = Incidents(FolderStore(tmp_path), ORDER, [], TrainConfig(bad_steps=0, precision="fp16"))
-    incidents.review(interval(0, [0.5], norm=math.inf))
-    with pytest.raises(UserError, match="1 steps were not finite"):
-        incidents.review(interval(1, [math.nan]))
+    assert incidents.review(interval(0, [0.5], norm=math.inf)) == 0
+    assert incidents.review(interval(1, [math.nan])) == 2
 
 
 def test_a_spike_is_recorded_and_a_repeated_step_once(tmp_path: Path) -> None:

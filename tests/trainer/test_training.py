@@ -10,6 +10,8 @@ from torch import Tensor
 
 from configs.load import load_config
 from configs.schema import TrainConfig
+from data_pipeline.manifest import Schema
+from data_pipeline.shards import Sample, Source, write_shards
 from data_pipeline.store import open_store
 from trainer import checkpoint
 from trainer.ema import profiles
@@ -141,6 +143,21 @@ def test_every_parameter_of_a_dit_is_trained(runs: dict[str, Path]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_losses_do_not_depend_on_four_processes_or_one_at_any_stage(tiny: Tiny, launch: Callable[..., object], stage: int) -> None:
+    """From the start, and across a resume on another number of processes."""
+    options = {"zero_stage": stage, "precision": "fp32", "steps": 6}
+    four, one = tiny(f"four-{stage}", train=options), tiny(f"one-{stage}", train=options)
+    begun = tiny(f"begun4-{stage}", train=options | {"steps": 3})
+    went_on = tiny(f"went-on-{stage}", run=load_config(begun).run, train=options)
+    launch(4, four, begun)
+    launch(3, went_on)
+    launch(1, one)
+    for other in (four, went_on):
+        torch.testing.assert_close(torch.tensor(losses(other)), torch.tensor(losses(one)), rtol=1e-5, atol=0)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_compiled_network_has_the_same_losses(tiny: Tiny, launch: Callable[..., object], stage: int) -> None:
     options = {"zero_stage": stage, "precision": "fp32"}
@@ -148,6 +165,34 @@ def test_a_compiled_network_has_the_same_losses(tiny: Tiny, launch: Callable[...
     launch(1, plain, compiled)
     # The compiler fuses and reorders: some 100 roundings.
     torch.testing.assert_close(torch.tensor(losses(compiled)), torch.tensor(losses(plain)), rtol=1e-5, atol=0)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_resumes_with_the_bits_of_the_undisturbed_one(
+    tiny: Tiny, launch: Callable[..., object], tmp_path: Path
+) -> None:
+    """With the network of configs/fashion_mnist.yaml, at its stage and precision; the image size differs from the other tests'."""
+    shipped = load_config(Path(__file__).parents[2] / "configs/fashion_mnist.yaml")
+    schema = Schema(shipped.data.image_size, shipped.data.channels, shipped.data.classes)
+    pixels = torch.randint(256, (96, *schema.shape), generator=torch.Generator().manual_seed(0)).byte().numpy()
+    write_shards(Source(schema, 96, lambda i: Sample(pixels[i], i % 10), "noise"), open_store(str(tmp_path)), shard_samples=96)
+    data = {"uri": str(tmp_path), "image_size": schema.image_size}
+    options = {"zero_stage": shipped.train.zero_stage, "precision": shipped.train.precision, "compile": True}
+
+    def made(name: str, steps: int, run: str | None = None) -> Path:
+        return tiny(name, run=run, data=data, model=vars(shipped.model), train=options | {"steps": steps})
+
+    straight, begun = made("compiled", 6), made("compiled-begun", 3)
+    launch(1, straight)
+    launch(1, begun)
+    resumed = made("compiled-resumed", 6, run=load_config(begun).run)
+    launch(1, resumed)
+    assert_same_bits(state(straight, 6), state(resumed, 6))
+    assert losses(straight) == losses(resumed)
+    plain = tiny("uncompiled", data=data, model=vars(shipped.model), train=options | {"steps": 6, "compile": False})
+    launch(1, plain)
+    # The compiler fuses and reorders: some 100 roundings.
+    torch.testing.assert_close(torch.tensor(losses(straight)), torch.tensor(losses(plain)), rtol=1e-5, atol=0)
 
 
 def test_weights_move_and_every_parameter_is_trained(runs: dict[str, Path]) -> None:

@@ -50,10 +50,11 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
     k0, k1 = key
     for _ in range(10):
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1 = ((p1 >> 32) ^ c1 ^ k0) & _WORD, p1 & _WORD
-        c2, c3 = ((p0 >> 32) ^ c3 ^ k1) & _WORD, p0 & _WORD
+        # c1 and c3 keep the upper halves of their products: they only enter an exclusive or that is cut to 32 bits.
+        c0, c1 = ((p1 >> 32) ^ c1 ^ k0) & _WORD, p1
+        c2, c3 = ((p0 >> 32) ^ c3 ^ k1) & _WORD, p0
         k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
-    return c0, c1, c2, c3
+    return c0, c1 & _WORD, c2, c3 & _WORD
 
 
 def bits(seed: int, purpose: Purpose, index: Tensor, shape: tuple[int, ...], stream: int = 0) -> Tensor:

@@ -130,6 +130,7 @@ def heun() -> Sampler:
 
 
 SAMPLERS: dict[str, Callable[..., Sampler]] = {"ancestral": ancestral, "ddim": ddim, "dpmpp_2m": dpmpp_2m, "heun": heun}
+LOOK_AHEAD = {"ancestral": 0, "ddim": 0, "dpmpp_2m": 0, "heun": 1}  # levels past its own at which a transition asks the network
 
 
 @torch.no_grad()

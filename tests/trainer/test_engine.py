@@ -1,0 +1,37 @@
+"""What DeepSpeed is told."""
+
+from typing import Any
+
+import pytest
+
+from configs.errors import ConfigError
+from configs.schema import TrainConfig
+from trainer.engine import _deepspeed_config
+
+
+def zero(numel: int = 1000, **options: Any) -> dict[str, Any]:
+    section: dict[str, Any] = _deepspeed_config(TrainConfig(**options), 4, 1, 2, numel)["zero_optimization"]
+    return section
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_room_for_gradients_is_that_of_the_network_and_no_more_than_deepspeeds_own(stage: int) -> None:
+    assert zero(zero_stage=stage)["reduce_bucket_size"] == 1000
+    assert zero(10**10, zero_stage=stage)["reduce_bucket_size"] == 500_000_000
+
+
+def test_what_the_user_tells_deepspeed_comes_first() -> None:
+    chosen = zero(zero_stage=1, deepspeed={"zero_optimization": {"reduce_bucket_size": 7, "contiguous_gradients": True}})
+    assert (chosen["reduce_bucket_size"], chosen["contiguous_gradients"]) == (7, True)
+
+
+def test_gradients_are_staged_only_where_they_are_reduced_during_the_backward_pass() -> None:
+    staged = [zero(zero_stage=stage)["contiguous_gradients"] for stage in (1, 2, 3)]
+    assert staged == [False, True, True]
+    assert zero(zero_stage=1, deepspeed={"zero_optimization": {"overlap_comm": True}})["contiguous_gradients"]
+
+
+@pytest.mark.parametrize("section", [{"zero_optimization": {"stage": 3}}, {"gradient_clipping": 2.0}, {"bf16": {"enabled": True}}])
+def test_what_freeguide_decides_is_refused_by_name(section: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"train\.deepspeed\.(zero_optimization\.stage|gradient_clipping|bf16) is set from"):
+        zero(deepspeed=section)

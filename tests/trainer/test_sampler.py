@@ -1,0 +1,171 @@
+"""A sweep over w shares what does not depend on w, to the bit, and counts what it asks of the network."""
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from configs.load import load_config
+from configs.schema import Config
+from trainer.diffusion.oracles import GaussianClasses
+from trainer.diffusion.samplers import SAMPLERS
+from trainer.networks.build import build_network
+from trainer.sampler import Sampler, evaluations, rounding_noise, sampling_levels, shared_steps, sweep_evaluations
+
+DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
+WEIGHTS = [0.0, 0.5, 4.0]
+INTERVAL = "sampling.interval=[-1.0,3.0]"
+INDEX = torch.tensor([5, 0, 17, 3, 4, 9, 11])
+
+
+class Oracle(nn.Module):
+    """The optimal network of Gaussian classes, which counts the rows it is asked for and keeps the dtypes it computes in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.exact = GaussianClasses(tuple(c / 5 - 1 for c in range(10)), 0.25, 0.0, 1.0)
+        self.rows: list[int] = []
+        self.dtypes: list[tuple[torch.dtype, torch.dtype]] = []
+
+    def forward(self, z: Tensor, logsnr: Tensor, labels: Tensor) -> Tensor:
+        self.rows.append(len(z))
+        self.dtypes.append((z.dtype, torch.mm(torch.ones(1, 1), torch.ones(1, 1)).dtype))
+        return self.exact(z.double(), logsnr.double(), labels).float()
+
+
+@pytest.fixture
+def sampler() -> Callable[..., Sampler]:
+    def make(*overrides: str) -> Sampler:
+        config = load_config(DIGITS, ["sampling.steps=12", "sampling.batch=3", *overrides], "evaluate")
+        nothing: Any = None  # the checkpoint is for those who ask where the weights are from
+        return Sampler(Oracle(), config, nothing, torch.device("cpu"))
+
+    return make
+
+
+def alone(sampler: Sampler, w: float) -> Tensor:
+    return sampler.sample(INDEX, INDEX % 10, w)
+
+
+@pytest.mark.parametrize("spacing", ["u", "logsnr"])
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_a_sweep_gives_the_bits_of_each_w_by_itself_at_no_more_than_its_plan(
+    sampler: Callable[..., Sampler], name: str, spacing: str
+) -> None:
+    one = sampler(f"sampling.sampler={name}", f"sampling.spacing={spacing}", INTERVAL)
+    assert shared_steps(one.config, WEIGHTS) > 0
+    expected = [alone(one, w) for w in WEIGHTS]
+    assert not torch.equal(expected[0], expected[1])
+    assert not torch.equal(expected[1], expected[2])
+    one.network.rows.clear()  # type: ignore[union-attr, operator]
+    drawn = list(one.sweep(INDEX, INDEX % 10, WEIGHTS))
+    asked = sum(one.network.rows)  # type: ignore[arg-type]
+    assert [d.w for d in drawn] == WEIGHTS
+    assert all(torch.equal(d.images, images) for d, images in zip(drawn, expected, strict=True))
+    assert asked == sum(d.evaluations for d in drawn) == len(INDEX) * sweep_evaluations(one.config, WEIGHTS)
+    assert asked < len(INDEX) * sum(evaluations(one.config, w) for w in WEIGHTS)
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+@pytest.mark.parametrize("order", [[4.0, 0.5], [0.5], [2.0, 0.0]])
+def test_any_part_of_a_sweep_gives_the_same_images(sampler: Callable[..., Sampler], name: str, order: list[float]) -> None:
+    """What an interrupted job makes of its rest."""
+    one = sampler(f"sampling.sampler={name}", INTERVAL)
+    for drawn in one.sweep(INDEX, INDEX % 10, order):
+        assert torch.equal(drawn.images, alone(one, drawn.w))
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+@pytest.mark.parametrize("interval", ["sampling.interval=[]", INTERVAL, "sampling.interval=[30,40]"])
+@pytest.mark.parametrize("steps", [1, 2, 12])
+def test_evaluations_are_those_that_the_network_is_asked_for(
+    sampler: Callable[..., Sampler], name: str, interval: str, steps: int
+) -> None:
+    one = sampler(f"sampling.sampler={name}", interval, f"sampling.steps={steps}")
+    for w in WEIGHTS:
+        one.network.rows.clear()  # type: ignore[union-attr, operator]
+        alone(one, w)
+        assert sum(one.network.rows) == len(INDEX) * evaluations(one.config, w)  # type: ignore[arg-type]
+    levels = 2 * steps - 1 if name == "heun" else steps
+    assert evaluations(one.config, 0.0) == levels  # one forward
+    if interval == "sampling.interval=[]":
+        assert evaluations(one.config, 1.0) == 2 * levels
+        assert shared_steps(one.config, [0.5, 1.0]) == 0
+    one.network.rows.clear()  # type: ignore[union-attr, operator]
+    list(one.sweep(INDEX, INDEX % 10, WEIGHTS))
+    assert sum(one.network.rows) == len(INDEX) * sweep_evaluations(one.config, WEIGHTS)  # type: ignore[arg-type]
+
+
+def test_the_papers_list_of_w_in_a_published_interval_costs_less_than_six_tenths_of_the_naive_sweep() -> None:
+    """The FID interval of EDM2-XXL (arXiv 2404.07724), sigma in (0.19, 1.61], at T = 256 on the paper's own grid."""
+    config = load_config(DIGITS, ["sampling.steps=256", "sampling.interval=[-0.95,3.32]"], "evaluate")
+    weights = [0.0, *(0.1 * k for k in range(1, 11)), 2.0, 3.0, 4.0]
+    plain = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, interval=[]))
+    naive = sum(evaluations(plain, w) for w in weights)
+    assert naive == 27 * 256
+    assert sweep_evaluations(config, weights) / naive < 0.6
+
+
+def test_bf16_is_the_networks_alone(sampler: Callable[..., Sampler]) -> None:
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        one = sampler(f"sampling.precision={precision}")
+        assert alone(one, 1.0).dtype == torch.float32
+        assert set(one.network.dtypes) == {(torch.float32, dtype)}  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_a_compiled_network_gives_the_same_images() -> None:
+    small = ["model.channels=8", "model.head_channels=8", "model.channel_mult=[1]", "model.attention=[]", "sampling.batch=4"]
+    config = load_config(DIGITS, ["sampling.steps=3", "sampling.spacing=logsnr", *small], "evaluate")
+    network = build_network(config.model, image_size=8, channels=1, classes=10).eval().requires_grad_(False)
+    for parameter in network.parameters():  # the last layer begins at zero
+        parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+    nothing: Any = None
+    one = Sampler(network, config, nothing, torch.device("cpu"))
+    plain = alone(one, 1.0)
+    network.compile(dynamic=False)
+    # Other kernels add in another order; three steps of this network amplify float32's rounding of 6e-8 to below 1e-4.
+    torch.testing.assert_close(alone(one, 1.0), plain, rtol=0, atol=1e-4)
+    assert plain.std() > 0.1
+
+
+def noise(*overrides: str) -> float:
+    return rounding_noise(load_config(DIGITS, ["sampling.precision=bf16", "sampling.clip=false", *overrides], "evaluate"))
+
+
+def test_rounding_noise_is_what_bf16_of_eps_adds_to_z() -> None:
+    """Measured: eps of the exact network, rounded, through the first transition at lambda = -20."""
+    assert noise("sampling.steps=256") == pytest.approx(2**-9 * 137, rel=0.01)  # 137: the growth of z's scale in that step
+    assert noise("sampling.steps=1024") == pytest.approx(2**-9 * 35, rel=0.02)
+    assert noise("diffusion.prediction=v") == noise("sampling.clip=true") == noise("sampling.precision=fp32") == 0
+    config: Config = load_config(DIGITS, ["sampling.steps=256"], "evaluate")
+    first, second = sampling_levels(config)[:2]
+    eps = torch.randn(200_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    error = eps.bfloat16().double() - eps
+    growth = (-torch.expm1(first - second)) * torch.sigmoid(second).sqrt() * (torch.sigmoid(-first) / torch.sigmoid(first)).sqrt()
+    # 2^-9, half a unit in the last place of 1, stands for the deviation of a normal number's rounding, which is 0.85 of that.
+    assert (error * growth).std().item() == pytest.approx(noise("sampling.steps=256"), rel=0.2)
+
+
+def test_bf16_without_clipping_is_warned_of_once_and_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from trainer import sampler as module
+
+    monkeypatch.setattr(module.checkpoint, "find", lambda *_: None)
+    monkeypatch.setattr(module.checkpoint, "check_shapes", lambda *_: None)
+    monkeypatch.setattr(module.checkpoint, "average", lambda *_: {})
+    bf16 = ["sampling.precision=bf16", "sampling.clip=false", "run=/nowhere"]
+    with caplog.at_level(logging.WARNING):
+        module.Sampler.from_run(load_config(DIGITS, bf16, "evaluate"))
+        assert [record.getMessage() for record in caplog.records] == [
+            "sampling.precision=bf16 rounds eps, which unclipped adds noise of standard deviation 2.2 to z in one step; "
+            "set sampling.clip=true or sampling.precision=fp32"
+        ]
+        module.Sampler.from_run(load_config(DIGITS, [*bf16, "sampling.clip=true"], "evaluate"))
+    assert len(caplog.records) == 1

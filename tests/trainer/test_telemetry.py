@@ -1,0 +1,54 @@
+"""What the step line says about speed."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs.schema import Config, TrainConfig
+from data_pipeline.store import open_store
+from trainer import telemetry
+from trainer.telemetry import Telemetry
+
+READING: dict[str, dict[str, int]] = {"retries": {}, "bad_samples": {}}  # of a reader without troubles
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """[the time that telemetry sees], on rank 0 of two ranks of which the other has nothing to add, on a device of 1 TFLOP/s."""
+    now = [0.0]
+    monkeypatch.setattr(telemetry.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(telemetry, "peak_flops", lambda device: 1e12)
+    monkeypatch.setattr(telemetry.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(telemetry.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(telemetry.dist, "all_reduce", lambda values: None)
+    return now
+
+
+def step_line(clock: list[float], folder: Path, capsys: pytest.CaptureFixture[str], train: TrainConfig) -> str:
+    """The line after four steps of half a second each, of a network whose forward takes 2e9 operations per image."""
+    watched = Telemetry(Config(train=train), open_store(str(folder)), torch.device("cpu"), 0, 2 * 10**9)
+    share = torch.ones(train.global_batch // 2)
+    for _ in range(4):
+        clock[0] += 0.5
+        watched.record(share, share, share.long(), torch.tensor(1.0), 1e-3, waited=0.125)
+    watched.flush(4, READING)
+    watched.close()
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_mfu_is_three_forwards_over_the_peak_of_all_devices_and_a_recomputed_forward_is_none(
+    recompute: bool, clock: list[float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = step_line(clock, tmp_path, capsys, TrainConfig(steps=8, global_batch=64, recompute=recompute))
+    # 64 images in 0.5 s; 3 * 2e9 operations each; two devices of 1e12: 128 * 6e9 / 2e12.
+    assert "128 images/s  mfu 38.4 %" in line
+
+
+def test_data_wait_is_the_mean_of_the_ranks_and_the_rest_of_the_run_is_extrapolated(
+    clock: list[float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = step_line(clock, tmp_path, capsys, TrainConfig(steps=64, global_batch=64))
+    assert "data wait 12.5 %" in line  # 4 * 0.125 s of 2 s on this rank, nothing on the other
+    assert "eta 0:00:30" in line  # 60 steps of half a second
