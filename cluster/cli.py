@@ -18,6 +18,7 @@ COMMANDS = {
     "index": "write the manifest of WebDataset tars that are there already",
     "train": "train on a Ray cluster; run again to resume",
     "generate": "write a labelled set of samples as shards and .npz",
+    "fit-evaluator": "train the small evaluator of the data set, where it has none, and say how to pin it",
     "evaluate": "measure FID and IS over w and write the report; run again to resume",
     "export": "write the averaged weights as one safetensors file with a card",
     "inspect": "print the resolved config, the network's size and what it costs",
@@ -91,6 +92,10 @@ def _run(command: str) -> Callable[[Config], object]:
         from cluster.generate import generate
 
         return generate
+    if command == "fit-evaluator":
+        from cluster.yardstick import fit_evaluator
+
+        return fit_evaluator
     if command == "evaluate":
         from cluster.evaluate import evaluate
 
@@ -124,6 +129,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     if any(word.startswith("-") for word in rest):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.overrides += rest  # overrides may also follow an option; argparse alone stops at the first
+    if getattr(options, "screen", False):
+        options.overrides.append("evaluate.screen=-1")  # as an override it travels with --submit
     return options
 
 
@@ -136,6 +143,7 @@ def _add_score(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--extractor", required=True, help="weights of the feature network: Inception, DINOv2, or an own evaluator"
     )
+    command.add_argument("--extractor-hash", default="", help="the sha256 that those weights have to have")
     command.add_argument("--reference", required=True, help="the real images: a data set with a manifest, or an .npz of statistics")
     command.add_argument("--dinov2", default="", help="DINOv2 weights, for FD-DINOv2 beside the rest")
     command.add_argument("--dinov2-reference", default="", help="DINOv2 statistics of the real images")
@@ -170,6 +178,10 @@ def _parser() -> argparse.ArgumentParser:
                 help="run as a job on the Ray cluster whose dashboard is at URL (http://HEAD:8265) and follow it",
             )
             command.add_argument("--dry-run", action="store_true", help="print what would run and what it costs, and stop")
+        if name == "evaluate":
+            command.add_argument(
+                "--screen", action="store_true", help="look at every w with a tenth of the images first (evaluate.screen=-1)"
+            )
     _add_score(commands.add_parser("score", help="measure anyone's images: .npz, a folder, or shards", description=_SCORE))
     command = commands.add_parser("demo", help="train and measure on real handwritten digits, on this machine")
     command.add_argument("overrides", nargs="*", metavar="key=value", help="options that win over configs/digits.yaml")

@@ -2,86 +2,90 @@
 
     evaluator (trained once on the real data) -> reference moments -> work units (one w, one range of images) -> rows -> report
 
+`evaluate.sweep` asks for several series (runs, averages, samplers, ...), each with a curve over w; without it there is one. With
+`evaluate.screen` every w is measured on few images first, and those near the frontier on all of them.
+
 A unit holds what a row needs of its images: moments and features, class probabilities, labels, and the first images for the
 grids. Rows are folded in unit order, so the report does not depend on who made which unit. Noise and labels of image i are the
-same for every w, so differences between rows are differences of w.
+same for every w, so differences between rows are differences of w. The report stands with `run`, as do the events of each series
+with its own run.
 """
 
 import contextlib
 import dataclasses
 import functools
-import io
 import json
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from cluster import units
-from cluster.metrics import measure
-from cluster.metrics.features import Measured
-from cluster.metrics.images import to_uint8
-from cluster.metrics.rows import Row, model_conditions
-from cluster.report import Cost, write_report
+from cluster import figures, units
+from cluster.metrics.frontier import near_frontier
+from cluster.metrics.measure import Yardstick
+from cluster.metrics.rows import Row
+from cluster.report import write_report
 from cluster.session import Resources, progress, session
+from cluster.sweep import Made, Series, Worker, fold, items, placed, trained_series, varying
+from cluster.tables import Cost
 from cluster.units import Unit
-from cluster.yardstick import Yardstick, extractor_of, yardstick_of
+from cluster.yardstick import warn_of_few, yardsticks_of
 from configs.errors import StoreError
-from configs.load import from_yaml, to_yaml
-from configs.schema import Config
+from configs.schema import Config, EvaluateConfig
 from data_pipeline.manifest import load_manifest
-from data_pipeline.store import MissingObject, Store, open_store
-from trainer import checkpoint
+from data_pipeline.store import MissingObject, open_store
 from trainer.loop import check_data
-from trainer.sampler import Sampler, evaluations, image_labels
+from trainer.sampler import evaluations, sweep_evaluations
+from trainer.telemetry import event_file
 
 LATEST = "evaluate/latest.json"
+_SHOWN = ("fid", "inception_score", "accuracy", "precision", "recall")  # values of a row that TensorBoard shows
 
 
 def evaluate(config: Config) -> Path:
-    """Measure `config.run` at every w of `evaluate.w`; returns the local folder of the report. Finished units are not made again.
+    """Measure every w of every series, write the report to its store and to `runs/<name>/`, and return that folder.
 
-    Raises UserError before Ray starts for whatever can be known before.
+    Finished units are not made again. Raises UserError before any expensive work for whatever can be known before.
     """
-    run, data = open_store(config.run), open_store(config.data.uri)
-    for place in (data, run):
-        place.check()
+    began = time.monotonic()
+    home, data = open_store(config.run), open_store(config.data.uri)
+    for store in (home, data):
+        store.check()
     manifest = load_manifest(data)
     check_data(config, manifest)
-    trained = checkpoint.find(run, config.sampling.checkpoint)
-    began = time.monotonic()
+    found = trained_series(config, manifest)
     with contextlib.ExitStack() as stack:
         # Where all is done already, Ray is not started.
         connect = functools.cache(lambda: stack.enter_context(session(config, config.cluster.actors)))
-        yardstick = yardstick_of(config, data, manifest, connect)
-        prefix = f"evaluate/{units.fingerprint(_conditions(config, trained, yardstick))}/"
-        store = run.child(prefix)
-        plan = units.split(config.evaluate.w, config.evaluate.images, config.evaluate.unit)
-        todo = units.missing(store, plan, "npz")
-        print(f"{len(plan)} work units, {len(plan) - len(todo)} of them done: {store.uri}", flush=True)
-        if todo:
-            make = functools.partial(_Measure, to_yaml(config), store, trained.step, yardstick.store, connect())
-            for _ in progress(units.run(todo, make, config, connect()), len(todo), "unit"):
-                pass
-    rows, grids, cost = _fold(config, store, plan, trained, yardstick)
+        yardsticks = yardsticks_of(config, data, manifest, connect)
+        job = _Job(config, placed(found, yardsticks), yardsticks, connect)
+        rows, screened = _measured(job)
+    flat = [row for curve in rows for row in curve]
+    place = _place(job)
     folder = Path("runs") / config.name
     written = write_report(
-        rows,
-        grids,
+        flat,
+        job.grids,
         folder,
-        title=f"{config.name}: {rows[0].fid_name} and IS over w",
+        title=f"{config.name}: {flat[0].fid_name} and IS over w",
         classes=manifest.schema.class_names,
+        varying=varying(config, [*screened, *flat]),
+        screened=screened,
         times={"job_seconds": time.monotonic() - began},
-        cost=cost,
+        cost=_cost(job, rows),
     )
+    for info in home.list(f"{place}/report/"):  # an earlier one may have had more files
+        home.delete(info.key)
     for path in written:
-        store.put(f"report/{path.name}", path.read_bytes())
-    run.put(LATEST, json.dumps({"report": f"{prefix}report/"}).encode())
+        home.put(f"{place}/report/{path.name}", path.read_bytes())
+    home.put(LATEST, json.dumps({"report": f"{place}/report/"}).encode())
+    for one, curve in zip(job.series, rows, strict=True):
+        _show(one, curve, job.grids)
     print((folder / "table.md").read_text())
-    print(f"report: {folder}/index.html  (also in {store.uri}/report)")
+    print(f"report: {folder}/index.html  (also in {home.uri}/{place}/report)")
     return folder
 
 
@@ -99,75 +103,102 @@ def fetch_report(config: Config) -> Path:
     return folder
 
 
-def _conditions(config: Config, trained: checkpoint.Checkpoint, yardstick: Yardstick) -> dict[str, Any]:
-    """Everything that decides what a unit holds, but its w and range."""
-    return {
-        "sampling": dataclasses.asdict(config.sampling) | {"checkpoint": trained.sha256},
-        "unit": config.evaluate.unit,
-        "grid": config.evaluate.grid,
-        "evaluator": yardstick.extractor.hash,
-        "threads": config.cluster.cpus_per_worker,
-        "code": units.code_version(),
-    }
+def screen_images(options: EvaluateConfig) -> int:
+    """Images per w of the first look: whole units, so that they are the first of the full run. 0 without one."""
+    wanted = options.images / 10 if options.screen < 0 else options.screen
+    images = -int(-wanted // options.unit) * options.unit
+    return images if 0 < images < options.images else 0
 
 
-# --- work units ---
+@dataclass(frozen=True)
+class _Job:
+    """What is measured, with what, by whom; and what is known of it so far."""
+
+    config: Config
+    series: list[Series]
+    yardsticks: list[Yardstick]
+    connect: Callable[[], Resources]
+    grids: dict[Row, NDArray[np.uint8]] = field(default_factory=dict)
+    made: dict[tuple[int, Unit], Made] = field(default_factory=dict)
 
 
-class _Measure:
-    """Samples and measures units: one per actor."""
-
-    def __init__(self, text: str, store: Store, step: int, yardstick: Store, resources: Resources) -> None:
-        torch.set_num_threads(resources.threads)
-        self.config, self.store = from_yaml(text), store
-        self.device = torch.device("cuda" if resources.gpus else "cpu")
-        self.sampler = Sampler.from_run(self.config, step, self.device)
-        self.extractor = extractor_of(self.config, yardstick)
-
-    def __call__(self, unit: Unit) -> None:
-        began = time.perf_counter()
-        index = torch.arange(unit.first, unit.last)
-        labels = image_labels(self.config, index)
-        images = to_uint8(self.sampler.sample(index, labels, unit.w))
-        measured = self.extractor.measure(images, self.device.type)
-        kept = max(0, min(unit.last, self.config.evaluate.grid * self.config.data.classes) - unit.first)
-        buffer = io.BytesIO()
-        np.savez(
-            buffer,
-            **measured.to_arrays(),
-            labels=labels.numpy(),
-            images=images[:kept],
-            device=np.str_(torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"),
-            seconds=np.float64(time.perf_counter() - began),
-        )
-        self.store.put(unit.key("npz"), buffer.getvalue())
+def _measured(job: _Job) -> tuple[list[list[Row]], list[Row]]:
+    """The rows of each series, and those of the screen where there was one."""
+    options = job.config.evaluate
+    warn_of_few(screen_images(options) or options.images, job.yardsticks)
+    weights = [sorted(options.w) for _ in job.series]
+    screened: list[list[Row]] = []
+    if few := screen_images(options):
+        print(f"screening every w with {few} of {options.images} images", flush=True)
+        screened = _rows(job, weights, few)
+        weights = near_frontier(screened)
+        job.grids.clear()
+        print(f"{sum(map(len, weights))} of {sum(map(len, screened))} w are near the frontier and get all images", flush=True)
+    return _rows(job, weights, options.images), [row for curve in screened for row in curve]
 
 
-def _fold(
-    config: Config,
-    store: Store,
-    plan: list[Unit],
-    trained: checkpoint.Checkpoint,
-    yardstick: Yardstick,
-) -> tuple[list[Row], dict[float, NDArray[np.uint8]], Cost]:
-    """Rows and sample grids from published units, in unit order, and what they cost."""
-    rows, grids, seconds, devices = [], {}, 0.0, set()
-    nfe = {w: evaluations(config, w) for w in config.evaluate.w}
-    against = measure.Yardstick(yardstick.extractor, yardstick.reference)
-    made = model_conditions(config, trained.step, units.code_version())
-    for w in sorted(config.evaluate.w):
-        parts = [np.load(io.BytesIO(store.get(u.key("npz"))), allow_pickle=False) for u in plan if u.w == w]
-        seconds += sum(float(p["seconds"]) for p in parts)
-        devices |= {str(p["device"]) for p in parts}
-        labels = np.concatenate([p["labels"] for p in parts])
-        found = measure.values([Measured.from_arrays(p) for p in parts], labels, against)
-        rows.append(Row(w=w, nfe=nfe[w], n=len(labels), **found, **measure.conditions(against), **made))  # type: ignore[arg-type]
-        if config.sampling.labels == "balanced":
-            shown = np.concatenate([p["images"] for p in parts])
-            whole = len(shown) // config.data.classes * config.data.classes
-            grids[w] = shown[:whole].reshape(-1, config.data.classes, *shown.shape[1:])
-    images = config.evaluate.images
-    full = evaluations(dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, interval=[])), 1.0)
-    naive = sum(full if w else full // 2 for w in nfe)
-    cost = Cost(images * len(rows), images * sum(nfe.values()), images * naive, seconds, ", ".join(sorted(devices)))
-    return rows, grids, cost
+def _rows(job: _Job, weights: Sequence[Sequence[float]], images: int) -> list[list[Row]]:
+    """Make what is missing of images [0, `images`) of each series at its `weights`, and fold it into rows."""
+    plans = [units.split(w, images, job.config.evaluate.unit) for w in weights]
+    todo = [units.missing(one.store, plan, "npz") for one, plan in zip(job.series, plans, strict=True)]
+    total, left = sum(map(len, plans)), sum(map(len, todo))
+    where = job.series[0].store.uri if len(job.series) == 1 else f"{len(job.series)} series"
+    print(f"{total} work units, {total - left} of them done: {where}", flush=True)
+    if left:
+        resources = job.connect()
+        make = functools.partial(Worker, job.series, [each.weights for each in job.yardsticks], resources)
+        done = units.run(items(job.series, todo), make, job.config, resources)
+        for _ in progress((unit for item in done for unit in item.units), left, "unit"):
+            pass
+    found: list[list[Row]] = []
+    for number, (one, curve) in enumerate(zip(job.series, weights, strict=True)):
+        found.append([])
+        for w in curve:
+            row, grid, made = fold(one, w, images, job.yardsticks)
+            found[-1].append(row)
+            job.made.update({(number, unit): took for unit, took in made.items()})
+            if grid is not None:
+                job.grids[row] = grid
+    return found
+
+
+def _cost(job: _Job, rows: Sequence[Sequence[Row]]) -> Cost:
+    """What the sweep takes by plan and what its units counted, beside every w of every series by itself at the full n."""
+    options, few = job.config.evaluate, screen_images(job.config.evaluate)
+    planned = naive = 0
+    for one, curve in zip(job.series, rows, strict=True):
+        planned += few * sweep_evaluations(one.config, sorted(options.w))
+        planned += (options.images - few) * sweep_evaluations(one.config, [row.w for row in curve])
+        everywhere = dataclasses.replace(one.config, sampling=dataclasses.replace(one.config.sampling, interval=[]))
+        naive += options.images * sum(evaluations(everywhere, w) for w in options.w)
+    took = job.made.values()
+    return Cost(
+        images=sum(made.images for made in took),
+        evaluations=planned,
+        counted=sum(made.evaluations for made in took),
+        naive_images=options.images * len(options.w) * len(job.series),
+        naive_evaluations=naive,
+        device_seconds=sum(made.seconds for made in took),
+        device=", ".join(sorted({made.device for made in took})),
+    )
+
+
+def _place(job: _Job) -> str:
+    """Where the report stands below `run`: with the units of its one series, or under a name of its own for several."""
+    if not job.config.evaluate.sweep:
+        return f"evaluate/{job.series[0].store.uri.rstrip('/').rsplit('/', 1)[-1]}"
+    return f"evaluate/{units.fingerprint({'series': [one.store.uri for one in job.series]})}"
+
+
+def _show(one: Series, curve: Sequence[Row], grids: dict[Row, NDArray[np.uint8]]) -> None:
+    """Rows for TensorBoard at the step of their checkpoint, beside the training's events: a line for each w over the steps."""
+    sampling = dataclasses.asdict(one.config.sampling) | {"checkpoint": 0}
+    for row in curve:
+        what = {"sampling": sampling, "n": row.n, "extractor": row.extractor_hash, "reference": row.reference}
+        line = f"evaluate-{row.sampler}-T{row.steps}-{one.config.sampling.ema}-{units.fingerprint(what)[:6]}/w{row.w:g}"
+        with event_file(open_store(one.config.run), f"events/{line}/events.out.tfevents.{one.step:010d}") as writer:
+            for name in _SHOWN:
+                if getattr(row, name) is not None:
+                    writer.add_scalar(f"evaluate/{row.fid_name if name == 'fid' else name}", getattr(row, name), one.step)
+            if row in grids:
+                writer.add_image("evaluate/samples", figures.tiled(grids[row]), one.step, dataformats="HWC")

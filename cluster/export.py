@@ -6,6 +6,7 @@ import json
 import safetensors.torch
 
 from cluster.evaluate import LATEST
+from cluster.sweep import as_trained
 from configs.errors import StoreError
 from configs.load import to_yaml
 from configs.schema import Config
@@ -16,12 +17,12 @@ from trainer import checkpoint
 def export(config: Config) -> str:
     """Write `export/<name>-<step>-<weights>.safetensors` and its card (`.md`) into the run; returns the URI of the weights.
 
-    The weights are `sampling.ema` of checkpoint `sampling.checkpoint`, in fp32, by parameter name. No process group, no cluster.
+    The weights are `sampling.ema` of checkpoint `sampling.checkpoint`, in fp32, by parameter name; the card states the config
+    that the run was trained with. No process group, no cluster.
     Raises UserError if there is no such checkpoint or average.
     """
-    run = open_store(config.run)
-    run.check()
-    found = checkpoint.find(run, config.sampling.checkpoint)
+    one = as_trained(config, "export")
+    config, found, run = one.config, one.checkpoint, open_store(config.run)
     weights = checkpoint.average(run, found, config.sampling.ema)
     facts = {"config": to_yaml(config), "step": found.step, "weights": config.sampling.ema, "checkpoint_sha256": found.sha256}
     # One metadata entry: safetensors writes several in the random order of a hash map, and equal runs should give equal bytes.

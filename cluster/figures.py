@@ -224,45 +224,48 @@ def tiled(grid: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return canvas
 
 
-def side_by_side(grids: Mapping[float, NDArray[np.uint8]], classes: Sequence[str], series: list[Series]) -> Image.Image:
-    """Up to four grids in lines of at most 1800 pixels, each under its w and, where one series makes it unambiguous, its FID."""
-    measured = {row.w: row for row in series[0][1]} if len(series) == 1 else {}
-    chosen = _chosen(sorted(grids), best_of(series[0][1]).w)
-    tiles = [tiled(grids[w]) for w in chosen]
+def side_by_side(
+    rows: Sequence[Row], grids: Mapping[Row, NDArray[np.uint8]], classes: Sequence[str], label: str = "", most: int = 4
+) -> Image.Image:
+    """Up to `most` grids of a series in even lines of at most 1960 pixels, each under its w and FID; below, the series' name."""
+    chosen = _chosen(rows, most)
+    tiles = [tiled(grids[row]) for row in chosen]
     height, width, _ = tiles[0].shape
     margin, head, foot = 36, 96 if classes else 66, 64
-    across = min(len(tiles), max(1, (1800 - margin) // (width + margin)))
-    lines = -(-len(tiles) // across)
+    lines = -(-len(tiles) // max(1, (1960 - margin) // (width + margin)))
+    across = -(-len(tiles) // lines)
     canvas = Image.new("RGB", (margin + across * (width + margin), lines * (head + height) + foot), "white")
     draw = ImageDraw.Draw(canvas)
-    for index, (w, tile) in enumerate(zip(chosen, tiles, strict=True)):
+    for index, (row, tile) in enumerate(zip(chosen, tiles, strict=True)):
         left, top = margin + index % across * (width + margin), index // across * (head + height) + head
         canvas.paste(Image.fromarray(tile), (left, top))
         baseline = top - head + 54
-        draw.text((left + 3, baseline), f"w = {w:g}", INK, _font(26, bold=True), anchor="ls")
-        if w in measured:
-            fid, score = f"{measured[w].fid_name} {distance(measured[w].fid)}", f"IS {measured[w].inception_score:.2f}"
-            room = width - 14 - draw.textlength(f"w = {w:g}", _font(26, bold=True))
-            fitting = [words for words in (f"{fid}   {score}", fid) if draw.textlength(words, _font(19)) <= room]
-            if fitting:
-                draw.text((left + width - 3, baseline), fitting[0], GREY, _font(19), anchor="rs")
-        cell = (width - 3) / grids[w].shape[1]
+        draw.text((left + 3, baseline), f"w = {row.w:g}", INK, _font(26, bold=True), anchor="ls")
+        fid, score = f"{row.fid_name} {distance(row.fid)}", f"IS {row.inception_score:.2f}"
+        room = width - 14 - draw.textlength(f"w = {row.w:g}", _font(26, bold=True))
+        fitting = [words for words in (f"{fid}   {score}", fid) if draw.textlength(words, _font(19)) <= room]
+        if fitting:
+            draw.text((left + width - 3, baseline), fitting[0], GREY, _font(19), anchor="rs")
+        cell = (width - 3) / grids[row].shape[1]
         for column, name in enumerate(classes):
             draw.text((left + 3 + (column + 0.5) * cell, top - 6), name, GREY, _font(15), anchor="ms")
-    words = "The same noise at the same place for every w."
-    draw.text((margin + 3, lines * (head + height) + 38), words, GREY, _font(17), anchor="ls")
+    foot, left = lines * (head + height) + 38, margin + 3.0
+    if label:
+        draw.text((left, foot), label, INK, _font(17, bold=True), anchor="ls")
+        left += draw.textlength(f"{label}   ", _font(17, bold=True))
+    draw.text((left, foot), "The same noise at the same place for every w.", GREY, _font(17), anchor="ls")
     return canvas
 
 
-def _chosen(w: list[float], best: float) -> list[float]:
-    """At most four: the smallest, the best if it was drawn, the largest, and the one nearest the middle of the others."""
-    if len(w) <= 4:
-        return w
-    chosen = {w[0], w[-1], *([best] if best in w else [])}
-    for candidate in sorted(w, key=lambda value: abs(w.index(value) - len(w) / 2)):
-        if len(chosen) < 4:
-            chosen.add(candidate)
-    return sorted(chosen)
+def _chosen(rows: Sequence[Row], most: int) -> list[Row]:
+    """At most `most`: the smallest w, the best FID, the largest w, and those nearest the middle of the others."""
+    if len(rows) <= most:
+        return list(rows)
+    kept = {0, len(rows) - 1, list(rows).index(best_of(rows))}
+    for candidate in sorted(range(len(rows)), key=lambda i: abs(i - len(rows) / 2)):
+        if len(kept) < most:
+            kept.add(candidate)
+    return [rows[i] for i in sorted(kept)]
 
 
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:

@@ -1,14 +1,18 @@
 """The generation job: a labelled set of samples as WebDataset shards with a manifest, and as one `.npz`.
 
-A work unit is one shard. The set can be trained on (it is a data set like any other), and its `.npz` (uint8 NHWC `arr_0`, labels
-`arr_1`) is what the ADM evaluator reads. A run on latents makes latents, in the units of those it was given: float NCHW, for
-the decoder that they belong to.
+A work unit is one shard. The set is a data set like any other, so it can be trained on. Image i is the sample with key i; it
+depends on i and on what the manifest's `source` says (run, checkpoint, seed, w and every other option), never on the worker that
+made it. The `.npz` (uint8 NHWC `arr_0`, labels `arr_1`) is what the ADM evaluator reads. No process ever holds the whole set: the
+driver needs 60 bytes per image for the manifest, and the `.npz` its own size on the disk of TMPDIR.
 """
 
 import dataclasses
 import functools
+import json
+import shutil
 import tempfile
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +21,19 @@ import torch
 from cluster import units
 from cluster.metrics.images import to_uint8
 from cluster.session import Resources, progress, session
+from cluster.sweep import as_trained
 from cluster.units import Unit
+from configs.errors import ConfigError
 from configs.load import from_yaml, to_yaml
 from configs.schema import Config
-from data_pipeline.manifest import NAME, Manifest, Schema, ShardIndex, build_manifest, save_manifest
+from data_pipeline.manifest import NAME, Manifest, Schema, ShardIndex, build_manifest, load_manifest, save_manifest
 from data_pipeline.scan import scan
 from data_pipeline.shards import Sample, pack_shard
 from data_pipeline.store import Store, open_store
-from trainer import checkpoint
 from trainer.sampler import Sampler, image_labels
+
+NPZ = "samples.npz"
+READERS = 16  # indexes of finished shards read at a time
 
 
 def generate(config: Config) -> str:
@@ -33,33 +41,35 @@ def generate(config: Config) -> str:
 
     Raises UserError before Ray starts for whatever can be known before.
     """
-    run = open_store(config.run)
-    run.check()
-    trained = checkpoint.find(run, config.sampling.checkpoint)
+    series = as_trained(config, "generate")
+    config, trained, run = series.config, series.checkpoint, open_store(config.run)
     options = config.generate
     conditions = {
         "sampling": dataclasses.asdict(config.sampling) | {"checkpoint": trained.sha256},
-        "generate": dataclasses.asdict(options),
+        "generate": {"images": options.images, "unit": options.unit, "w": options.w},
         "threads": config.cluster.cpus_per_worker,
-        "code": units.code_version(),
+        "code": units.code_version(units.MAKING),
     }
     if config.data.dtype != "uint8":
         conditions["latents"] = {"dtype": config.data.dtype, "scale": config.data.latent_scale}
     store = run.child(f"generate/w{options.w:g}-n{options.images}-{units.fingerprint(conditions)}/")
+    schema = Schema(config.data.image_size, config.data.channels, config.data.classes, dtype=config.data.dtype)
     plan = units.split([options.w], options.images, options.unit)
-    if not (store.exists(NAME) and store.exists("samples.npz")):
-        todo = units.missing(store, plan, "tar.npz")
-        if todo:
+    wanted = options.npz and not store.exists(NPZ)
+    if wanted:
+        _check_disk(schema, options.images)
+    if not store.exists(NAME):
+        if todo := units.missing(store, plan, "tar.npz"):
             with session(config, config.cluster.actors) as resources:
                 make = functools.partial(_Generate, to_yaml(config), store, trained.step, resources)
                 for _ in progress(units.run(todo, make, config, resources), len(todo), "shard"):
                     pass
-        data = config.data
-        schema = Schema(data.image_size, data.channels, data.classes, dtype=data.dtype)
-        manifest = build_manifest(schema, [ShardIndex.from_bytes(store.get(u.key("tar.npz"))) for u in plan])
-        write_npz(store, manifest)
-        save_manifest(store, manifest)
-    print(f"{options.images} images at w={options.w:g}: {len(plan)} shards, {NAME} and samples.npz in {store.uri}")
+        source = json.dumps({"run": run.uri, "step": trained.step} | conditions, sort_keys=True)
+        save_manifest(store, build_manifest(schema, _indexes(store, plan), source))
+    if wanted:
+        write_npz(store, load_manifest(store))
+    files = f"{NAME} and {NPZ}" if options.npz else NAME
+    print(f"{options.images} images at w={options.w:g}: {len(plan)} shards, {files} in {store.uri}")
     return store.uri
 
 
@@ -82,19 +92,36 @@ class _Generate:
         self.store.put(unit.key("tar.npz"), packed.index(key, self.store.put(key, packed.data)).to_bytes())
 
 
+def _indexes(store: Store, plan: list[Unit]) -> list[ShardIndex]:
+    """The index of every shard, in their order; several at a time, as 10^7 images have ten thousand of them."""
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(pool.map(lambda unit: ShardIndex.from_bytes(store.get(unit.key("tar.npz"))), plan))
+
+
+def _check_disk(schema: Schema, images: int) -> None:
+    size, folder = images * int(np.prod(schema.shape)) * np.dtype(schema.dtype).itemsize, tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise ConfigError(
+            f"{NPZ} of {images} images takes {size / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free; set TMPDIR to a larger "
+            "disk, or generate.npz=false for shards only"
+        )
+
+
 def write_npz(store: Store, manifest: Manifest) -> None:
-    """All images of a set as `samples.npz`, written shard by shard: `arr_0` uint8 (N, H, W, C) or float (N, C, H, W), `arr_1` int64 (N,)."""
+    """The whole set as `samples.npz`, image by image: `arr_0` uint8 (N, H, W, C) or float (N, C, H, W), `arr_1` int64 (N,)."""
     schema = manifest.schema
-    labels: list[int] = []
+    labels = np.empty(manifest.samples, np.int64)
+    images = progress(scan(store, manifest), manifest.samples, f"{NPZ}: image")
     with tempfile.TemporaryDirectory(prefix="freeguide-npz-") as folder:
-        path = Path(folder) / "samples.npz"
+        path = Path(folder) / NPZ
         with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
             with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as out:
                 header = {"descr": np.dtype(schema.dtype).str, "fortran_order": False, "shape": (manifest.samples, *schema.shape)}
                 np.lib.format.write_array_header_2_0(out, header)
-                for pixels, label in scan(store, manifest):
-                    out.write(pixels.tobytes())
-                    labels.append(label)
-            with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as out:
-                np.lib.format.write_array(out, np.array(labels, np.int64), allow_pickle=False)
-        store.put("samples.npz", path.read_bytes())
+                for i, (values, label) in enumerate(images):
+                    out.write(values.tobytes())
+                    labels[i] = label
+            with archive.open(zipfile.ZipInfo("arr_1.npy"), "w", force_zip64=True) as out:
+                np.lib.format.write_array(out, labels, allow_pickle=False)
+        store.put_file(NPZ, path)

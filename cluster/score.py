@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from cluster.metrics import measure
 from cluster.metrics import reference as references
-from cluster.metrics.features import UNIT, Extractor, Measured, load_extractor, read_object
+from cluster.metrics.features import UNIT, Extractor, Measured, load_dinov2, load_extractor, measure_with, read_object
 from cluster.metrics.measure import Yardstick
 from cluster.metrics.reference import Reference
 from cluster.metrics.rows import UNKNOWN, Row, to_json, typed
@@ -61,6 +61,7 @@ def score(
     *,
     reference: str,
     extractor: str,
+    extractor_hash: str = "",
     dinov2: str = "",
     dinov2_reference: str = "",
     dataset: str = "",
@@ -72,18 +73,19 @@ def score(
 ) -> Row:
     """Measure images and return their row.
 
-    `samples`, `reference`, `extractor` and the two of DINOv2 are paths or URIs (see the module and `load_reference`).
+    `samples`, `reference`, `extractor` and the two of DINOv2 are paths or URIs (see the module and `load_reference`), and
+    `extractor_hash` is the sha256 that the extractor has to have ("" = any).
     `dataset` names the reference's data, `name` (default: the samples' own) the row's run, `w` the guidance weight (0 = without)
     and `facts` what is known of the model, by the names of a Row's fields (p_uncond, steps, nfe, rounding, ...). Raises DataError
     for images, references or weights that cannot be used, StoreError where a store does not answer, ConfigError for unknown facts.
     """
     if bool(dinov2) != bool(dinov2_reference):
         raise DataError("FD-DINOv2 needs DINOv2's weights and a reference measured with them; give both or neither")
-    judge = load_extractor(extractor)
+    judge = load_extractor(extractor, extractor_hash)
     yardstick = Yardstick(judge, load_reference(reference, judge, dataset, device))
     second = None
     if dinov2:
-        other = load_extractor(dinov2)
+        other = load_dinov2(dinov2)
         second = Yardstick(other, load_reference(dinov2_reference, other, dataset, device))
     found = load_samples(samples, judge.channels)
     return score_samples(found, yardstick, second, name=name or samples, w=w, facts=facts, device=device, unit=unit)
@@ -102,15 +104,15 @@ def score_samples(
 ) -> Row:
     """`score` of images and yardsticks in memory, `unit` images at a time: with the unit of an evaluation, to its bits."""
     samples = samples.dealt
-    units = _measured(samples.images, yardstick.extractor, device, unit)
-    others = _measured(samples.images, dinov2.extractor, device, unit) if dinov2 else None
+    extractors = [each.extractor for each in (yardstick, dinov2) if each]
+    units = _measured(samples.images, extractors, device, unit)
     given = _checked(facts or {}, {"w", "n", "run", "code_version", *measure.VALUES, *measure.conditions(yardstick, dinov2)})
     known = {"rounding": f"{UNKNOWN}, compressed with loss" if samples.lossy else UNKNOWN, "labels": UNKNOWN} | given
     return Row(
         w=w,
         n=len(samples.images),
         run=name,
-        **measure.values(units, samples.labels, yardstick, others, dinov2),  # type: ignore[arg-type]
+        **measure.values(units, samples.labels, yardstick, dinov2),  # type: ignore[arg-type]
         **measure.conditions(yardstick, dinov2),
         **known,
         code_version=code_version(),
@@ -192,11 +194,10 @@ def _from_files(folder: str, channels: int) -> Samples:
     return Samples(np.stack(images), labels, lossy)
 
 
-def _measured(images: NDArray[np.uint8], extractor: Extractor, device: str, unit: int) -> list[Measured]:
+def _measured(images: NDArray[np.uint8], extractors: list[Extractor], device: str, unit: int) -> list[Measured]:
     blocks = [images[start : start + unit] for start in range(0, len(images), unit)]
-    done = progress(
-        (extractor.measure(block, device) for block in blocks), len(blocks), f"{extractor.name}: block of {UNIT} images"
-    )
+    names = ", ".join(extractor.name for extractor in extractors)
+    done = progress((measure_with(extractors, block, device) for block in blocks), len(blocks), f"{names}: block of {unit} images")
     return list(done)
 
 
@@ -209,6 +210,7 @@ def command(options: argparse.Namespace) -> None:
         options.samples,
         reference=options.reference,
         extractor=options.extractor,
+        extractor_hash=options.extractor_hash,
         dinov2=options.dinov2,
         dinov2_reference=options.dinov2_reference,
         dataset=options.dataset,

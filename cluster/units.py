@@ -21,8 +21,15 @@ from configs.errors import UserError
 from configs.schema import Config
 from data_pipeline.store import Store
 
-_DECISIVE = ("trainer/diffusion", "trainer/networks", "trainer/sampler.py", "cluster/metrics")  # sources that decide numbers
-
+# Sources that decide which image comes out, and what extractors say of it: what a unit holds.
+MAKING = (
+    *(f"trainer/diffusion/{name}.py" for name in ("guidance", "parametrisation", "randomness", "samplers", "schedule")),
+    *("trainer/ema.py", "trainer/networks", "trainer/sampler.py"),
+    *(f"cluster/metrics/{name}.py" for name in ("dinov2", "evaluator", "features", "images", "inception")),
+)
+# And those that decide the values of a row, given its units. Published numbers and the shape of tables are not among them.
+_STATISTICS = ("fid", "inception_score", "kid", "measure", "moments", "precision_recall", "reference")
+MEASURING = (*MAKING, *(f"cluster/metrics/{name}.py" for name in _STATISTICS))
 
 T = TypeVar("T")
 Worker = Callable[[T], None]  # made once per actor; makes and publishes units
@@ -92,14 +99,14 @@ class _Actor:
 
 
 @cache
-def code_version() -> str:
-    """Version of the package and a hash of the sources that decide numbers: units of other code are never reused."""
+def code_version(sources: tuple[str, ...] = MEASURING) -> str:
+    """Version of the package and a hash of `sources`, those that decide a row unless told otherwise: numbers name their code."""
     try:
         number = version("freeguide")
     except PackageNotFoundError:
         number = "source"
     digest = hashlib.sha256()
-    for place in _DECISIVE:
+    for place in sources:
         for path in sorted((ROOT / place).rglob("*.py")) if (ROOT / place).is_dir() else [ROOT / place]:
             digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
     return f"{number}+{digest.hexdigest()[:12]}"

@@ -1,11 +1,17 @@
-"""What images are measured with: the feature network, and the statistics of the real images.
+"""What images are measured with: feature networks, and the statistics of the real images as each of them sees these.
 
-Both stand beside the data, under a name that says what made them, so that every run on that data is measured with the same ones;
-the first evaluation makes them.
+A yardstick is weights and a reference. Weights are named by the user, or are those of the data's own evaluator, which is trained
+here where the data have none yet. A reference is named by the user, or measured here on the data. Whatever is made here stands
+beside the data, under a name that says what made it, so that every run on that data is measured with the same.
+
+An evaluator is trained in the memory of one task, on PIXELS bytes of images at most. References are measured image by image.
 """
 
 import contextlib
 import dataclasses
+import functools
+import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,41 +23,56 @@ from cluster import units
 from cluster.metrics import evaluator as evaluators
 from cluster.metrics import reference as references
 from cluster.metrics.evaluator import Evaluator
-from cluster.metrics.features import Extractor, load_extractor
-from cluster.metrics.reference import Reference
-from cluster.session import Resources
+from cluster.metrics.features import Extractor, load_dinov2, load_extractor
+from cluster.metrics.measure import Yardstick
+from cluster.session import Resources, session
 from configs.errors import UserError
 from configs.load import from_yaml, to_yaml
 from configs.schema import Config
 from data_pipeline.manifest import Manifest, load_manifest
 from data_pipeline.scan import scan_all
 from data_pipeline.store import MissingObject, Store, open_store
+from trainer.loop import check_data
 
 EVALUATOR, REFERENCE = "evaluator.safetensors", "reference.npz"
+PIXELS = 4 * 2**30  # bytes of decoded images that an evaluator is trained on: 350 000 images of 64x64x3
+
+Connect = Callable[[], Resources]  # starts or joins the cluster, if that has not been done
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Yardstick:
-    """What images are measured with. What the job makes of it stands beside the data, so that every run on that data shares it."""
+def yardsticks_of(config: Config, data: Store, manifest: Manifest, connect: Connect) -> list[Yardstick]:
+    """What `config.evaluate` measures with: one yardstick for FID, IS and the rest, and DINOv2's where that is asked for.
 
-    store: Store
-    extractor: Extractor
-    reference: Reference  # the real images
-
-    @staticmethod
-    def load(config: Config, store: Store) -> "Yardstick":
-        """Raises MissingObject where it has to be made first, DataError for weights or statistics that cannot be used."""
-        extractor = extractor_of(config, store)
-        if config.evaluate.reference:
-            return Yardstick(store, extractor, references.load_npz(config.evaluate.reference, extractor, dataset_name(config)))
-        return Yardstick(store, extractor, references.from_npz(store.get(REFERENCE), f"{store.uri}/{REFERENCE}", extractor))
+    What does not stand beside the data yet is made first, by a task on the cluster. Raises UserError for weights, statistics or
+    images that cannot be used.
+    """
+    options = config.evaluate
+    given = load_extractor(options.extractor, options.extractor_hash) if options.extractor else None
+    found = [_yardstick(config, data, manifest, connect, given, options.extractor, options.reference)]
+    if options.dinov2:
+        dinov2 = load_dinov2(options.dinov2)
+        found.append(_yardstick(config, data, manifest, connect, dinov2, options.dinov2, options.dinov2_reference))
+    return found
 
 
-def extractor_of(config: Config, store: Store) -> Extractor:
-    """The weights that `evaluate.extractor` names, or the data's own evaluator, which stands in `store`."""
-    if config.evaluate.extractor:
-        return load_extractor(config.evaluate.extractor)
-    return evaluators.from_bytes(store.get(EVALUATOR), f"{store.uri}/{EVALUATOR}")
+def fit_evaluator(config: Config) -> str:
+    """`freeguide fit-evaluator`: make the data's own evaluator and its reference, where they are not yet; returns its URI.
+
+    Raises UserError before Ray starts for whatever can be known before.
+    """
+    data = open_store(config.data.uri)
+    data.check()
+    manifest = load_manifest(data)
+    check_data(config, manifest)
+    with contextlib.ExitStack() as stack:
+        connect = functools.cache(lambda: stack.enter_context(session(config, 1)))
+        found = _yardstick(config, data, manifest, connect, None, "", "")
+    extractor, reference = found.extractor, found.reference
+    assert isinstance(extractor, Evaluator)
+    print(f"evaluator {extractor.hash}: {100 * extractor.accuracy:.1f} % accuracy on held-out images, FID-{extractor.name}")
+    print(f"reference {reference.sha256}: {reference.pool.n} images of {dataset_name(config)}, beside it")
+    print(f"pin it: evaluate.extractor={found.weights} evaluate.extractor_hash={extractor.hash}")
+    return found.weights
 
 
 def dataset_name(config: Config) -> str:
@@ -59,52 +80,89 @@ def dataset_name(config: Config) -> str:
     return config.evaluate.dataset or Path(config.data.uri).name
 
 
-def yardstick_of(config: Config, data: Store, manifest: Manifest, connect: Callable[[], Resources]) -> Yardstick:
-    """The yardstick that `config.evaluate` names; where it does not stand beside the data yet, a task makes it first.
+def warn_of_few(images: int, yardsticks: list[Yardstick]) -> None:
+    """One line on standard error for each yardstick whose features are as many as the images, or more."""
+    for each in yardsticks:
+        d = each.extractor.width
+        if images <= d:
+            print(
+                f"WARNING: {images} images for the {d} features of {each.extractor.name}: their covariance is singular and a "
+                f"distance mostly bias; take more than {d} images, and {3 * (d + 1)} for FID-infinity beside it",
+                file=sys.stderr,
+                flush=True,
+            )
 
-    Raises UserError for weights, statistics or images that cannot be used.
-    """
+
+def _yardstick(
+    config: Config,
+    data: Store,
+    manifest: Manifest,
+    connect: Connect,
+    given: Extractor | None,
+    weights: str,
+    reference: str,
+) -> Yardstick:
+    """The extractor `given`, whose weights stand at `weights`, or the data's own; and `reference`, or that of the data."""
     options: dict[str, Any] = {"format": 2, "data": manifest.fingerprint, "dataset": dataset_name(config)}
-    if config.evaluate.extractor:
-        options |= {"extractor": load_extractor(config.evaluate.extractor).hash}
+    if given:
+        options |= {"extractor": given.hash}
     else:
         options |= {"epochs": config.evaluate.evaluator_epochs, "seed": config.evaluate.evaluator_seed}
     store = data.child(f"evaluators/{units.fingerprint(options)}/")
     with contextlib.suppress(MissingObject):
-        return Yardstick.load(config, store)
-    print(f"{'measuring' if config.evaluate.extractor else 'training the evaluator on'} {manifest.samples} real images", flush=True)
+        return _load(config, store, given, weights, reference)
+    doing = f"measuring {manifest.samples} real images with {given.name}" if given else None
+    print(doing or f"training the evaluator on {manifest.samples} real images", flush=True)
     resources = connect()
-    task = ray.remote(_make_yardstick).options(num_cpus=resources.cpus, num_gpus=resources.gpus or None)
-    if failure := ray.get(task.remote(to_yaml(config), store, resources)):
+    task = ray.remote(_make).options(num_cpus=resources.cpus, num_gpus=resources.gpus or None)
+    if failure := ray.get(task.remote(to_yaml(config), store, weights, not reference, resources)):
         raise UserError(failure)
-    made = Yardstick.load(config, store)
-    if isinstance(made.extractor, Evaluator):
+    made = _load(config, store, given, weights, reference)
+    if isinstance(made.extractor, Evaluator) and not given:
         accuracy = f"{100 * made.extractor.accuracy:.1f} % accuracy on held-out images"
         print(f"evaluator {made.extractor.hash[:12]}: {accuracy}", flush=True)
     return made
 
 
-def _make_yardstick(text: str, store: Store, resources: Resources) -> str:
+def _load(config: Config, store: Store, given: Extractor | None, weights: str, reference: str) -> Yardstick:
+    """Raises MissingObject where something has to be made first, DataError for weights or statistics that cannot be used."""
+    if given:
+        extractor = given
+    else:
+        store.stat(EVALUATOR)
+        weights = f"{store.uri}/{EVALUATOR}"
+        extractor = load_extractor(weights, config.evaluate.extractor_hash)
+    if reference:
+        return Yardstick(extractor, references.load_npz(reference, extractor, dataset_name(config)), weights)
+    return Yardstick(extractor, references.from_npz(store.get(REFERENCE), f"{store.uri}/{REFERENCE}", extractor), weights)
+
+
+def _make(text: str, store: Store, weights: str, measure: bool, resources: Resources) -> str:
     """Returns the sentence of a UserError, or "": Ray would wrap the error in its traceback."""
     torch.set_num_threads(resources.threads)
     try:
-        _publish_yardstick(from_yaml(text), store, "cuda" if resources.gpus else "cpu")
+        _publish(from_yaml(text), store, weights, measure, "cuda" if resources.gpus else "cpu")
     except UserError as error:
         return str(error)
     return ""
 
 
-def _publish_yardstick(config: Config, store: Store, device: str) -> None:
+def _publish(config: Config, store: Store, weights: str, measure: bool, device: str) -> None:
+    """Put the data's own evaluator, unless `weights` names another extractor, and the extractor's reference into `store`."""
     data = open_store(config.data.uri)
     manifest = load_manifest(data)
-    made = None
-    if not config.evaluate.extractor:
-        images, labels = scan_all(data, manifest)
-        epochs, seed = config.evaluate.evaluator_epochs, config.evaluate.evaluator_seed
-        made = evaluators.fit_evaluator(images, labels, config.data.classes, epochs, seed, name=dataset_name(config), device=device)
-    extractor = made or load_extractor(config.evaluate.extractor)
-    if not config.evaluate.reference:
-        reference = references.from_manifest(data, manifest, extractor, dataset_name(config), device)
-        store.put(REFERENCE, reference.to_bytes(extractor))
-    if made:
-        store.put(EVALUATOR, made.to_bytes())
+    extractor = load_extractor(weights) if weights else _fit(config, data, manifest, device)
+    if measure:
+        store.put(REFERENCE, references.from_manifest(data, manifest, extractor, dataset_name(config), device).to_bytes(extractor))
+    if isinstance(extractor, Evaluator) and not weights:
+        store.put(EVALUATOR, extractor.to_bytes())
+
+
+def _fit(config: Config, data: Store, manifest: Manifest, device: str) -> Evaluator:
+    every = max(1, -(-manifest.samples * math.prod(manifest.schema.shape) // PIXELS))
+    part = dataclasses.replace(manifest, shards=manifest.shards[::every])  # evenly spread, as data may be sorted by class
+    if every > 1:
+        print(f"the evaluator is trained on one shard in {every}: {part.samples} of {manifest.samples} images", flush=True)
+    images, labels = scan_all(data, part)
+    epochs, seed = config.evaluate.evaluator_epochs, config.evaluate.evaluator_seed
+    return evaluators.fit_evaluator(images, labels, config.data.classes, epochs, seed, name=dataset_name(config), device=device)

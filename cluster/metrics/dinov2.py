@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cluster.metrics.features import Measured, load_weights, read_object, to_rgb
+from cluster.metrics.features import DINOV2, Measured, load_weights, read_object, to_rgb
 
 FILE = "dinov2_vitl14_pretrain.pth"
 SOURCE = f"get it from dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/{FILE} and keep the name"
@@ -118,9 +118,13 @@ class DinoV2:
 
     network: VisionTransformer
     hash: str  # sha256 of the weight file
-    name: str = "dinov2-vitl14"
+    name: str = DINOV2
     resize: str = f"bicubic-antialias-{SIZE}"
     channels: int = 3
+
+    @property
+    def width(self) -> int:
+        return int(self.network.norm.normalized_shape[0])
 
     def measure(self, images: NDArray[np.uint8], device: str = "cpu") -> Measured:
         """Images uint8 (N, H, W, 1 or 3) -> features (N, 1024)."""

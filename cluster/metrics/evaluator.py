@@ -100,6 +100,10 @@ class Evaluator:
     def resize(self) -> str:
         return "none"
 
+    @property
+    def width(self) -> int:
+        return FEATURES
+
     def measure(self, images: NDArray[np.uint8], device: str = "cpu") -> Measured:
         """`features` in the form that all extractors share."""
         return Measured(*self.features(images, device=device))
@@ -137,7 +141,7 @@ def fit_evaluator(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = Network(size, channels, classes)
-    _train(network.to(device), images[kept], labels[kept], epochs, seed, device)
+    _train(network.to(device), images, labels, kept, epochs, seed, device)
     network.cpu()
     untested = Evaluator(name, size, channels, classes, epochs, seed, float("nan"), network)
     accuracy = float(np.mean(untested.features(images[held_out])[1].argmax(axis=1) == labels[held_out]))
@@ -168,20 +172,28 @@ def _to_input(images: NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(images.astype(np.float32)).permute(0, 3, 1, 2) / 127.5 - 1.0
 
 
-def _train(network: Network, images: NDArray[np.uint8], labels: NDArray[np.integer], epochs: int, seed: int, device: str) -> None:
-    """AdamW with a one-cycle learning rate; batches in the order of a generator of their own."""
+def _train(
+    network: Network,
+    images: NDArray[np.uint8],
+    labels: NDArray[np.integer],
+    kept: NDArray[np.int64],
+    epochs: int,
+    seed: int,
+    device: str,
+) -> None:
+    """AdamW with a one-cycle learning rate on the rows `kept`; batches in the order of a generator of their own."""
     generator = torch.Generator().manual_seed(seed)
     targets = torch.from_numpy(labels.astype(np.int64))
-    batch = min(BATCH, len(images))
-    steps = len(images) // batch  # the remainder of an epoch is left out: batch norm wants full batches
+    batch = min(BATCH, len(kept))
+    steps = len(kept) // batch  # the remainder of an epoch is left out: batch norm wants full batches
     optimizer = torch.optim.AdamW(network.parameters(), lr=PEAK_LR, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=epochs * steps)
     network.train()
     for _ in range(epochs):
-        order = torch.randperm(len(images), generator=generator)
+        order = kept[torch.randperm(len(kept), generator=generator).numpy()]
         for step in range(steps):
             rows = order[step * batch : (step + 1) * batch]
-            _, logits = network(_to_input(images[rows.numpy()]).to(device))
+            _, logits = network(_to_input(images[rows]).to(device))
             loss = F.cross_entropy(logits, targets[rows].to(device))
             optimizer.zero_grad()
             loss.backward()

@@ -8,7 +8,7 @@ object, and the file's hash says what it is.
 import hashlib
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch import Tensor
 from configs.errors import DataError
 from data_pipeline.store import MissingObject, open_store
 
+DINOV2 = "dinov2-vitl14"  # what rows call it
 UNIT = 1024  # images measured at a time where no work unit says otherwise; it decides the order in which moments are added
 
 
@@ -29,6 +30,7 @@ class Measured:
     features: NDArray[np.float32]  # (N, d)
     probabilities: NDArray[np.float32] | None = None  # (N, K) of its classes, if it has any
     spatial: NDArray[np.float32] | None = None  # (N, s) for sFID, if it has such features
+    dinov2: NDArray[np.float32] | None = None  # (N, 1024) for FD-DINOv2, where a second extractor was asked, see `measure_with`
 
     def to_arrays(self) -> dict[str, Any]:
         """Its arrays by name, for `np.savez`; those that are None are left out."""
@@ -40,7 +42,7 @@ class Measured:
         return Measured(**{name: arrays[name] for name in _PARTS if name in arrays})
 
 
-_PARTS = ("features", "probabilities", "spatial")
+_PARTS = ("features", "probabilities", "spatial", "dinov2")
 
 
 class Extractor(Protocol):
@@ -62,16 +64,41 @@ class Extractor(Protocol):
     def channels(self) -> int:
         """Channels that images should be decoded to: 1 or 3."""
 
+    @property
+    def width(self) -> int:
+        """Number of features of an image, d."""
+
     def measure(self, images: NDArray[np.uint8], device: str = "cpu") -> Measured:
         """Measure images uint8 (N, H, W, C). Raises DataError for images that it cannot take."""
 
 
-def load_extractor(uri: str) -> Extractor:
+def measure_with(extractors: Sequence[Extractor], images: NDArray[np.uint8], device: str = "cpu") -> Measured:
+    """What the first extractor says of images uint8 (N, H, W, C), with the features of the second, DINOv2, where there is one."""
+    measured = extractors[0].measure(images, device)
+    return replace(measured, dinov2=extractors[1].measure(images, device).features) if len(extractors) > 1 else measured
+
+
+def load_extractor(uri: str, sha256: str = "") -> Extractor:
     """The extractor whose weights stand at `uri`, a path or `s3://...`, known by the name of the file.
 
-    `*.safetensors` is an evaluator, `*inception-2015-12-05*` Inception, `*dinov2_vitl14*` DINOv2. Raises DataError for other names,
-    missing files and wrong hashes, StoreError where the store does not answer.
+    `*.safetensors` is an evaluator, `*inception-2015-12-05*` Inception, `*dinov2_vitl14*` DINOv2. `sha256` is the hash that it has
+    to have; "" = any. Raises DataError for other names, missing files and wrong hashes, StoreError where the store does not answer.
     """
+    extractor = _load(uri)
+    if sha256 and sha256 != extractor.hash:
+        raise DataError(f"{uri} has the hash {extractor.hash} and not {sha256}; correct the path, or the hash it is pinned to")
+    return extractor
+
+
+def load_dinov2(uri: str, sha256: str = "") -> Extractor:
+    """`load_extractor` of weights that have to be DINOv2's."""
+    extractor = load_extractor(uri, sha256)
+    if extractor.name != DINOV2:
+        raise DataError(f"{uri} holds {extractor.name} and not DINOv2, which FD-DINOv2 needs; give the path of DINOv2's weights")
+    return extractor
+
+
+def _load(uri: str) -> Extractor:
     # Imported here: the three know this module's protocol.
     from cluster.metrics import dinov2, evaluator, inception
 

@@ -71,7 +71,7 @@ def fid(generated: Gaussian, reference: Gaussian) -> float:
         if 0 < moments.n <= len(moments.mean):
             warnings.warn(
                 f"{moments.n} {name} images for {len(moments.mean)} features: the covariance is singular and the FID mostly bias; "
-                "use more images, or report fid_infinity",
+                f"use more images, and {3 * (len(moments.mean) + 1)} for fid_infinity beside it",
                 stacklevel=2,
             )
     return frechet_distance(reference.mean, reference.covariance, generated.mean, generated.covariance)

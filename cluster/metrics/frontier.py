@@ -41,6 +41,25 @@ def common_scores(series: Sequence[Sequence[Row]], count: int = 10) -> list[floa
     return []
 
 
+def near_frontier(curves: Sequence[Sequence[Row]]) -> list[list[float]]:
+    """The w of each curve that may lie on the common frontier of all of them, and their neighbours in w: what deserves more images.
+
+    A row is beaten by one of at least its Inception score whose FID is lower by more than the sum of both spreads (`fid_std`).
+    """
+    every = [row for rows in curves for row in rows]
+
+    def beaten(row: Row) -> bool:
+        limit = row.fid - (row.fid_std or 0.0)
+        return any(q.inception_score >= row.inception_score and q.fid + (q.fid_std or 0.0) < limit for q in every)
+
+    found = []
+    for rows in curves:
+        ordered = sorted(rows, key=lambda row: row.w)
+        kept = [not beaten(row) for row in ordered]
+        found.append([row.w for i, row in enumerate(ordered) if any(kept[max(0, i - 1) : i + 2])])
+    return found
+
+
 @dataclass(frozen=True)
 class Spread:
     """Mean and standard deviation (denominator k - 1) of a value over k seeds; the deviation is None for one seed."""

@@ -135,6 +135,7 @@ class Inception:
     hash: str  # sha256 of the weight file
     resize: str = f"tf1-bilinear-{SIZE}"
     channels: int = 3
+    width: int = 2048
 
     @property
     def name(self) -> str:

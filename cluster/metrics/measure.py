@@ -36,17 +36,18 @@ class Yardstick:
 
     extractor: Extractor
     reference: Reference
+    weights: str = ""  # where its weights stand, for other processes to load them
 
 
 def values(
     units: Sequence[Measured],
     labels: NDArray[np.integer] | None,
     yardstick: Yardstick,
-    dinov2: Sequence[Measured] | None = None,
-    dinov2_yardstick: Yardstick | None = None,
+    dinov2: Yardstick | None = None,
 ) -> dict[str, float | None]:
     """The values of a row, by the names of its fields, from N images in units; `labels` (N,) are those that made the images.
 
+    With the yardstick `dinov2`, the units hold DINOv2's features too (`measure_with`).
     What the reference or the extractor does not allow is None: precision, recall and KID without features of real images, sFID
     without spatial ones, FID-infinity and the FID's spread for fewer images than they need. Class accuracy needs an own evaluator:
     Inception's 1008 classes are not numbered as ImageNet's labels. Raises DataError where FID or IS cannot be computed.
@@ -75,9 +76,9 @@ def values(
             warnings.simplefilter("ignore")  # too few images were reported with the FID already
             spatial = moments.merged(moments.from_features(unit.spatial) for unit in units if unit.spatial is not None)
             found["sfid"] = fid(spatial, reference.spatial)
-    if dinov2 is not None and dinov2_yardstick is not None:
-        pool = moments.merged(moments.from_features(unit.features) for unit in dinov2)
-        found["fd_dinov2"] = fid(pool, dinov2_yardstick.reference.pool)
+    if dinov2 is not None:
+        pool = moments.merged(moments.from_features(unit.dinov2) for unit in units if unit.dinov2 is not None)
+        found["fd_dinov2"] = fid(pool, dinov2.reference.pool)
     return found
 
 

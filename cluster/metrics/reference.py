@@ -97,15 +97,20 @@ def from_npz(data: bytes, where: str, extractor: Extractor, dataset: str = "", d
         return _measured(_blocks(iter(images)), len(images), extractor, dataset, device)
     n = int(arrays.get("n", 0))
     pool = _statistics(arrays, "mu", "sigma", n, where)
+    if len(pool.mean) != extractor.width:
+        raise DataError(
+            f"{where} holds statistics of {len(pool.mean)} features and {extractor.name} gives {extractor.width}; "
+            "use the extractor that made the statistics"
+        )
     spatial = _statistics(arrays, "mu_s", "sigma_s", n, where) if "mu_s" in arrays else None
     features = arrays.get("features")
     if images is not None:
         _check_images(images, where)
         features = extractor.measure(images[_spread(len(images))], device).features
-    if features is not None and (features.ndim != 2 or features.shape[1] != len(pool.mean)):
+    if features is not None and (features.ndim != 2 or features.shape[1] != len(pool.mean) or not np.isfinite(features).all()):
         raise DataError(
-            f"{where} has statistics of {len(pool.mean)} dimensions and features {features.shape} from {extractor.name}; use the "
-            "extractor that made the statistics"
+            f"{where} holds features {features.shape} beside statistics of {len(pool.mean)}, or NaN among them; "
+            "measure the reference again"
         )
     return Reference(dataset, pool, spatial, features)
 

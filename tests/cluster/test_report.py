@@ -61,9 +61,9 @@ def _rows(**changes: object) -> list[Row]:
     ]
 
 
-def _grids(channels: int = 1) -> dict[float, np.ndarray]:
+def _grids(channels: int = 1, rows: list[Row] | None = None) -> dict[Row, np.ndarray]:
     generator = np.random.default_rng(0)
-    return {w: generator.integers(0, 256, size=(2, 3, 8, 8, channels), dtype=np.uint8) for w in WEIGHTS}
+    return {row: generator.integers(0, 256, size=(2, 3, 8, 8, channels), dtype=np.uint8) for row in rows or _rows()}
 
 
 @pytest.fixture
@@ -181,13 +181,13 @@ def test_sample_pictures_hold_the_very_pixels_enlarged(tmp_path, channels):
     for r in range(2):
         for c in range(3):
             tile = picture[gap + r * (56 + gap) :, gap + c * (56 + gap) :][:56, :56]
-            expected = np.broadcast_to(grids[0.75][r, c], (8, 8, 3))
+            expected = np.broadcast_to(grids[_rows()[3]][r, c], (8, 8, 3))
             assert np.array_equal(tile, expected.repeat(scale, axis=0).repeat(scale, axis=1))
 
 
 @pytest.mark.usefixtures("words_only")
 def test_the_overview_shows_four_grids_with_the_ends_and_the_best(tmp_path):
-    grids = {w: np.full((1, 1, 8, 8, 3), (index * 10, 0, 255), np.uint8) for index, w in enumerate(WEIGHTS)}
+    grids = {row: np.full((1, 1, 8, 8, 3), (index * 10, 0, 255), np.uint8) for index, row in enumerate(_rows())}
     write_report(_rows(), grids, tmp_path, title="x")
     pixels = np.asarray(Image.open(tmp_path / "samples.png")).reshape(-1, 3)
     shown = {WEIGHTS[int(red) // 10] for red in np.unique(pixels[(pixels[:, 1] == 0) & (pixels[:, 2] == 255)][:, 0])}
@@ -201,14 +201,14 @@ def test_the_overview_shows_four_grids_with_the_ends_and_the_best(tmp_path):
 )
 def test_grids_of_the_wrong_kind_are_refused(tmp_path, grid):
     with pytest.raises(DataError, match="must be uint8"):
-        write_report(_rows(), {0.0: grid}, tmp_path, title="x")
+        write_report(_rows(), {_rows()[0]: grid}, tmp_path, title="x")
 
 
 def test_grids_that_differ_in_shape_or_lack_names_are_refused(tmp_path):
     grids = _grids()
     with pytest.raises(DataError, match="as many class names, not 2"):
         write_report(_rows(), grids, tmp_path, title="x", classes=["a", "b"])
-    grids[0.0] = grids[0.0][:1]
+    grids[_rows()[0]] = grids[_rows()[0]][:1]
     with pytest.raises(DataError, match="of one shape"):
         write_report(_rows(), grids, tmp_path, title="x")
 
@@ -343,17 +343,82 @@ def test_the_spread_of_the_fid_stands_beside_it_and_is_explained(tmp_path):
 
 @pytest.mark.usefixtures("words_only")
 def test_costs_that_depend_on_the_machine_stay_out_of_the_report(tmp_path):
-    cost = Cost(images=1000, evaluations=60_000, naive_evaluations=100_000, device_seconds=50.0, device="CPU")
+    counts = {"images": 1000, "evaluations": 60_000, "naive_images": 2000, "naive_evaluations": 100_000}
+    cost = Cost(**counts, counted=62_000, device_seconds=50.0, device="CPU")
     write_report(_rows(), {}, tmp_path / "one", title="x", cost=cost)
-    write_report(_rows(), {}, tmp_path / "two", title="x", cost=replace(cost, device_seconds=25.0, device="GPU"))
+    write_report(_rows(), {}, tmp_path / "two", title="x", cost=replace(cost, counted=60_000, device_seconds=25.0, device="GPU"))
     one, two = _contents(tmp_path / "one"), _contents(tmp_path / "two")
     times = json.loads(one.pop("times.json"))
     assert times == {"device_seconds": 50.0, "images_per_device_second": 20.0}
-    assert "| device-seconds of a naive sweep at this speed | 83.3 |" in one.pop("cost.md").decode()
+    seconds = one.pop("cost.md").decode()
+    assert "| network evaluations, counted | 62,000 |" in seconds
+    assert "| share of a naive sweep | 62.0% |" in seconds
+    assert "| device-seconds of a naive sweep at this speed | 80.6 |" in seconds
     assert {name: two[name] for name in one} == one
     text = one["table.md"].decode()
-    assert "| this sweep | 60,000 | 60.0 |" in text
-    assert "60% of the naive sweep" in text
+    assert "| this sweep | 1,000 | 60,000 | 60% |" in text
+    assert "| every w by itself | 2,000 | 100,000 | 100% |" in text
+
+
+def _three(**changes: object) -> list[Row]:
+    """Runs of three p_uncond, with the curves of each apart."""
+    return [
+        replace(row, run=f"p{p}", p_uncond=p, fid=row.fid * (1 + p), inception_score=row.inception_score - p, **changes)
+        for p in (0.1, 0.2, 0.5)
+        for row in _rows()
+    ]
+
+
+@pytest.mark.usefixtures("words_only")
+def test_runs_are_called_by_what_else_tells_them_apart_and_named_once(tmp_path):
+    write_report(_three(), {}, tmp_path, title="x", varying=("run", "p_uncond"))
+    text = (tmp_path / "table.md").read_text()
+    assert text.splitlines()[2].startswith("| p_uncond | w | FID-fashion ↓ |")
+    assert "| IS | p_uncond 0.1 | p_uncond 0.2 | p_uncond 0.5 |" in text
+    assert "| p_uncond 0.5 | p0.5 | 0.5 |" in text.split("## Series")[1]
+    assert "## Over runs" not in text
+
+
+@pytest.mark.usefixtures("words_only")
+def test_runs_of_several_training_seeds_are_summarised_for_each_p_uncond(tmp_path):
+    rows = [replace(row, run=f"{row.run}-{k}", fid=row.fid + k) for row in _three() for k in (0, 1)]
+    write_report(rows, {}, tmp_path, title="x", varying=("run", "p_uncond"))
+    text = (tmp_path / "table.md").read_text()
+    assert text.splitlines()[2].startswith("| run | p_uncond | w |")
+    section = text.split("## Over runs")[1]
+    assert "| p_uncond | w | FID-fashion | IS | k |" in section
+    assert "| 0.1 | 0.75 | 5.11 ± 0.71 | 8.47 ± 0 | 2 |" in section
+    assert section.count("| 2 |\n") == 3 * len(WEIGHTS)
+
+
+@pytest.mark.usefixtures("words_only")
+def test_several_series_show_the_ends_and_the_best_of_each_and_leave_no_picture_of_another_report(tmp_path):
+    write_report(_rows(), _grids(), tmp_path, title="x")
+    rows = _three()
+    grids = {row: np.full((1, 1, 8, 8, 3), (index, 0, 255), np.uint8) for index, row in enumerate(rows)}
+    written = write_report(rows, grids, tmp_path, title="x", varying=("run", "p_uncond"))
+    pictures = [path.name for path in written if path.name.startswith("samples")]
+    assert pictures == ["samples_1.png", "samples_2.png", "samples_3.png"] == sorted(p.name for p in tmp_path.glob("samples*"))
+    for number, name in enumerate(pictures):
+        pixels = np.asarray(Image.open(tmp_path / name)).reshape(-1, 3)
+        shown = {int(red) for red in np.unique(pixels[(pixels[:, 1] == 0) & (pixels[:, 2] == 255)][:, 0])}
+        assert shown == {number * len(WEIGHTS) + w for w in (0, WEIGHTS.index(0.75), len(WEIGHTS) - 1)}
+    assert (tmp_path / "index.html").read_text().count('alt="samples_') == 3
+
+
+@pytest.mark.usefixtures("words_only")
+def test_the_screen_has_a_table_of_its_own_and_no_table_mixes_n(tmp_path):
+    screened = _rows(n=500, fid_std=0.1)
+    write_report(_rows()[2:5], {}, tmp_path, title="x", screened=screened)
+    text = (tmp_path / "table.md").read_text()
+    full, screen = text.split("## The screen: n = 500")
+    assert "n = 5000 images" in full
+    assert "n = 500 images" in screen
+    assert [line.split(" | ")[0] for line in full.splitlines() if re.match(r"\| \d", line)] == ["| 0.3", "| 0.75", "| 1"]
+    assert len([line for line in screen.splitlines() if re.match(r"\| \d", line)]) == len(WEIGHTS)
+    assert {row.n for row in from_json((tmp_path / "report.json").read_text())} == {5000}
+    with pytest.raises(DataError, match="because n is"):
+        write_report([*_rows()[2:5], *screened[:2]], {}, tmp_path, title="x")
 
 
 @pytest.mark.usefixtures("words_only")

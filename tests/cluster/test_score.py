@@ -6,10 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from cluster.metrics import dinov2
+from cluster.metrics.dinov2 import VisionTransformer
 from cluster.metrics.evaluator import Evaluator, fit_evaluator
+from cluster.metrics.fid import frechet_distance
 from cluster.metrics.measure import Yardstick, values
+from cluster.metrics.moments import from_features
 from cluster.metrics.reference import from_npz
 from cluster.metrics.rows import from_json, to_json
 from cluster.score import Samples, command, facts_of, load_samples, score, score_samples
@@ -191,12 +196,35 @@ def test_half_a_dinov2_is_refused(place):
         _score(place, "fake.npz", dinov2="dinov2_vitl14_pretrain.pth")
 
 
+def test_dinov2_stands_beside_the_rest_which_it_leaves_alone(place, judge, tmp_path, monkeypatch):
+    monkeypatch.setattr(dinov2, "VisionTransformer", lambda: VisionTransformer(width=16, depth=1, heads=2))
+    torch.manual_seed(0)
+    torch.save(VisionTransformer(width=16, depth=1, heads=2).state_dict(), tmp_path / dinov2.FILE)
+    weights, real = str(tmp_path / dinov2.FILE), str(place / "real.npz")
+    plain, row = _score(place, "fake.npz"), _score(place, "fake.npz", dinov2=weights, dinov2_reference=real)
+    network = dinov2.load(weights)
+    a, b = (from_features(network.measure(images).features) for images in (REAL, FAKE))
+    assert row.fd_dinov2 == frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
+    assert row.dinov2 == network.hash
+    without = {"fd_dinov2": None, "dinov2": "", "dinov2_reference": ""}
+    assert {name: getattr(row, name) for name in row.__dataclass_fields__} | without == {
+        name: getattr(plain, name) for name in plain.__dataclass_fields__
+    }
+
+
+def test_an_extractor_of_another_hash_is_refused(place, judge):
+    assert _score(place, "fake.npz", extractor_hash=judge.hash).extractor_hash == judge.hash
+    with pytest.raises(DataError, match=f"has the hash {judge.hash} and not {'c3' * 32}"):
+        _score(place, "fake.npz", extractor_hash="c3" * 32)
+
+
 def test_the_command_prints_the_row_and_writes_it(place, tmp_path, capsys):
     row = _score(place, "fake.npz", w=0.5, facts={"steps": 8})
     options = argparse.Namespace(
         samples=str(place / "fake.npz"),
         reference=str(place / "real.npz"),
         extractor=str(place / "toys.safetensors"),
+        extractor_hash="",
         dinov2="",
         dinov2_reference="",
         dataset="toys",

@@ -1,7 +1,9 @@
 """Work units: how a job is cut, what is left to do, and what happens when actors fail."""
 
+import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -61,17 +63,58 @@ def test_an_actors_error_reaches_the_user_as_its_own_sentence(ray_head: tuple[st
     assert driver.stdout.splitlines()[-1] == "unit 20 is refused; leave it out."
 
 
-def test_the_code_version_follows_the_sources_that_decide_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = units.code_version()
-    for place in units._DECISIVE:
-        target = tmp_path / place
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text("") if place.endswith(".py") else target.mkdir()
+@pytest.fixture
+def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The sources in a folder where they can be changed."""
+    for room in ("trainer", "cluster"):
+        shutil.copytree(ROOT / room, tmp_path / room, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(units, "ROOT", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("source", "units_change", "rows_change"),
+    [
+        ("trainer/diffusion/samplers.py", True, True),
+        ("trainer/networks/adm.py", True, True),
+        ("cluster/metrics/images.py", True, True),
+        ("cluster/metrics/fid.py", False, True),
+        ("cluster/metrics/measure.py", False, True),
+        ("cluster/metrics/published.py", False, False),
+        ("cluster/metrics/frontier.py", False, False),
+        ("cluster/report.py", False, False),
+        ("trainer/diffusion/theory.py", False, False),
+    ],
+)
+def test_units_and_rows_are_made_anew_where_their_sources_change_and_only_there(
+    copied: Path, source: str, units_change: bool, rows_change: bool
+) -> None:
+    def versions() -> list[str]:
+        units.code_version.cache_clear()
+        return [units.code_version(sources) for sources in (units.MAKING, units.MEASURING)]
+
+    before = versions()
+    with (copied / source).open("a") as file:
+        file.write("\n")
+    changed = [old != new for old, new in zip(before, versions(), strict=True)]
+    assert changed == [units_change, rows_change]
     units.code_version.cache_clear()
-    changed = units.code_version()
-    assert changed != before
-    assert changed.split("+")[0] == before.split("+")[0]
-    monkeypatch.undo()
-    units.code_version.cache_clear()
-    assert units.code_version() == before
+
+
+def test_whatever_a_sampler_or_an_extractor_imports_counts_as_making_its_units() -> None:
+    """Of the rooms where numbers are made; what only moves, checks or stores them does not change them."""
+    seen: set[str] = set()
+    ahead = ["trainer/sampler.py", *(f"cluster/metrics/{name}.py" for name in ("dinov2", "evaluator", "images", "inception"))]
+    while ahead:
+        place = ahead.pop()
+        seen.add(place)
+        for node in ast.walk(ast.parse((ROOT / place).read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(("trainer.", "cluster.")):
+                imported = node.module.replace(".", "/") + ".py"
+                folder = node.module.replace(".", "/")
+                found = [imported] if (ROOT / imported).is_file() else [f"{folder}/{alias.name}.py" for alias in node.names]
+                ahead += [file for file in found if (ROOT / file).is_file() and file not in seen]
+    # Weights as they are, what training needs, and names.
+    moving = {"trainer/checkpoint.py", "trainer/engine.py", "trainer/failures.py", "cluster/metrics/rows.py"}
+    missing = {place for place in seen - moving if not place.startswith(units.MAKING)}
+    assert missing == set()

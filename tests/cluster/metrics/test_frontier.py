@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.metrics.frontier import common_scores, fid_at, over_seeds
+from cluster.metrics.frontier import common_scores, fid_at, near_frontier, over_seeds
 from cluster.metrics.published import PUBLISHED
 from cluster.metrics.rows import Row
 from configs.errors import DataError
@@ -87,3 +87,19 @@ def test_seeds_are_averaged_never_chosen_from():
     assert over_seeds(rows[:1])[0].fid.std is None
     with pytest.raises(DataError, match="because n is"):
         over_seeds([rows[0], replace(rows[1], n=1000)])
+
+
+def test_near_the_frontier_of_the_papers_table_are_the_best_fid_and_all_above_it_with_one_neighbour():
+    first = _table_1(0.1)
+    assert near_frontier([first]) == [[row.w for row in first]]  # FID is best at w = 0.1, whose neighbour is 0
+    fine = [replace(ROW, w=w, fid=abs(w - 1) + 1, inception_score=w) for w in (0.0, 0.25, 0.5, 0.75, 1.0, 2.0)]
+    assert near_frontier([fine[::-1]]) == [[0.75, 1.0, 2.0]]
+
+
+def test_the_frontier_is_common_to_all_series_and_a_spread_leaves_the_benefit_of_the_doubt():
+    good = [replace(ROW, w=w, fid=1 + w, inception_score=10 + w) for w in (0.0, 1.0, 2.0)]
+    bad = [replace(row, fid=row.fid + 5, inception_score=row.inception_score - 1) for row in good]
+    assert near_frontier([good, bad]) == [[0.0, 1.0, 2.0], []]
+    doubtful = [replace(row, fid_std=5.5) for row in bad]  # 6 - 5.5 is below the best FID, 7 - 5.5 is not
+    assert near_frontier([good, doubtful]) == [[0.0, 1.0, 2.0], [0.0, 1.0]]
+    assert near_frontier([good, [replace(row, fid_std=0.1) for row in bad]]) == [[0.0, 1.0, 2.0], []]

@@ -1,6 +1,6 @@
 """One way from features to a row's values: what can be measured is, what cannot is None, and units decide the bits."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -31,6 +31,7 @@ class Judge:
     hash: str = "c3" * 32
     resize: str = "none"
     channels: int = 1
+    width: int = D
 
     def measure(self, images: np.ndarray, device: str = "cpu") -> Measured:
         raise AssertionError("nothing is measured here")
@@ -74,7 +75,8 @@ def test_every_value_is_that_of_its_own_function():
 def test_dinov2_has_an_instrument_of_its_own():
     other = FEATURES[:, :2] * 3
     dinov2 = Yardstick(Judge("dinov2", "d4" * 32), Reference("toys", _statistics(REAL[:, :2])))
-    found = values(_units(), LABELS, FULL, [Measured(other[:100]), Measured(other[100:])], dinov2)
+    units = [replace(unit, dinov2=part) for unit, part in zip(_units(100), (other[:100], other[100:]), strict=True)]
+    found = values(units, LABELS, FULL, dinov2)
     sums = merged([from_features(other[:100]), from_features(other[100:])])
     pool = dinov2.reference.pool
     assert found["fd_dinov2"] == frechet_distance(pool.mean, pool.covariance, sums.mean, sums.covariance)

@@ -26,6 +26,7 @@ class Means:
     hash: str = "c3" * 32
     resize: str = "none"
     channels: int = 1
+    width: int = 4
 
     def measure(self, images: np.ndarray, device: str = "cpu") -> Measured:
         n, size = len(images), images.shape[1]
@@ -116,7 +117,8 @@ def test_the_fingerprint_sees_every_part():
         ({"sigma": np.full((4, 4), np.inf)}, "holds NaN or infinity"),
         ({"sigma": np.triu(np.ones((4, 4)))}, "sigma of bad.npz is not symmetric"),
         ({"mu": np.array(["a"] * 4)}, "as floats, not <U1"),
-        ({"features": np.zeros((3, 5), np.float32)}, r"statistics of 4 dimensions and features \(3, 5\)"),
+        ({"features": np.zeros((3, 5), np.float32)}, r"features \(3, 5\) beside statistics of 4, or NaN among them"),
+        ({"features": np.full((3, 4), np.nan, np.float32)}, r"features \(3, 4\) beside statistics of 4, or NaN among them"),
         ({"arr_0": np.zeros((3, 8, 8, 1))}, "arr_0 of bad.npz must hold two images or more, uint8"),
         ({"extractor": np.array("d4" * 32)}, "was measured with the weights d4d4d4d4d4d4 and not with those of means"),
         ({"mu": None, "sigma": None}, "neither mu and sigma nor images"),
@@ -141,7 +143,6 @@ def test_pickles_and_damaged_files_are_refused(tmp_path):
         load_npz(str(tmp_path / "none.npz"), JUDGE)
 
 
-def test_another_dimension_is_refused_by_the_distance():
-    found = from_npz(_npz(**_gaussian(6)), "x", JUDGE)
-    with pytest.raises(DataError, match="features of 6 and of 4 dimensions have no distance"):
-        fid(from_features(JUDGE.measure(_images(10)).features), found.pool)
+def test_statistics_of_another_dimension_are_refused_before_anything_is_measured():
+    with pytest.raises(DataError, match=r"x\.npz holds statistics of 6 features and means gives 4; use the extractor that made"):
+        from_npz(_npz(**_gaussian(6)), "x.npz", JUDGE)

@@ -1,0 +1,260 @@
+"""What a sweep is made of: series, the units of their curves, and the rows that units fold into.
+
+A series is one run and one way to sample it. Its units stand with the run whose weights make them, under a fingerprint of all that
+decides them, so that every sweep which asks for a series finds what was made of it before.
+
+Where guidance is kept to an interval, an item of work is one range of images at all w that it lacks, because they share the steps
+before guidance begins; each w is published as soon as it is there. Elsewhere an item is one unit. Items that need the same network
+follow each other, so that an actor rarely changes it.
+"""
+
+import dataclasses
+import functools
+import io
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cluster import units
+from cluster.metrics import measure
+from cluster.metrics.features import Measured, load_extractor, measure_with
+from cluster.metrics.images import to_uint8
+from cluster.metrics.measure import Yardstick
+from cluster.metrics.rows import MODEL, Row, model_conditions
+from cluster.session import Resources
+from cluster.units import Unit
+from configs.errors import CheckpointError, ConfigError, DataError
+from configs.load import from_yaml, sweep, validate
+from configs.schema import Config
+from data_pipeline.manifest import Manifest
+from data_pipeline.store import MissingObject, Store, open_store
+from trainer import checkpoint
+from trainer.ema import sigma_rel_of
+from trainer.sampler import Sampler, evaluations, image_labels, shared_steps
+
+NETWORKS = 2  # that an actor holds: the one in use, and the one before it where the items of two meet
+# Conditions of a row that an option of the sweep may change, where it is not the one of its own name.
+_CHANGES = {"run": ("run", "checkpoint_step", "p_uncond", "ema"), "sampling.checkpoint": ("checkpoint_step",)}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A series before it is known what it is measured with."""
+
+    config: Config  # sampled as the sweep says, network and diffusion as the run was trained
+    checkpoint: checkpoint.Checkpoint
+
+
+@dataclass(frozen=True)
+class Series:
+    """One run and one way to sample it: a curve over w."""
+
+    config: Config
+    step: int  # of the checkpoint
+    store: Store  # of its units
+
+    @property
+    def network(self) -> tuple[Any, ...]:
+        """Which weights it needs; equal for series that can share them."""
+        return self.config.run, self.step, self.config.sampling.ema, self.config.sampling.compile
+
+
+@dataclass(frozen=True)
+class Item:
+    """What one actor does in one go: the images [first, last) of a series at some w."""
+
+    series: int
+    first: int
+    last: int
+    weights: tuple[float, ...]
+
+    @property
+    def units(self) -> list[Unit]:
+        return [Unit(w, self.first, self.last) for w in self.weights]
+
+
+# --- series ---
+
+
+def trained_series(config: Config, manifest: Manifest) -> list[Trained]:
+    """What `evaluate.sweep` names, each as its own run was trained. Raises UserError for runs that do not fit this data."""
+    configs = sweep(config)
+    runs = list(dict.fromkeys(one.run for one in configs))
+    tails = [run.rstrip("/").rsplit("/", 1)[-1] for run in runs]
+    names = dict(zip(runs, tails if len(set(tails)) == len(runs) else runs, strict=True)) if len(runs) > 1 else {}
+    return [_trained(dataclasses.replace(one, name=names.get(one.run, one.name)), manifest) for one in configs]
+
+
+def _trained(config: Config, manifest: Manifest) -> Trained:
+    one = as_trained(config, "evaluate")
+    then, now = one.checkpoint.identity.get("data.fingerprint", ""), manifest.fingerprint
+    if then != now:
+        raise DataError(
+            f"{config.run}: trained on the data {then[:12]}, but {config.data.uri} holds {now[:12]}; name the run's own data.uri"
+        )
+    return one
+
+
+def as_trained(config: Config, command: str) -> Trained:
+    """The run's own config says what its network is and how it was trained: one config samples runs that differ in these.
+
+    Raises UserError where there is no such checkpoint or average, or `command` asks for what the run cannot give.
+    """
+    run = open_store(config.run)
+    run.check()
+    found = checkpoint.find(run, config.sampling.checkpoint)
+    try:
+        stored = from_yaml(run.get("config.yaml").decode())
+    except MissingObject:
+        raise CheckpointError(f"{config.run}: its config.yaml is gone; give `freeguide train` again, which writes it") from None
+    except ConfigError as error:
+        raise ConfigError(f"{config.run}/config.yaml: {error}") from None
+    average = config.sampling.ema
+    if average not in (*found.averages, "master") and not sigma_rel_of(average):
+        raise CheckpointError(
+            f"{config.run}: the checkpoint of step {found.step} holds no average {average}; set sampling.ema to one of "
+            f"{', '.join([*found.averages, 'master'])}"
+        )
+    train = dataclasses.replace(config.train, ema_decay=stored.train.ema_decay)
+    config = dataclasses.replace(config, model=stored.model, diffusion=stored.diffusion, train=train)
+    for name in ("image_size", "channels", "classes", "dtype", "latent_scale"):
+        made, asked = getattr(stored.data, name), getattr(config.data, name)
+        if made != asked:
+            raise ConfigError(f"{config.run} was trained with data.{name}={made}, now it is {asked}; set data.{name}={made}")
+    validate(config, command)
+    return Trained(config, found)
+
+
+def placed(found: Sequence[Trained], yardsticks: Sequence[Yardstick]) -> list[Series]:
+    """The series with the places of their units. Raises ConfigError where two of them are the same."""
+    series: list[Series] = []
+    for one in found:
+        conditions = {  # all that decides what a unit holds, but its w and range
+            "sampling": dataclasses.asdict(one.config.sampling) | {"checkpoint": one.checkpoint.sha256},
+            "unit": one.config.evaluate.unit,
+            "grid": one.config.evaluate.grid,
+            "extractors": [each.extractor.hash for each in yardsticks],
+            "threads": one.config.cluster.cpus_per_worker,
+            "code": units.code_version(units.MAKING),
+        }
+        store = open_store(one.config.run).child(f"evaluate/{units.fingerprint(conditions)}/")
+        if any(store.uri == other.store.uri for other in series):
+            raise ConfigError(f"evaluate.sweep: two of its series are the checkpoint of step {one.checkpoint.step}; leave one out")
+        series.append(Series(one.config, one.checkpoint.step, store))
+    return series
+
+
+def varying(config: Config, rows: Sequence[Row]) -> list[str]:
+    """The conditions of rows that the sweep varies, and that do differ."""
+    named: set[str] = set()
+    for key in config.evaluate.sweep:
+        name = key.removeprefix("sampling.")
+        named.update(_CHANGES.get(key, (name if name in MODEL else "options",)))
+    return [name for name in MODEL if name in named and len({getattr(row, name) for row in rows}) > 1]
+
+
+# --- units ---
+
+
+def items(series: Sequence[Series], todo: Sequence[Sequence[Unit]]) -> list[Item]:
+    """The units `todo` of each series as items, those of the same network together."""
+    found = []
+    for number, (one, left) in enumerate(zip(series, todo, strict=True)):
+        ranges: dict[tuple[int, int], list[float]] = {}
+        for unit in left:
+            ranges.setdefault((unit.first, unit.last), []).append(unit.w)
+        for (first, last), weights in ranges.items():
+            shared = shared_steps(one.config, weights) > 0
+            found += [Item(number, first, last, w) for w in ([tuple(weights)] if shared else [(w,) for w in weights])]
+    networks = [one.network for one in series]
+    return sorted(found, key=lambda item: (networks.index(networks[item.series]), item.series, item.first))
+
+
+class Worker:
+    """Samples and measures items: one per actor."""
+
+    def __init__(self, series: Sequence[Series], weights: Sequence[str], resources: Resources) -> None:
+        """`weights` are the places of the extractors'."""
+        torch.set_num_threads(resources.threads)
+        self.series = series
+        self.device = torch.device("cuda" if resources.gpus else "cpu")
+        self.extractors = [load_extractor(uri) for uri in weights]
+        self._sampler = functools.lru_cache(maxsize=NETWORKS)(self._load)
+
+    def __call__(self, item: Item) -> None:
+        one = self.series[item.series]
+        left = units.missing(one.store, item.units, "npz")  # Ray gives the item of a dead actor to another one
+        if not left:
+            return
+        first = next(number for number, other in enumerate(self.series) if other.network == one.network)
+        sampler = dataclasses.replace(self._sampler(first), config=one.config)
+        index = torch.arange(item.first, item.last)
+        labels = image_labels(one.config, index)
+        kept = max(0, min(item.last, one.config.evaluate.grid * one.config.data.classes) - item.first)
+        began = time.perf_counter()
+        for unit, drawn in zip(left, sampler.sweep(index, labels, [u.w for u in left]), strict=True):
+            images = to_uint8(drawn.images)
+            buffer = io.BytesIO()
+            np.savez(
+                buffer,
+                **measure_with(self.extractors, images, self.device.type).to_arrays(),
+                labels=labels.numpy(),
+                images=images[:kept],
+                device=np.str_(torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"),
+                seconds=np.float64(time.perf_counter() - began),
+                evaluations=np.int64(drawn.evaluations),
+            )
+            one.store.put(unit.key("npz"), buffer.getvalue())
+            began = time.perf_counter()
+
+    def _load(self, number: int) -> Sampler:
+        one = self.series[number]
+        return Sampler.from_run(one.config, one.step, self.device)
+
+
+# --- rows ---
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a unit took."""
+
+    images: int
+    seconds: float
+    evaluations: int
+    device: str
+
+
+def fold(
+    one: Series, w: float, images: int, yardsticks: Sequence[Yardstick]
+) -> tuple[Row, NDArray[np.uint8] | None, dict[Unit, Made]]:
+    """The row of images [0, `images`) at w from its published units, their sample grid, and what they took.
+
+    The grid is uint8 (rows, classes, H, W, C); None where labels are drawn, so that no column is a class.
+    """
+    plan = units.split([w], images, one.config.evaluate.unit)
+    parts = [np.load(io.BytesIO(one.store.get(unit.key("npz"))), allow_pickle=False) for unit in plan]
+    labels = np.concatenate([part["labels"] for part in parts])
+    row = Row(
+        w=w,
+        nfe=evaluations(one.config, w),
+        n=images,
+        **measure.values([Measured.from_arrays(part) for part in parts], labels, *yardsticks),  # type: ignore[arg-type]
+        **measure.conditions(*yardsticks),
+        **model_conditions(one.config, one.step, units.code_version()),
+    )
+    grid = None
+    if one.config.sampling.labels == "balanced":
+        shown = np.concatenate([part["images"] for part in parts])
+        classes = one.config.data.classes
+        grid = shown[: len(shown) // classes * classes].reshape(-1, classes, *shown.shape[1:])
+    made = {
+        unit: Made(unit.last - unit.first, float(part["seconds"]), int(part["evaluations"]), str(part["device"]))
+        for unit, part in zip(plan, parts, strict=True)
+    }
+    return row, grid, made

@@ -1,0 +1,274 @@
+"""The tables of a report: what stands in each line, what is bold, and the sentences below.
+
+The metrics of a series as the paper prints them, all series at equal Inception score, means over seeds, the screen, other people's
+images, published numbers, and the cost. Each is made of rows alone; `cluster.report` writes them as Markdown and HTML.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cluster.figures import Series, best_of, distance
+from cluster.metrics.frontier import Spread, common_scores, fid_at, over_seeds
+from cluster.metrics.published import beside, rows_of, same_setting, why_not_beside
+from cluster.metrics.rows import Row
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the sweep took. One network evaluation is one forward pass for one image."""
+
+    images: int  # made, over all w and series
+    evaluations: int  # that they take: shared prefixes once, unguided steps with one forward
+    counted: int  # that the actors made for them: more, where a job was interrupted between two w of a shared prefix
+    naive_images: int  # of every w of every series, all with the full n
+    naive_evaluations: int  # of sampling these one by one with both predictions at every step where w is not 0
+    device_seconds: float  # of sampling and measuring, added over actors
+    device: str  # what the actors ran on: "NVIDIA H100", "CPU"
+
+
+@dataclass(frozen=True)
+class Table:
+    heading: str
+    heads: list[str]
+    lines: list[list[str]]
+    bold: frozenset[tuple[int, int]] = frozenset()  # (line, column)
+    note: str = ""
+    grey: bool = False  # not comparable with the rest; the note says why
+
+
+def tables_of(
+    series: list[Series],
+    varying: Sequence[str],
+    screened: Sequence[Row] = (),
+    others: Sequence[Row] = (),
+    cost: Cost | None = None,
+) -> list[Table]:
+    """All tables of a report, in their order; `screened` are sorted as the rows of `series` are."""
+    ordered = [row for _, members in series for row in members]
+    tables = [_metrics(ordered, varying)]
+    if len(series) > 1:
+        tables += _matched(series)
+    names = names_of(ordered, varying)
+    tables += [_seeds(ordered, name, varying) for name in ("seed", "run") if name in names and len(series) > 1]
+    if len(names) < len(varying):
+        tables.append(_facts(series, varying))
+    if screened:
+        tables.append(_screen(screened, varying))
+    if others:
+        tables.append(_others(others))
+    tables.append(_published(ordered))
+    if cost is not None:
+        tables.append(_evaluations(cost))
+    return tables
+
+
+def _screen(ordered: Sequence[Row], varying: Sequence[str]) -> Table:
+    """The table of the first look: other n, so another table."""
+    table = _metrics(ordered, varying)
+    note = (
+        "A first look at every w. More images went to those that may lie on the frontier, and their neighbours in w: a w is left "
+        f"out where another has at least its IS and a {ordered[0].fid_name} lower by more than both spreads. "
+    )
+    return replace(table, heading=f"The screen: n = {ordered[0].n}", note=note + table.note)
+
+
+def _facts(series: list[Series], varying: Sequence[str]) -> Table:
+    """What else differs between series than their names say."""
+    heads = ["series", *varying]
+    return Table("Series", heads, [[label, *(plain(v) for v in key_of(members[0], varying))] for label, members in series])
+
+
+def _metrics(ordered: Sequence[Row], varying: Sequence[str]) -> Table:
+    """The paper's table: a line for each w, the best FID of each series bold, the paper's own numbers where they match."""
+    names = names_of(ordered, varying)
+    shown = _columns(ordered)
+    heads = [*names, "w", *(head for head, _ in shown)]
+    best = {best_of([other for other in ordered if key_of(other, varying) == key_of(row, varying)]) for row in ordered}
+    printed = [[number for number in rows_of(row.dataset) if beside(row, number)] for row in ordered]
+    if any(printed):
+        heads += ["paper's FID", "paper's IS"]
+    lines = []
+    for row, numbers in zip(ordered, printed, strict=True):
+        cells = [plain(value) for value in key_of(row, names)] + [f"{row.w:g}"] + [form(row) for _, form in shown]
+        if any(printed):
+            cells.append(" / ".join(distance(number.fid) for number in numbers) or "-")
+            cells.append(" / ".join(f"{number.inception_score:g}" for number in numbers if number.inception_score) or "-")
+        lines.append(cells)
+    bold = frozenset((line, len(names) + 1) for line, row in enumerate(ordered) if row in best)
+    return Table("", heads, lines, bold, _caption(ordered[0], varying))
+
+
+def _columns(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], str]]]:
+    """Heads and forms of the values that at least one row has."""
+
+    def number(name: str, form: Callable[[float], str]) -> Callable[[Row], str]:
+        return lambda row: "-" if getattr(row, name) is None else form(getattr(row, name))
+
+    def with_spread(row: Row) -> str:
+        return distance(row.fid) + ("" if row.fid_std is None else f" ± {row.fid_std:.2g}")
+
+    name = rows[0].fid_name
+    columns: list[tuple[str, str, Callable[[Row], str]]] = [
+        (f"{name} ↓", "fid", with_spread),
+        ("IS ↑", "inception_score", lambda row: f"{row.inception_score:.2f} ± {row.inception_score_std:.2f}"),
+        ("accuracy", "accuracy", number("accuracy", "{:.3f}".format)),
+        ("precision", "precision", number("precision", "{:.3f}".format)),
+        ("recall", "recall", number("recall", "{:.3f}".format)),
+        ("KID × 1000", "kid", number("kid", lambda kid: f"{1000 * kid:.3f}")),
+        (f"{name} ∞", "fid_infinity", number("fid_infinity", distance)),
+        ("sFID", "sfid", number("sfid", distance)),
+        ("FD-DINOv2", "fd_dinov2", number("fd_dinov2", distance)),
+        ("NFE", "nfe", number("nfe", str)),
+    ]
+    return [(head, form) for head, field, form in columns if any(getattr(row, field) is not None for row in rows)]
+
+
+def _matched(series: list[Series]) -> list[Table]:
+    """FID of every series at the Inception scores that all of them reach; empty where they share none."""
+    members = [rows for _, rows in series]
+    scores = common_scores(members)
+    found = [[fid_at(rows, score) for rows in members] for score in scores]
+    lowest = [min(value for value in values if value is not None) for values in found]
+    bold = frozenset((line, 1 + i) for line, values in enumerate(found) for i, value in enumerate(values) if value == lowest[line])
+    lines = [
+        [f"{score:g}", *("-" if value is None else distance(value) for value in values)]
+        for score, values in zip(scores, found, strict=True)
+    ]
+    name = members[0][0].fid_name
+    note = (
+        f"{name} on straight lines between neighbouring w, at Inception scores that all curves reach. Guidance trades one for the "
+        "other, so models compare here and not at equal w."
+    )
+    return [Table(f"{name} at equal Inception score", ["IS", *(label for label, _ in series)], lines, bold, note)] if scores else []
+
+
+def _seeds(ordered: list[Row], name: str, varying: Sequence[str]) -> Table:
+    """Mean and spread over what `name` numbers, for every combination of the rest."""
+    rest = [other for other in names_of(ordered, varying) if other != name]
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in ordered:
+        groups.setdefault(key_of(row, rest), []).append(row)
+
+    def spread(value: Spread) -> str:
+        return distance(value.mean) if value.std is None else f"{distance(value.mean)} ± {value.std:.2g}"
+
+    lines = [
+        [*map(plain, key), f"{g.w:g}", spread(g.fid), spread(g.inception_score), str(g.fid.k)]
+        for key, rows in groups.items()
+        for g in over_seeds(rows, [other for other in varying if other not in rest])
+    ]
+    what = {"seed": "sampling seeds", "run": "runs"}[name]
+    note = f"Mean ± standard deviation of one value (denominator k - 1) over k {what}; never the best of them."
+    return Table(f"Over {what}", [*rest, "w", ordered[0].fid_name, "IS", "k"], lines, note=note)
+
+
+def _others(others: Sequence[Row]) -> Table:
+    shown = _columns(others)
+    lines = [[row.run, *(form(row) for _, form in shown)] for row in others]
+    note = "Images made by others, measured here with the same n, reference and extractor. How they were rounded is not known."
+    return Table("Other models, measured here", ["images", *(head for head, _ in shown)], lines, note=note)
+
+
+def _published(ordered: Sequence[Row]) -> Table:
+    """What papers printed for this data set and does not stand beside a row already: other models, or all if nothing compares."""
+    reason, numbers = why_not_beside(ordered[0]), rows_of(ordered[0].dataset)
+    if not numbers:
+        return Table("", [], [], note=f"No published numbers stand here because {reason}.", grey=True)
+    if reason is None:
+        numbers = [number for number in numbers if number.w is None]
+    else:
+        numbers = [number for number in numbers if number.w is None or any(same_setting(row, number) for row in ordered)]
+
+    def cell(value: float | None) -> str:
+        return "-" if value is None else f"{value:g}"
+
+    lines = [
+        [n.model, cell(n.w), cell(n.p_uncond), cell(n.steps), f"{n.fid:g}", cell(n.inception_score), n.source] for n in numbers
+    ]
+    note = "Printed by the papers named; each measured 50 000 images with Inception's features."
+    if reason is not None:
+        note = f"Not comparable with the rows above because {reason}. " + note
+    heads = ["model", "w", "p_uncond", "T", "FID", "IS", "source"]
+    return Table(f"Published for {ordered[0].dataset}", heads, lines, note=note, grey=reason is not None)
+
+
+def _evaluations(cost: Cost) -> Table:
+    share = cost.evaluations / cost.naive_evaluations
+    lines = [
+        ["this sweep", f"{cost.images:,}", f"{cost.evaluations:,}", f"{share:.0%}"],
+        ["every w by itself", f"{cost.naive_images:,}", f"{cost.naive_evaluations:,}", "100%"],
+    ]
+    note = (
+        "The naive sweep measures every w of every series with the full n and runs both predictions at every step of every w > 0. "
+        "Seconds, and the evaluations that were counted, are in cost.md."
+    )
+    return Table("Cost", ["", "images", "network evaluations", "share"], lines, note=note)
+
+
+def cost_in_seconds(cost: Cost) -> str:
+    naive = cost.device_seconds * cost.naive_evaluations / cost.counted
+    rows = [
+        ("device", cost.device),
+        ("images", f"{cost.images:,}"),
+        ("network evaluations, counted", f"{cost.counted:,}"),
+        ("share of a naive sweep", f"{cost.counted / cost.naive_evaluations:.1%}"),
+        ("device-seconds", f"{cost.device_seconds:,.1f}"),
+        ("images per device-second", f"{cost.images / cost.device_seconds:.3g}"),
+        ("device-seconds of a naive sweep at this speed", f"{naive:,.1f}"),
+    ]
+    return "\n".join(["| | |", "|---|---:|", *(f"| {name} | {value} |" for name, value in rows)]) + "\n"
+
+
+# --- words ---
+
+
+def names_of(rows: Sequence[Row], varying: Sequence[str]) -> list[str]:
+    """Those of `varying` by which series are called: the run and its checkpoint only where nothing else tells them apart."""
+    names = list(varying)
+    for name in ("checkpoint_step", "run"):
+        rest = [other for other in names if other != name]
+        if rest and len({key_of(row, rest) for row in rows}) == len({key_of(row, varying) for row in rows}):
+            names = rest
+    return names
+
+
+def key_of(row: Row, varying: Sequence[str]) -> tuple[Any, ...]:
+    return tuple(getattr(row, name) for name in varying)
+
+
+def plain(value: Any) -> str:
+    return "not known" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _caption(row: Row, varying: Sequence[str]) -> str:
+    """Every condition that all rows share, in words."""
+    clip = {True: "x clipped to [-1, 1]", False: "x not clipped", None: "clipping of x not known"}
+    said = {
+        "run": f"run {row.run}",
+        "checkpoint_step": f"checkpoint of step {plain(row.checkpoint_step)}",
+        "ema": "raw weights" if row.ema in (0.0, "master") else f"EMA {plain(row.ema)}",
+        "p_uncond": f"p_uncond {plain(row.p_uncond)}",
+        "sampler": f"sampler {row.sampler}",
+        "steps": f"T = {plain(row.steps)}",
+        "v": f"v = {plain(row.v)}",
+        "clip": clip[row.clip],
+        "options": row.options,
+        "seed": f"sampling seed {plain(row.seed)}",
+        "code_version": f"code {row.code_version}",
+    }
+    model = ", ".join(words for name, words in said.items() if words and name not in varying)
+    real = f"{row.reference_n} images" if row.reference_n else "a number of images that its file does not say"
+    measured = (
+        f"n = {row.n} images, labels {row.labels}, rounding {row.rounding}, resize {row.resize}; reference "
+        f"{row.dataset or 'without a name'}, of {real} ({row.reference[:12]}); features of {row.extractor} "
+        f"({row.extractor_hash[:12]})"
+    )
+    if row.dinov2:
+        measured += f"; DINOv2 ({row.dinov2[:12]}) against its reference ({row.dinov2_reference[:12]})"
+    words = [f"{model}; {measured}."]
+    if row.fid_std is not None:
+        words.append(f"± after {row.fid_name}: standard deviation over sets of n images of one network, by jackknife.")
+    if row.fid_name != "FID":
+        words.append(f"{row.fid_name} is the Fréchet distance of these features and compares with no other FID.")
+    return " ".join(words)

@@ -1,0 +1,41 @@
+"""An exported file holds the averaged weights, and its card says what they are, whatever the config at hand says."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors
+import torch
+
+from cluster.export import export
+from configs.errors import CheckpointError
+from configs.load import from_yaml, load_config
+from data_pipeline.manifest import Schema
+from data_pipeline.shards import Sample, Source, write_shards
+from data_pipeline.store import open_store
+from tests.cluster.untrained import DIGITS, write_run
+from trainer import checkpoint
+
+
+def test_the_card_and_the_weights_are_those_of_the_run(tmp_path: Path) -> None:
+    source = Source(Schema(8, 1, 10), 20, lambda i: Sample(np.zeros((8, 8, 1), np.uint8), i % 10), "black")
+    write_shards(source, open_store(f"{tmp_path}/data"))
+    small = ["model.channels=8", "model.head_channels=8", "model.channel_mult=[1]", "model.attention=[]"]
+    config = load_config(DIGITS, [*small, f"run={tmp_path}/run", f"data.uri={tmp_path}/data", "diffusion.p_uncond=0.2"])
+    run = write_run(config)
+    path = Path(export(replace(config, diffusion=replace(config.diffusion, p_uncond=0.1))))
+    with safetensors.safe_open(path, "pt") as file:
+        facts = json.loads(file.metadata()["freeguide"])
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    expected = checkpoint.average(run, checkpoint.find(run), "ema")
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in weights)
+    assert (from_yaml(facts["config"]).diffusion.p_uncond, facts["step"]) == (0.2, 8)
+    card = path.with_suffix(".md").read_text()
+    assert "p_uncond 0.2" in card
+    assert "class 10 is the null class" in card
+    assert "Not measured yet" in card
+    with pytest.raises(CheckpointError, match="holds no average half_life_7"):
+        export(replace(config, sampling=replace(config.sampling, ema="half_life_7")))

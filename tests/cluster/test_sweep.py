@@ -1,0 +1,348 @@
+"""The evaluation without Ray: what series there are, what is made of them, what is shared, screened and shown."""
+
+import contextlib
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cluster import evaluate as evaluation
+from cluster import figures, units
+from cluster.evaluate import evaluate, screen_images
+from cluster.metrics.rows import Row, from_json
+from cluster.session import Resources
+from cluster.sweep import Item, Series, items, trained_series
+from configs.errors import CheckpointError, ConfigError, DataError, UserError
+from configs.load import from_yaml, load_config, to_yaml
+from configs.load import sweep as combinations
+from configs.schema import Config
+from data_pipeline.manifest import load_manifest
+from data_pipeline.store import open_store
+from tests.cluster.untrained import DIGITS, HALF_LIFE, small, write_lab, write_run
+from trainer.sampler import Sampler, evaluations, sweep_evaluations
+
+P_UNCOND = (0.1, 0.2, 0.5)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lab")
+    write_lab(folder)
+    return folder
+
+
+@pytest.fixture
+def runs(lab: Path, tmp_path: Path) -> list[str]:
+    """Runs of three p_uncond."""
+    for seed, p in enumerate(P_UNCOND):
+        write_run(small(lab, tmp_path / f"p{p}", f"diffusion.p_uncond={p}"), seed)
+    return [str(tmp_path / f"p{p}") for p in P_UNCOND]
+
+
+@pytest.fixture(autouse=True)
+def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Item]:
+    """One worker in this process instead of actors; the items it was given, in their order. No figures: they take seconds."""
+    seen: list[Item] = []
+
+    def run(todo: Sequence[Item], make: Callable[[], Any], config: Config, resources: Resources) -> Iterator[Item]:
+        worker = make()
+        for item in todo:
+            worker(item)
+            seen.append(item)
+            yield item
+
+    monkeypatch.setattr(units, "run", run)
+    monkeypatch.setattr(evaluation, "session", lambda *_: contextlib.nullcontext(Resources(1, 0)))
+    monkeypatch.setattr(figures, "curves", lambda *_: b"")
+    monkeypatch.setattr(figures, "frontier", lambda *_: b"")
+    monkeypatch.chdir(tmp_path)
+    return seen
+
+
+def report(folder: Path) -> dict[str, bytes]:
+    """The files of a report that depend on nothing but the rows and grids."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("times.json", "cost.md")}
+
+
+def rows_of(folder: Path) -> list[Row]:
+    return from_json((folder / "report.json").read_text())
+
+
+def over(**axes: list[object]) -> str:
+    return "evaluate.sweep=" + json.dumps({name.replace("__", "."): values for name, values in axes.items()})
+
+
+# --- series ---
+
+
+def test_a_sweep_is_the_product_of_its_lists_and_an_empty_one_is_the_config_itself(lab: Path) -> None:
+    config = small(lab, "a", over(run=["a", "b"], sampling__interval=[[], [-1, 2]], sampling__steps=[4, 6]))
+    series = combinations(config)
+    found = [(one.run, one.sampling.interval, one.sampling.steps) for one in series]
+    assert found == [(r, i, s) for r in "ab" for i in ([], [-1.0, 2.0]) for s in (4, 6)]
+    assert all(one.evaluate.sweep == {} for one in series)
+    assert from_yaml(to_yaml(config)) == config
+    plain = small(lab, "a")
+    assert combinations(plain) == [plain]
+
+
+@pytest.mark.parametrize(
+    ("axes", "words"),
+    [
+        ({"run": "a"}, "run is 'a'; give a list of values, each once"),
+        ({"sampling.steps": []}, r"sampling.steps is \[\]; give a list"),
+        ({"sampling.steps": [4, 4]}, "each once"),
+        ({"sampling.stepz": [4]}, "did you mean sampling.steps?"),
+        ({"sampling.labels": ["random"]}, "sampling.labels cannot be swept"),
+        ({"evaluate.w": [[0]]}, "evaluate.w cannot be swept"),
+        ({"sampling.steps": ["many"]}, "sampling.steps takes a whole number, not 'many'"),
+        ({"sampling.steps": [4, 0]}, "sampling.steps=0: must be at least 1"),
+    ],
+)
+def test_what_cannot_be_swept_is_refused_when_the_config_is_read(lab: Path, axes: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        small(lab, "a", f"evaluate.sweep={json.dumps(axes)}")
+
+
+def test_a_run_says_itself_how_it_was_trained(lab: Path, runs: list[str], tmp_path: Path) -> None:
+    """The config that measures says p_uncond = 0.3, another network and another decay: all of that is the run's to say."""
+    write_run(small(lab, runs[1], "diffusion.p_uncond=0.2", "train.ema_decay=0.5", "diffusion.prediction=v"))
+    mine = [over(run=runs), "diffusion.p_uncond=0.3", "model.channels=16"]
+    found = [one.config for one in trained_series(small(lab, tmp_path, *mine), load_manifest(open_store(str(lab / "data"))))]
+    assert [one.diffusion.p_uncond for one in found] == list(P_UNCOND)
+    assert [one.train.ema_decay for one in found] == [0.995, 0.5, 0.995]
+    assert [one.diffusion.prediction for one in found] == ["eps", "v", "eps"]
+    assert {one.model.channels for one in found} == {8}
+    assert [one.name for one in found] == ["p0.1", "p0.2", "p0.5"]
+
+
+def fails(config: Config, kind: type[UserError], words: str) -> None:
+    with pytest.raises(kind, match=words):
+        evaluate(config)
+
+
+def test_runs_that_cannot_be_measured_together_end_in_one_sentence_before_anything_is_made(
+    lab: Path, runs: list[str], tmp_path: Path, made: list[Item]
+) -> None:
+    fails(small(lab, tmp_path, over(run=[runs[0], str(tmp_path / "no")])), CheckpointError, "no checkpoint")
+    fails(small(lab, runs[0], "sampling.ema=half_life_7"), CheckpointError, "no average half_life_7; set sampling.ema to one of")
+    fails(small(lab, runs[0], over(sampling__checkpoint=[0, 8])), ConfigError, "two of its series are the checkpoint of step 8")
+    unguided = small(lab, tmp_path / "unguided", "diffusion.p_uncond=0", "evaluate.w=[0]")
+    write_run(unguided)
+    fails(small(lab, tmp_path, over(run=[runs[0], unguided.run])), ConfigError, "p_uncond=0 leaves the network without")
+    manifest = json.loads(open_store(runs[2]).get("checkpoints/step-00000008/manifest.json"))
+    manifest["identity"]["data.fingerprint"] = "f" * 64
+    open_store(runs[2]).put("checkpoints/step-00000008/manifest.json", json.dumps(manifest).encode())
+    fails(small(lab, tmp_path, over(run=runs)), DataError, "p0.5: trained on the data ffffffffffff, but ")
+    open_store(runs[0]).put("config.yaml", b"of: another version\n")
+    fails(small(lab, runs[0]), ConfigError, r"p0.1/config.yaml: a stored config cannot be read")
+    open_store(runs[0]).delete("config.yaml")
+    fails(small(lab, runs[0]), CheckpointError, "its config.yaml is gone")
+    assert made == []
+
+
+# --- units ---
+
+
+def test_items_hold_all_w_that_share_a_beginning_and_those_of_a_network_follow_each_other(lab: Path) -> None:
+    store = open_store(str(lab))
+    swept = combinations(small(lab, "a", over(sampling__interval=[[], [-2, 3]], run=["a", "b"])))
+    series = [Series(config, 8, store) for config in swept]
+    todo = [units.split([0.0, 1.0], 40, 20)] * 3 + [units.split([1.0], 20, 20)]
+    found = items(series, todo)
+    assert [(swept[i.series].run, swept[i.series].sampling.interval != [], i.first, i.weights) for i in found] == [
+        *(("a", False, first, (w,)) for first in (0, 20) for w in (0.0, 1.0)),
+        *(("a", True, first, (0.0, 1.0)) for first in (0, 20)),
+        *(("b", False, first, (w,)) for first in (0, 20) for w in (0.0, 1.0)),
+        ("b", True, 0, (1.0,)),
+    ]
+    assert sorted(u for i in found for u in i.units) == sorted(u for plan in todo for u in plan)
+
+
+def test_the_report_does_not_depend_on_the_order_or_the_company_in_which_units_were_made(
+    lab: Path, runs: list[str], made: list[Item], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def afresh() -> dict[str, bytes]:
+        store = open_store(runs[0])
+        for info in store.list("evaluate/"):
+            store.delete(info.key)
+        return report(evaluate(small(lab, runs[0])))
+
+    whole = afresh()
+    assert {len(item.weights) for item in made} == {3}
+    apart = [Item(0, first, first + 20, (w,)) for first in (40, 0, 20) for w in (4.0, 0.0, 0.5)]
+    monkeypatch.setattr(evaluation, "items", lambda *_: apart)
+    assert afresh() == whole
+
+
+def test_an_interrupted_item_keeps_the_w_it_has_published_and_makes_the_rest_alike(
+    lab: Path, runs: list[str], made: list[Item], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = evaluate(small(lab, runs[0]))
+    whole, series = report(folder), open_store(runs[0])
+    kept = {info.key: series.get(info.key) for info in series.list("evaluate/") if "/units/w0/" in info.key}
+    for info in series.list("evaluate/"):
+        if "/units/" in info.key and info.key not in kept:
+            series.delete(info.key)
+    made.clear()
+    # As Ray does it: the same item again, with the w that are there already.
+    again = [Item(0, first, first + 20, (0.0, 0.5, 4.0)) for first in (0, 20, 40)]
+    monkeypatch.setattr(evaluation, "items", lambda *_: again)
+    assert report(evaluate(small(lab, runs[0]))) == whole
+    assert {info.key: series.get(info.key) for info in series.list("evaluate/") if "/units/w0/" in info.key} == kept
+
+
+def test_a_worker_keeps_the_network_it_has(lab: Path, runs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[tuple[str, str]] = []
+    load = Sampler.from_run
+
+    def counted(config: Config, *rest: Any) -> Sampler:
+        loaded.append((config.run, config.sampling.ema))
+        return load(config, *rest)
+
+    monkeypatch.setattr(Sampler, "from_run", counted)
+    axes = over(sampling__steps=[3, 6], sampling__ema=["ema", HALF_LIFE], run=runs[:2])
+    evaluate(small(lab, tmp_path / "report", axes, "evaluate.images=40"))
+    assert sorted(loaded) == sorted((run, ema) for run in runs[:2] for ema in ("ema", HALF_LIFE))
+
+
+# --- what it costs ---
+
+
+def test_the_cost_is_what_networks_were_asked_for(lab: Path, runs: list[str], tmp_path: Path) -> None:
+    config = small(lab, tmp_path / "report", over(run=runs[:2], sampling__interval=[[], [-2, 3]]))
+    folder = evaluate(config)
+    weights = config.evaluate.w
+    plain, guided = replace(config, sampling=replace(config.sampling, interval=[])), config
+    naive = 4 * 60 * sum(evaluations(plain, w) for w in weights)
+    planned = 2 * 60 * (sum(evaluations(plain, w) for w in weights) + sweep_evaluations(guided, weights))
+    text = (folder / "table.md").read_text()
+    assert f"| this sweep | 720 | {planned:,} | {planned / naive:.0%} |" in text
+    assert f"| every w by itself | 720 | {naive:,} | 100% |" in text
+    assert f"| network evaluations, counted | {planned:,} |" in (folder / "cost.md").read_text()
+    assert planned < naive
+    rows = rows_of(folder)
+    assert [row.nfe for row in rows if row.options == ""] == [6, 12, 12] * 2
+    assert all(row.nfe == evaluations(guided, row.w) for row in rows if row.options)
+
+
+def test_what_an_interruption_makes_twice_is_counted_and_stays_out_of_the_report(lab: Path, runs: list[str]) -> None:
+    config = small(lab, runs[0])
+    folder = evaluate(config)
+    whole, planned = report(folder), 60 * sweep_evaluations(config, config.evaluate.w)
+    store = open_store(runs[0])
+    for info in store.list("evaluate/"):
+        if "/units/w4/" in info.key:
+            store.delete(info.key)
+    assert report(evaluate(config)) == whole
+    counted = 60 * (sweep_evaluations(config, [0.0, 0.5]) + evaluations(config, 4.0))
+    assert counted > planned
+    assert f"| network evaluations, counted | {counted:,} |" in (folder / "cost.md").read_text()
+
+
+# --- the report ---
+
+
+def test_series_are_called_by_their_p_uncond_and_any_sweep_finds_the_units_there_are(
+    lab: Path, runs: list[str], tmp_path: Path, made: list[Item]
+) -> None:
+    alone = rows_of(evaluate(small(lab, runs[1])))
+    made.clear()
+    folder = evaluate(small(lab, tmp_path / "report", over(run=runs)))
+    assert {runs[0], runs[2]} == {runs[item.series] for item in made}
+    document = json.loads((folder / "report.json").read_text())
+    assert document["varying"] == ["run", "p_uncond"]
+    assert [best["series"] for best in document["best"]] == [f"p_uncond {p}" for p in P_UNCOND]
+    rows = rows_of(folder)
+    assert [row for row in rows if row.p_uncond == 0.2] == [replace(row, run="p0.2") for row in alone]
+    home = open_store(str(tmp_path / "report"))
+    place = json.loads(home.get("evaluate/latest.json"))["report"]
+    assert {info.key.removeprefix(place) for info in home.list(place)} == {path.name for path in folder.iterdir()}
+    made.clear()
+    evaluate(small(lab, tmp_path / "report", over(run=runs)))
+    assert made == []
+
+
+@pytest.mark.parametrize(
+    ("axes", "varying"),
+    [
+        ({"sampling.ema": ["ema", HALF_LIFE]}, ["ema"]),
+        ({"sampling.steps": [3, 6], "sampling.sampler": ["ddim", "heun"]}, ["sampler", "steps"]),
+        ({"sampling.seed": [0, 1], "sampling.precision": ["fp32", "bf16"]}, ["options", "seed"]),
+    ],
+)
+def test_whatever_is_swept_is_a_condition_of_the_row(
+    lab: Path, runs: list[str], axes: dict[str, list[object]], varying: list[str]
+) -> None:
+    folder = evaluate(small(lab, runs[0], f"evaluate.sweep={json.dumps(axes)}", "evaluate.images=40"))
+    document = json.loads((folder / "report.json").read_text())
+    assert document["varying"] == varying
+    assert len(document["best"]) == np.prod([len(values) for values in axes.values()])
+    assert len({row.fid for row in rows_of(folder)}) == len(rows_of(folder))
+
+
+# --- the screen ---
+
+
+@pytest.mark.parametrize(("screen", "images"), [(0, 0), (-1, 20), (1, 20), (20, 20), (21, 40), (41, 0), (500, 0)])
+def test_a_screen_is_whole_units_and_fewer_images_than_all(lab: Path, screen: int, images: int) -> None:
+    assert screen_images(small(lab, "a", f"evaluate.screen={screen}").evaluate) == images
+
+
+def test_the_flag_is_an_override_so_that_it_travels_with_the_job() -> None:
+    from cluster.cli import _parse
+
+    parsed = _parse(["evaluate", "x.yaml", "--screen", "evaluate.images=40"])
+    assert load_config(DIGITS, parsed.overrides, "evaluate").evaluate.screen == -1
+
+
+def test_a_screen_gives_all_images_to_the_frontier_only_and_makes_nothing_twice(
+    lab: Path, runs: list[str], tmp_path: Path, made: list[Item], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = [[4.0], [0.0, 0.5], []]
+    asked: list[Any] = []
+    monkeypatch.setattr(evaluation, "near_frontier", lambda rows: asked.append(rows) or chosen)
+    config = small(lab, tmp_path / "report", over(run=runs), "evaluate.screen=40")
+    folder = evaluate(config)
+    full = rows_of(folder)
+    assert {(row.run, row.w, row.n) for row in full} == {("p0.1", 4.0, 60), ("p0.2", 0.0, 60), ("p0.2", 0.5, 60)}
+    assert [[(row.w, row.n) for row in curve] for curve in asked[0]] == [[(w, 40) for w in (0.0, 0.5, 4.0)]] * 3
+    keys = [(item.series, unit) for item in made for unit in item.units]
+    assert len(keys) == len(set(keys)) == 3 * 3 * 2 + 3
+    text = (folder / "table.md").read_text()
+    planned = 3 * 40 * sweep_evaluations(config, [0.0, 0.5, 4.0])
+    planned += 20 * (sweep_evaluations(config, [4.0]) + sweep_evaluations(config, [0.0, 0.5]))
+    assert f"| this sweep | {3 * 3 * 40 + 3 * 20} | {planned:,} |" in text
+    assert f"| network evaluations, counted | {planned:,} |" in (folder / "cost.md").read_text()
+    head, tail = text.split("## The screen: n = 40")
+    assert head.count("n = 60 images") == 1
+    assert tail.count("n = 40 images") == 1
+    plain = rows_of(evaluate(small(lab, runs[1])))
+    assert [replace(row, run="digits") for row in full if row.run == "p0.2"] == plain[:2]
+
+
+# --- TensorBoard ---
+
+
+def test_tensorboard_shows_each_w_at_the_step_of_its_checkpoint(lab: Path, runs: list[str]) -> None:
+    folder = evaluate(small(lab, runs[0], over(sampling__steps=[3, 6])))
+    rows = rows_of(folder)
+    events = sorted(Path(runs[0]).glob("events/*/*/events.out.tfevents.0000000008"))
+    assert len(events) == len(rows)
+    for row in rows:
+        (place,) = [path.parent for path in events if f"-T{row.steps}-" in str(path) and path.parent.name == f"w{row.w:g}"]
+        log = EventAccumulator(str(place))
+        log.Reload()
+        for tag, value in (("FID-digits", row.fid), ("inception_score", row.inception_score), ("accuracy", row.accuracy)):
+            (event,) = log.Scalars(f"evaluate/{tag}")
+            assert (event.step, event.value) == (8, pytest.approx(value, rel=1e-6))  # events hold float32
+        (image,) = log.Images("evaluate/samples")
+        width, height = Image.open(io.BytesIO(image.encoded_image_string)).size
+        assert (width, height) == (10 * 59 + 3, 2 * 59 + 3)  # two rows of ten classes, 8 pixels enlarged to 56, gaps of 3

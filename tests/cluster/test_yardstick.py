@@ -1,0 +1,268 @@
+"""What a data set is measured with: made once, the same bits each time, pinned by its hash, refused where it does not fit."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from cluster import evaluate as evaluation
+from cluster import figures, units, yardstick
+from cluster.cli import main
+from cluster.metrics import dinov2, evaluator, features
+from cluster.metrics.dinov2 import VisionTransformer
+from cluster.metrics.features import load_extractor
+from cluster.metrics.fid import fid
+from cluster.metrics.images import to_uint8
+from cluster.metrics.measure import Yardstick
+from cluster.metrics.moments import from_features, merged
+from cluster.metrics.reference import load_npz
+from cluster.metrics.rows import from_json
+from cluster.session import Resources
+from cluster.sweep import Item
+from cluster.yardstick import EVALUATOR, REFERENCE, warn_of_few, yardsticks_of
+from configs.errors import ConfigError, DataError
+from configs.load import load_config
+from data_pipeline.manifest import Schema, load_manifest
+from data_pipeline.scan import scan_all
+from data_pipeline.shards import Sample, Source, write_shards
+from data_pipeline.store import open_store
+from tests.cluster.untrained import small, write_lab, write_run
+from trainer.sampler import Sampler, image_labels
+
+DIGITS = str(Path(__file__).parents[2] / "configs" / "digits.yaml")
+FACTS = ["data.classes=2", "evaluate.evaluator_epochs=1", "evaluate.images=100"]
+Find = Callable[..., list[Yardstick]]
+
+
+def write_toys(folder: Path, images: int = 90, seed: int = 0) -> str:
+    """Noise that is bright above or below, 8x8x1, two classes, in shards of ten."""
+    noise = np.random.default_rng(seed).integers(0, 120, (images, 8, 8, 1), np.uint8)
+    noise[::2, :4] += 120
+    noise[1::2, 4:] += 120
+    source = Source(Schema(8, 1, 2), images, lambda i: Sample(noise[i], i % 2), f"toys {seed}")
+    write_shards(source, open_store(str(folder)), shard_samples=10)
+    return str(folder)
+
+
+@pytest.fixture
+def toys(tmp_path: Path) -> str:
+    return write_toys(tmp_path / "toys")
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Runs Ray's task in this process; a word for each that ran."""
+    ran = list[str]()
+
+    def task(function: Callable[..., str]) -> SimpleNamespace:
+        def remote(*arguments: object) -> str:
+            ran.append("made")
+            return function(*arguments)
+
+        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=remote))
+
+    here = Resources(cpus=torch.get_num_threads(), gpus=0)
+    monkeypatch.setattr(yardstick, "ray", SimpleNamespace(remote=task, get=lambda result: result))
+    monkeypatch.setattr(yardstick, "session", lambda *_: contextlib.nullcontext(here))
+    return ran
+
+
+@pytest.fixture
+def find(made: list[str]) -> Find:
+    """find(uri of the data, "evaluate.option=value", ...) -> the yardsticks of an evaluation."""
+
+    def look(uri: str, *options: str) -> list[Yardstick]:
+        config = load_config(DIGITS, [f"data.uri={uri}", *FACTS, *options], "evaluate")
+        data = open_store(uri)
+        return yardsticks_of(config, data, load_manifest(data), lambda: Resources(torch.get_num_threads(), 0))
+
+    return look
+
+
+def test_fit_evaluator_makes_it_once_and_says_how_to_pin_it(
+    toys: str, made: list[str], find: Find, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit-evaluator", DIGITS, f"data.uri={toys}", *FACTS]) == 0
+    assert made == ["made"]
+    printed = capsys.readouterr().out
+    pin = printed.splitlines()[-1].removeprefix("pin it: ").split()
+    assert main(["fit-evaluator", DIGITS, f"data.uri={toys}", *FACTS]) == 0
+    assert made == ["made"]
+    assert capsys.readouterr().out.splitlines() == printed.splitlines()[-3:]
+    (own,), (pinned,) = find(toys), find(toys, *pin)
+    assert pinned.extractor.hash == own.extractor.hash == pin[1].split("=")[1]
+    assert pinned.reference.sha256 == own.reference.sha256
+    assert f"reference {own.reference.sha256}: 90 images of toys" in printed
+
+
+def test_another_evaluator_than_the_pinned_one_is_refused_in_a_sentence_with_both(toys: str, find: Find) -> None:
+    (own,) = find(toys)
+    other = "c3" * 32
+    for options in ([f"evaluate.extractor={own.weights}"], []):
+        with pytest.raises(DataError, match=rf"has the hash {own.extractor.hash} and not {other}; correct the path, or the hash"):
+            find(toys, f"evaluate.extractor_hash={other}", *options)
+    with pytest.raises(ConfigError, match="a sha256 has 64 hexadecimal digits"):
+        find(toys, "evaluate.extractor_hash=c3c3")
+
+
+def test_two_evaluators_of_one_seed_are_equal_to_the_bit(tmp_path: Path, find: Find) -> None:
+    places = []
+    for name in ("one/toys", "two/toys"):
+        (found,) = find(write_toys(tmp_path / name))
+        places.append(Path(found.weights).parent)
+    for file in (EVALUATOR, REFERENCE):
+        assert (places[0] / file).read_bytes() == (places[1] / file).read_bytes()
+    (other,) = find(str(tmp_path / "one/toys"), "evaluate.evaluator_seed=1")
+    assert Path(other.weights).read_bytes() != (places[0] / EVALUATOR).read_bytes()
+
+
+def test_a_pinned_evaluator_measures_other_data_too(tmp_path: Path, toys: str, find: Find) -> None:
+    (own,) = find(toys)
+    uri = write_toys(tmp_path / "others", images=40, seed=1)
+    (found,) = find(uri, f"evaluate.extractor={own.weights}", f"evaluate.extractor_hash={own.extractor.hash}")
+    assert (found.extractor.hash, found.extractor.name) == (own.extractor.hash, "toys")
+    assert (found.reference.dataset, found.reference.pool.n) == ("others", 40)
+    images, _ = scan_all(open_store(uri), load_manifest(open_store(uri)))
+    assert np.array_equal(found.reference.pool.mean, from_features(own.extractor.measure(images).features).mean)
+
+
+def test_a_data_set_beyond_the_memory_is_sampled_evenly_for_the_evaluator_and_measured_whole(
+    toys: str, find: Find, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(yardstick, "PIXELS", 40 * 64)
+    (found,) = find(toys)
+    assert "trained on one shard in 3: 30 of 90 images" in capsys.readouterr().out
+    images, labels = scan_all(open_store(toys), load_manifest(open_store(toys)))
+    rows = np.concatenate([np.arange(first, first + 10) for first in (0, 30, 60)])
+    expected = evaluator.fit_evaluator(images[rows], labels[rows], 2, epochs=1, name="toys")
+    assert found.extractor.hash == expected.hash
+    assert found.reference.pool.n == 90
+
+
+@pytest.fixture
+def tiny_dinov2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A transformer of two narrow blocks with random weights, under the published name."""
+    monkeypatch.setattr(dinov2, "VisionTransformer", lambda: VisionTransformer(width=16, depth=2, heads=2))
+    torch.manual_seed(0)
+    network = VisionTransformer(width=16, depth=2, heads=2)
+    torch.nn.init.normal_(network.pos_embed)
+    torch.save(network.state_dict(), tmp_path / dinov2.FILE)
+    return str(tmp_path / dinov2.FILE)
+
+
+def test_dinov2_is_a_second_yardstick_with_a_reference_of_its_own(toys: str, find: Find, made: list[str], tiny_dinov2: str) -> None:
+    first, second = find(toys, f"evaluate.dinov2={tiny_dinov2}")
+    assert made == ["made", "made"]
+    judge = load_extractor(tiny_dinov2)
+    images, _ = scan_all(open_store(toys), load_manifest(open_store(toys)))
+    expected = from_features(judge.measure(images).features)
+    assert (second.extractor.hash, second.extractor.width) == (judge.hash, 16)
+    assert np.array_equal(second.reference.pool.covariance, expected.covariance)
+    measured = features.measure_with([first.extractor, second.extractor], images)
+    assert np.array_equal(measured.features, first.extractor.measure(images).features)
+    assert measured.dinov2 is not None
+    assert np.array_equal(measured.dinov2, judge.measure(images).features)
+    (Path(toys) / "named.npz").write_bytes(second.reference.to_bytes(judge))
+    _, named = find(toys, f"evaluate.dinov2={tiny_dinov2}", f"evaluate.dinov2_reference={toys}/named.npz")
+    assert named.reference.sha256 == second.reference.sha256
+    assert made == ["made", "made"]
+
+
+def test_an_evaluation_has_fd_dinov2_beside_the_rest(
+    made: list[str], tiny_dinov2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_lab(tmp_path)
+    real = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), np.uint8)
+    np.savez(tmp_path / "real.npz", real)
+    asked = [f"evaluate.dinov2={tiny_dinov2}", f"evaluate.dinov2_reference={tmp_path}/real.npz"]
+    config = small(tmp_path, tmp_path / "run", *asked, "evaluate.w=[0.5]", "evaluate.images=30")
+    write_run(config)
+
+    def run(todo: list[Item], make: Callable[[], Callable[[Item], None]], *_: object) -> Iterator[Item]:
+        worker = make()
+        for item in todo:
+            worker(item)
+            yield item
+
+    monkeypatch.setattr(units, "run", run)
+    monkeypatch.setattr(evaluation, "session", lambda *_: contextlib.nullcontext(Resources(torch.get_num_threads(), 0)))
+    monkeypatch.setattr(figures, "curves", lambda *_: b"")
+    monkeypatch.setattr(figures, "frontier", lambda *_: b"")
+    monkeypatch.chdir(tmp_path)
+    (row,) = from_json((evaluation.evaluate(config) / "report.json").read_text())
+    judge, sampler = load_extractor(tiny_dinov2), Sampler.from_run(config)
+    parts = []
+    for unit in units.split([0.5], 30, 20):
+        index = torch.arange(unit.first, unit.last)
+        images = to_uint8(sampler.sample(index, image_labels(config, index), 0.5))
+        parts.append(from_features(judge.measure(images).features))
+    reference = load_npz(f"{tmp_path}/real.npz", judge)
+    assert row.fd_dinov2 == fid(merged(parts), reference.pool)
+    assert (row.dinov2, row.dinov2_reference) == (judge.hash, reference.sha256)
+    assert row.extractor == "digits"
+
+
+def test_every_extractor_is_read_once(toys: str, find: Find, tiny_dinov2: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (own,) = find(toys)
+    pinned = (f"evaluate.extractor={own.weights}", f"evaluate.dinov2={tiny_dinov2}")
+    find(toys, *pinned)
+    read, load = list[str](), features._load
+
+    def counted(uri: str) -> features.Extractor:
+        read.append(uri)
+        return load(uri)
+
+    monkeypatch.setattr(features, "_load", counted)
+    find(toys, *pinned)
+    assert read == [own.weights, tiny_dinov2]
+
+
+def test_weights_that_are_missing_or_of_something_else_are_refused_in_a_sentence(toys: str, find: Find) -> None:
+    (own,) = find(toys)
+    for option, words in (
+        ("dinov2=/none/dinov2_vitl14_pretrain.pth", r"does not exist; get it from dl\.fbaipublicfiles\.com/.* and keep the name"),
+        (f"dinov2={own.weights}", "holds toys and not DINOv2, which FD-DINOv2 needs"),
+        ("extractor=/none/weights-inception-2015-12-05-6726825d.pth", r"does not exist; get it from github\.com/toshas/torch-fid"),
+        ("extractor=/none/mine.safetensors", "does not exist; fit an evaluator, or correct its path"),
+    ):
+        with pytest.raises(DataError, match=words) as error:
+            find(toys, f"evaluate.{option}")
+        assert "\n" not in str(error.value)
+    with pytest.raises(ConfigError, match="needs DINOv2's weights: set evaluate"):
+        find(toys, "evaluate.dinov2_reference=dinov2.npz")
+
+
+def test_a_reference_that_does_not_fit_is_refused_before_any_image_is_made(toys: str, find: Find, tmp_path: Path) -> None:
+    find(toys)
+    gaussian = {"mu": np.zeros(2048), "sigma": np.eye(2048)}
+    np.savez(tmp_path / "imagenet.npz", **gaussian)
+    np.savez(tmp_path / "nan.npz", mu=np.full(64, np.nan), sigma=np.eye(64))
+    np.savez(tmp_path / "large.npz", np.zeros((4, 16, 16, 1), np.uint8))
+    for name, words in (
+        ("imagenet", "imagenet.npz holds statistics of 2048 features and toys gives 64"),
+        ("nan", "nan.npz holds NaN or infinity in mu or sigma"),
+        ("large", r"measures uint8 \(N, 8, 8, 1\), not uint8 \(4, 16, 16, 1\)"),
+    ):
+        with pytest.raises(DataError, match=words):
+            find(toys, f"evaluate.reference={tmp_path}/{name}.npz")
+
+
+def test_fewer_images_than_features_are_said_loudly_with_what_would_help(
+    toys: str, find: Find, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = find(toys)
+    warn_of_few(65, found)
+    assert capsys.readouterr().err == ""
+    warn_of_few(64, found)
+    told = capsys.readouterr().err
+    assert told.startswith("WARNING: 64 images for the 64 features of toys")
+    assert "take more than 64 images, and 195 for FID-infinity beside it" in told
+
+
+def test_weights_that_are_there_already_are_not_fitted(toys: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit-evaluator", DIGITS, f"data.uri={toys}", "evaluate.extractor=mine.safetensors"]) == 2
+    assert "names weights that are there already: leave it out to fit an evaluator" in capsys.readouterr().err
