@@ -34,8 +34,9 @@ from configs.schema import Config
 from data_pipeline.manifest import Manifest
 from data_pipeline.store import MissingObject, Store, open_store
 from trainer import checkpoint
+from trainer.diffusion.guidance import first_guided
 from trainer.ema import sigma_rel_of
-from trainer.sampler import Sampler, evaluations, image_labels, shared_steps
+from trainer.sampler import Sampler, evaluations, guidance_weight, image_labels, sampling_levels, shared_steps
 
 NETWORKS = 2  # that an actor holds: the one in use, and the one before it where the items of two meet
 # Conditions of a row that an option of the sweep may change, where it is not the one of its own name.
@@ -127,6 +128,12 @@ def as_trained(config: Config, command: str) -> Trained:
         if made != asked:
             raise ConfigError(f"{config.run} was trained with data.{name}={made}, now it is {asked}; set data.{name}={made}")
     validate(config, command)
+    ladder = sampling_levels(config)
+    if config.sampling.interval and first_guided(guidance_weight(config, 1.0), ladder) == len(ladder):
+        raise ConfigError(
+            f"sampling.interval={config.sampling.interval} holds none of the {len(ladder)} log-SNR levels, so no w would guide: "
+            "widen it, or raise sampling.steps"
+        )
     return Trained(config, found)
 
 

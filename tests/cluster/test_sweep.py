@@ -133,6 +133,7 @@ def test_runs_that_cannot_be_measured_together_end_in_one_sentence_before_anythi
 ) -> None:
     fails(small(lab, tmp_path, over(run=[runs[0], str(tmp_path / "no")])), CheckpointError, "no checkpoint")
     fails(small(lab, runs[0], "sampling.ema=half_life_7"), CheckpointError, "no average half_life_7; set sampling.ema to one of")
+    fails(small(lab, runs[0], "sampling.interval=[5,5.01]"), ConfigError, "holds none of the . log-SNR levels, so no w would guide")
     fails(small(lab, runs[0], over(sampling__checkpoint=[0, 8])), ConfigError, "two of its series are the checkpoint of step 8")
     unguided = small(lab, tmp_path / "unguided", "diffusion.p_uncond=0", "evaluate.w=[0]")
     write_run(unguided)
