@@ -102,7 +102,7 @@ def test_torchrun_restarts_a_worker_that_dies_and_passes_on_its_notice(
 
     def torchrun() -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         with open(path.parent / "rank0.log", "ab") as log:
             return subprocess.Popen([*command, "-m", "trainer", str(path)], env=environment, stdout=log, stderr=log, cwd=ROOT)
 
