@@ -96,7 +96,7 @@ class TrainConfig:
     checkpoint_every: int = 1000  # steps between two checkpoints
     keep_checkpoints: int = 2  # newest checkpoints that stay; older ones are deleted after a newer one is complete
     keep_every: int = 0  # checkpoints of steps that it divides stay for good; 0 = none
-    bad_steps: int = 10  # steps of a run that may have gradients that are not finite; such a step moves no weight
+    bad_steps: int = 10  # steps of a run that may have gradients that are not finite; such a step moves no weight. Above: back once
     watchdog_seconds: float = 600.0  # a worker without progress for longer ends itself, so that it is restarted; 0 = never
 
 
