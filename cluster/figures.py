@@ -26,6 +26,7 @@ from cluster.metrics.rows import Row
 Series = tuple[str, list[Row]]  # label ("" where nothing varies) and rows in the order of w
 
 COLOURS = ("#2f5d8c", "#c8553d", "#4a7c59", "#7d5ba6", "#b8860b", "#3c8d93")
+MARKERS = "os^Dv"
 INK, GREY = "#222222", "#666666"
 SHARES = (("precision", "o-"), ("recall", "s--"), ("accuracy", "^:"))  # quantities between 0 and 1 and their lines
 STYLE: dict[str, Any] = {
@@ -73,9 +74,9 @@ def frontier(series: list[Series], others: Sequence[Row] = (), published: Sequen
 def _curves(series: list[Series]) -> bytes:
     figure = Figure(figsize=(13.5, 3.9), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    for colour, (label, rows) in zip(_colours(series), series, strict=True):
+    for (colour, marker), (label, rows) in zip(_styles(series), series, strict=True):
         w = [row.w for row in rows]
-        left.plot(w, [row.fid for row in rows], "o-", color=colour, label=label)
+        left.plot(w, [row.fid for row in rows], f"{marker}-", color=colour, label=label)
         known = [row for row in rows if row.fid_std is not None]
         if known:
             error = [2.0 * (row.fid_std or 0.0) for row in known]
@@ -84,7 +85,7 @@ def _curves(series: list[Series]) -> bytes:
         left.plot(best.w, best.fid, "o", markersize=11, markerfacecolor="none", markeredgecolor=colour)
         score = np.array([row.inception_score for row in rows])
         spread = np.array([row.inception_score_std for row in rows])
-        middle.plot(w, score, "o-", color=colour, label=label)
+        middle.plot(w, score, f"{marker}-", color=colour, label=label)
         middle.fill_between(w, score - spread, score + spread, color=colour, alpha=0.15, linewidth=0)
         for (name, line), colour_ in zip(SHARES, COLOURS, strict=False):
             points = [(row.w, getattr(row, name)) for row in rows if getattr(row, name) is not None]
@@ -113,8 +114,8 @@ def _curves(series: list[Series]) -> bytes:
 def _frontier(series: list[Series], others: Sequence[Row], published: Sequence[Published]) -> bytes:
     figure = Figure(figsize=(7.2, 5.4), layout="constrained")
     axes = figure.subplots()
-    for colour, (label, rows) in zip(_colours(series), series, strict=True):
-        axes.plot([row.inception_score for row in rows], [row.fid for row in rows], "o-", color=colour, label=label)
+    for (colour, marker), (label, rows) in zip(_styles(series), series, strict=True):
+        axes.plot([row.inception_score for row in rows], [row.fid for row in rows], f"{marker}-", color=colour, label=label)
         best = best_of(rows)
         axes.plot(best.inception_score, best.fid, "o", markersize=11, markerfacecolor="none", markeredgecolor=colour)
     rows = [row for _, members in series for row in members]
@@ -141,7 +142,7 @@ def _label_points(axes: Axes, series: list[Series], places: Sequence[tuple[str, 
     obstacles = np.concatenate([*(_dense(points) for points in curves), single])
     sideways = np.array([1.0, 0.0])
     wanted = [(-1, name, point, sideways, GREY) for (name, _, _), point in zip(places, single, strict=True)]
-    for colour, (_, rows), points in zip(_colours(series), series, curves, strict=True):
+    for (colour, _), (_, rows), points in zip(_styles(series), series, curves, strict=True):
         first = {0, len(rows) - 1, rows.index(best_of(rows))}
         for index, row in enumerate(rows):
             along = points[min(index + 1, len(rows) - 1)] - points[max(index - 1, 0)]
@@ -169,8 +170,9 @@ def _dense(points: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.concatenate([points, *stretches])
 
 
-def _colours(series: list[Series]) -> list[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(len(series))]
+def _styles(series: list[Series]) -> list[tuple[str, str]]:
+    """A colour and a marker for each series: another marker where the colours begin again."""
+    return [(COLOURS[i % len(COLOURS)], MARKERS[i // len(COLOURS) % len(MARKERS)]) for i in range(len(series))]
 
 
 def _log_if_wide(axes: Axes, values: list[float]) -> None:

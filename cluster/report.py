@@ -98,7 +98,14 @@ def _series(rows: list[Row], varying: Sequence[str]) -> list[Series]:
             raise DataError(f"run {row.run!r} has two rows for w = {row.w:g} under the same conditions; keep one of them")
         members.append(row)
     names = names_of(rows, varying)
-    return [(", ".join(f"{name} {plain(getattr(g[0], name))}" for name in names), g) for g in groups.values()]
+    return [(_name(members[0], names), members) for members in groups.values()]
+
+
+def _name(row: Row, names: Sequence[str]) -> str:
+    """What a series is called: `options` says its own names, and nothing where they have their defaults."""
+    said = [(name, plain(getattr(row, name))) for name in names]
+    words = [value if name == "options" else f"{name} {value}" for name, value in said if value]
+    return ", ".join(words or ["defaults"] * bool(names))
 
 
 def _pictures(series: list[Series], grids: Mapping[Row, NDArray[np.uint8]], classes: Sequence[str]) -> dict[str, bytes]:

@@ -431,3 +431,13 @@ def test_the_csv_holds_every_field_of_every_row(tmp_path):
     assert [float(line["fid"]) for line in lines] == FIDS
     assert lines[0]["kid"] == ""
     assert lines[0]["reference"] == "a1" * 32
+
+
+def test_a_series_is_called_by_what_differs_and_defaults_say_nothing(tmp_path: Path) -> None:
+    rows = [replace(_rows()[0], steps=steps, options=options) for steps in (8, 16) for options in ("", "spacing=logsnr")]
+    write_report(rows, {}, tmp_path, title="t", varying=["steps", "options"])
+    best = json.loads((tmp_path / "report.json").read_text())["best"]
+    assert [each["series"] for each in best] == ["steps 8", "steps 8, spacing=logsnr", "steps 16", "steps 16, spacing=logsnr"]
+    write_report(rows[:2], {}, tmp_path, title="t", varying=["options"])
+    best = json.loads((tmp_path / "report.json").read_text())["best"]
+    assert [each["series"] for each in best] == ["defaults", "spacing=logsnr"]
