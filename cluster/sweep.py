@@ -195,7 +195,8 @@ class Worker:
 
     def __call__(self, item: Item) -> None:
         one = self.series[item.series]
-        left = units.missing(one.store, item.units, "npz")  # Ray gives the item of a dead actor to another one
+        # Ray gives the item of a dead actor to another one, and the dead one may have published some of it.
+        left = [unit for unit in item.units if not one.store.exists(unit.key("npz"))]
         if not left:
             return
         first = next(number for number, other in enumerate(self.series) if other.network == one.network)
