@@ -34,7 +34,8 @@ from cluster.tables import Cost
 from cluster.units import Unit
 from cluster.yardstick import warn_of_few, yardsticks_of
 from configs.errors import StoreError
-from configs.schema import Config, EvaluateConfig
+from configs.load import screen_images
+from configs.schema import Config
 from data_pipeline.manifest import load_manifest
 from data_pipeline.store import MissingObject, open_store
 from trainer.loop import check_data
@@ -101,13 +102,6 @@ def fetch_report(config: Config) -> Path:
     for info in run.list(prefix):
         (folder / Path(info.key).name).write_bytes(run.get(info.key))
     return folder
-
-
-def screen_images(options: EvaluateConfig) -> int:
-    """Images per w of the first look: whole units, so that they are the first of the full run. 0 without one."""
-    wanted = options.images / 10 if options.screen < 0 else options.screen
-    images = -int(-wanted // options.unit) * options.unit
-    return images if 0 < images < options.images else 0
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import torch
 
 from configs.errors import CheckpointError
-from configs.load import to_yaml
+from configs.load import screen_images, sweep, to_yaml
 from configs.schema import Config, TrainConfig
 from data_pipeline import quality
 from data_pipeline.manifest import load_manifest
@@ -12,7 +12,7 @@ from data_pipeline.store import open_store
 from trainer import checkpoint
 from trainer.diffusion.theory import draw_figure_2
 from trainer.networks.build import build_network, count_parameters, forward_flops
-from trainer.sampler import evaluations
+from trainer.sampler import sweep_evaluations
 from trainer.telemetry import PEAK_FLOPS
 
 
@@ -26,7 +26,8 @@ def inspect(config: Config) -> None:
     share = train.global_batch // workers
     micro = train.micro_batch or share
     seen = train.global_batch * train.steps
-    measured, nfe = config.evaluate.images, sum(evaluations(config, w) for w in config.evaluate.w) * config.evaluate.images
+    series, few = sweep(config), screen_images(config.evaluate)
+    nfe = sum(sweep_evaluations(one, sorted(config.evaluate.w)) for one in series) * config.evaluate.images
     rows = {
         "parameters": f"{parameters:,}",
         "forward cost of an image": f"{flops / 1e9:,.3f} GFLOP (2 per multiply-accumulate)",
@@ -35,8 +36,10 @@ def inspect(config: Config) -> None:
         "cost of the training": f"{3 * flops * seen / 1e18:,.4g} EFLOP, {seen:,} images, {_hours(3 * flops * seen)}",
         "ZeRO state per worker": f"{_mib(_state_bytes(parameters, train, workers))} (weights, gradients, moments, average)",
         "checkpoint": f"{_mib(16 * parameters)} (fp32 weights, two moments, average)",
-        "evaluation": f"{len(config.evaluate.w)} values of w x {measured} images, {nfe:,} network evaluations, "
-        f"{nfe * flops / 1e18:,.4g} EFLOP, {_hours(nfe * flops)}",
+        "evaluation": (f"{len(series)} series x " if len(series) > 1 else "")
+        + f"{len(config.evaluate.w)} values of w x {config.evaluate.images} images, {nfe:,} network evaluations, "
+        f"{nfe * flops / 1e18:,.4g} EFLOP, {_hours(nfe * flops)}"
+        + (f"; less where the screen of {few} images leaves a w out" if few else ""),
     }
     print(to_yaml(config))
     width = max(map(len, rows))

@@ -30,7 +30,7 @@ from cluster import figures
 from cluster.figures import COLOURS, GREY, INK, Series, best_of
 from cluster.metrics.published import rows_of, why_not_beside
 from cluster.metrics.rows import Row, require_comparable, require_same_instrument, to_json
-from cluster.tables import Cost, Table, cost_in_seconds, key_of, names_of, plain, tables_of
+from cluster.tables import Cost, Table, cost_in_seconds, key_of, label_of, names_of, tables_of
 from configs.errors import DataError
 
 ROWS = 4  # of a sample grid, where a page shows several series
@@ -98,14 +98,7 @@ def _series(rows: list[Row], varying: Sequence[str]) -> list[Series]:
             raise DataError(f"run {row.run!r} has two rows for w = {row.w:g} under the same conditions; keep one of them")
         members.append(row)
     names = names_of(rows, varying)
-    return [(_name(members[0], names), members) for members in groups.values()]
-
-
-def _name(row: Row, names: Sequence[str]) -> str:
-    """What a series is called: `options` says its own names, and nothing where they have their defaults."""
-    said = [(name, plain(getattr(row, name))) for name in names]
-    words = [value if name == "options" else f"{name} {value}" for name, value in said if value]
-    return ", ".join(words or ["defaults"] * bool(names))
+    return [(label_of(members[0], names), members) for members in groups.values()]
 
 
 def _pictures(series: list[Series], grids: Mapping[Row, NDArray[np.uint8]], classes: Sequence[str]) -> dict[str, bytes]:

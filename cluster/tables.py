@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.figures import Series, best_of, distance
-from cluster.metrics.frontier import Spread, common_scores, fid_at, over_seeds
+from cluster.metrics.frontier import Spread, common_scores, fid_at, over_seeds, spread
 from cluster.metrics.published import beside, rows_of, same_setting, why_not_beside
 from cluster.metrics.rows import Row
 
@@ -48,9 +48,11 @@ def tables_of(
     ordered = [row for _, members in series for row in members]
     tables = [_metrics(ordered, varying)]
     if len(series) > 1:
-        tables += _matched(series)
+        tables += _matched([(label, [members]) for label, members in series])
     names = names_of(ordered, varying)
-    tables += [_seeds(ordered, name, varying) for name in ("seed", "run") if name in names and len(series) > 1]
+    for name in ("seed", "run"):
+        if name in names and len(series) > 1:
+            tables += _repeated(series, name, varying)
     if len(names) < len(varying):
         tables.append(_facts(series, varying))
     if screened:
@@ -124,43 +126,58 @@ def _columns(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], str]]]:
     return [(head, form) for head, field, form in columns if any(getattr(row, field) is not None for row in rows)]
 
 
-def _matched(series: list[Series]) -> list[Table]:
-    """FID of every series at the Inception scores that all of them reach; empty where they share none."""
-    members = [rows for _, rows in series]
-    scores = common_scores(members)
-    found = [[fid_at(rows, score) for rows in members] for score in scores]
-    lowest = [min(value for value in values if value is not None) for values in found]
-    bold = frozenset((line, 1 + i) for line, values in enumerate(found) for i, value in enumerate(values) if value == lowest[line])
-    lines = [
-        [f"{score:g}", *("-" if value is None else distance(value) for value in values)]
-        for score, values in zip(scores, found, strict=True)
-    ]
-    name = members[0][0].fid_name
+def _matched(groups: Sequence[tuple[str, list[list[Row]]]], repeats: str = "") -> list[Table]:
+    """FID of every group at the Inception scores that all its curves reach, a mean where it has several; empty for no such score.
+
+    `repeats` says what the curves of a group are repetitions by.
+    """
+    scores = common_scores([rows for _, curves in groups for rows in curves])
+    found = [[_at(curves, score) for _, curves in groups] for score in scores]
+    lowest = [min(value.mean for value in line) for line in found]
+    bold = frozenset((i, 1 + j) for i, line in enumerate(found) for j, value in enumerate(line) if value.mean == lowest[i])
+    lines = [[f"{score:g}", *map(_with_deviation, line)] for score, line in zip(scores, found, strict=True)]
+    name = groups[0][1][0][0].fid_name
     note = (
         f"{name} on straight lines between neighbouring w, at Inception scores that all curves reach. Guidance trades one for the "
         "other, so models compare here and not at equal w."
     )
-    return [Table(f"{name} at equal Inception score", ["IS", *(label for label, _ in series)], lines, bold, note)] if scores else []
+    heading = f"{name} at equal Inception score"
+    if repeats:
+        heading, note = f"{heading}, over {repeats}", f"Mean ± standard deviation of one value over {repeats} of the table above."
+    return [Table(heading, ["IS", *(label for label, _ in groups)], lines, bold, note)] if scores else []
 
 
-def _seeds(ordered: list[Row], name: str, varying: Sequence[str]) -> Table:
-    """Mean and spread over what `name` numbers, for every combination of the rest."""
+def _at(curves: Sequence[Sequence[Row]], score: float) -> Spread:
+    return spread([value for rows in curves if (value := fid_at(rows, score)) is not None])
+
+
+def _repeated(series: list[Series], name: str, varying: Sequence[str]) -> list[Table]:
+    """What repetitions by `name`, sampling seeds or training runs, say together, for every combination of the rest."""
+    ordered = [row for _, members in series for row in members]
     rest = [other for other in names_of(ordered, varying) if other != name]
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in ordered:
-        groups.setdefault(key_of(row, rest), []).append(row)
-
-    def spread(value: Spread) -> str:
-        return distance(value.mean) if value.std is None else f"{distance(value.mean)} ± {value.std:.2g}"
-
-    lines = [
-        [*map(plain, key), f"{g.w:g}", spread(g.fid), spread(g.inception_score), str(g.fid.k)]
-        for key, rows in groups.items()
-        for g in over_seeds(rows, [other for other in varying if other not in rest])
+    groups: dict[tuple[Any, ...], list[list[Row]]] = {}
+    for _, members in series:
+        groups.setdefault(key_of(members[0], rest), []).append(members)
+    rows = [
+        (key, found)
+        for key, curves in groups.items()
+        for found in over_seeds([row for rows in curves for row in rows], [other for other in varying if other not in rest])
     ]
+    columns = [("fid", ordered[0].fid_name), ("inception_score", "IS"), *((n, n) for n in ("accuracy", "precision", "recall"))]
+    shown = [(field, head) for field, head in columns if all(field in found.values for _, found in rows)]
+    lines = []
+    for key, found in rows:
+        values = [_with_deviation(found.values[field]) for field, _ in shown]
+        lines.append([*map(plain, key), f"{found.w:g}", *values, str(found.values["fid"].k)])
     what = {"seed": "sampling seeds", "run": "runs"}[name]
     note = f"Mean ± standard deviation of one value (denominator k - 1) over k {what}; never the best of them."
-    return Table(f"Over {what}", [*rest, "w", ordered[0].fid_name, "IS", "k"], lines, note=note)
+    tables = [Table(f"Over {what}", [*rest, "w", *(head for _, head in shown), "k"], lines, note=note)]
+    several = len(groups) > 1 and len(groups) < len(series)
+    return tables + (_matched([(label_of(curves[0][0], rest), curves) for curves in groups.values()], what) if several else [])
+
+
+def _with_deviation(value: Spread) -> str:
+    return distance(value.mean) if value.std is None else f"{distance(value.mean)} ± {value.std:.2g}"
 
 
 def _others(others: Sequence[Row]) -> Table:
@@ -231,6 +248,13 @@ def names_of(rows: Sequence[Row], varying: Sequence[str]) -> list[str]:
         if rest and len({key_of(row, rest) for row in rows}) == len({key_of(row, varying) for row in rows}):
             names = rest
     return names
+
+
+def label_of(row: Row, names: Sequence[str]) -> str:
+    """What a series is called: `options` says its own names, and nothing where they have their defaults."""
+    said = [(name, plain(getattr(row, name))) for name in names]
+    words = [value if name == "options" else f"{name} {value}" for name, value in said if value]
+    return ", ".join(words or ["defaults"] * bool(names))
 
 
 def key_of(row: Row, varying: Sequence[str]) -> tuple[Any, ...]:

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from configs.errors import ConfigError
-from configs.schema import Config
+from configs.schema import Config, EvaluateConfig
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None, command: str = "train") -> Config:
@@ -109,6 +109,13 @@ def sweep(config: Config) -> list[Config]:
         assert isinstance(one, Config)
         found.append(one)
     return found
+
+
+def screen_images(options: EvaluateConfig) -> int:
+    """Images per w of the first look: whole units, so that they are the first of the full run. 0 without one."""
+    wanted = options.images / 10 if options.screen < 0 else options.screen
+    images = -int(-wanted // options.unit) * options.unit
+    return images if 0 < images < options.images else 0
 
 
 Checks = Iterator[tuple[bool, str]]  # what has to hold, and the sentence for when it does not; later ones rely on earlier ones

@@ -13,6 +13,8 @@ import numpy as np
 
 from cluster.metrics.rows import Row, require_comparable
 
+_REPEATED = ("fid", "inception_score", "accuracy", "precision", "recall")  # values whose spread over seeds is told
+
 
 def fid_at(rows: Sequence[Row], inception_score: float) -> float | None:
     """FID at an Inception score, on straight lines between rows that follow each other in w; None where the rows do not reach it.
@@ -71,11 +73,10 @@ class Spread:
 
 @dataclass(frozen=True)
 class SeedRow:
-    """What several seeds say of one w."""
+    """What several seeds say of one w: the values that all of them have, by the names of a row's fields."""
 
     w: float
-    fid: Spread
-    inception_score: Spread
+    values: dict[str, Spread]
 
 
 def over_seeds(rows: Sequence[Row], names: Sequence[str] = ("seed",)) -> list[SeedRow]:
@@ -87,10 +88,10 @@ def over_seeds(rows: Sequence[Row], names: Sequence[str] = ("seed",)) -> list[Se
     require_comparable(rows, names)
     gathered = []
     for w in sorted({row.w for row in rows}):
-        here = [row for row in rows if row.w == w]
-        gathered.append(SeedRow(w, _spread([row.fid for row in here]), _spread([row.inception_score for row in here])))
+        found = {name: [getattr(row, name) for row in rows if row.w == w] for name in _REPEATED}
+        gathered.append(SeedRow(w, {name: spread(values) for name, values in found.items() if None not in values}))
     return gathered
 
 
-def _spread(values: list[float]) -> Spread:
+def spread(values: Sequence[float]) -> Spread:
     return Spread(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None, len(values))

@@ -50,7 +50,8 @@ def values(
     With the yardstick `dinov2`, the units hold DINOv2's features too (`measure_with`).
     What the reference or the extractor does not allow is None: precision, recall and KID without features of real images, sFID
     without spatial ones, FID-infinity and the FID's spread for fewer images than they need. Class accuracy needs an own evaluator:
-    Inception's 1008 classes are not numbered as ImageNet's labels. Raises DataError where FID or IS cannot be computed.
+    Inception's 1008 classes are not numbered as ImageNet's labels. Raises DataError where FID, IS or FD-DINOv2 cannot be
+    computed.
     """
     reference, whole = yardstick.reference, concatenated(units)
     if whole.probabilities is None:
@@ -77,6 +78,8 @@ def values(
             spatial = moments.merged(moments.from_features(unit.spatial) for unit in units if unit.spatial is not None)
             found["sfid"] = fid(spatial, reference.spatial)
     if dinov2 is not None:
+        if whole.dinov2 is None:
+            raise DataError("some units hold no DINOv2 features; measure these images again with evaluate.dinov2 set")
         pool = moments.merged(moments.from_features(unit.dinov2) for unit in units if unit.dinov2 is not None)
         found["fd_dinov2"] = fid(pool, dinov2.reference.pool)
     return found

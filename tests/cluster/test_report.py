@@ -328,7 +328,8 @@ def test_seeds_are_summarised_by_mean_and_deviation(tmp_path):
     rows = [replace(row, seed=seed, fid=row.fid + seed) for row in _rows() for seed in (0, 1, 2)]
     write_report(rows, {}, tmp_path, title="x", varying=("seed",))
     section = (tmp_path / "table.md").read_text().split("## Over sampling seeds")[1]
-    assert "| 0.75 | 5.19 ± 1 | 8.57 ± 0 | 3 |" in section
+    assert "| w | FID-fashion | IS | accuracy | precision | recall | k |" in section
+    assert "| 0.75 | 5.19 ± 1 | 8.57 ± 0 |" in section
 
 
 @pytest.mark.usefixtures("words_only")
@@ -386,9 +387,24 @@ def test_runs_of_several_training_seeds_are_summarised_for_each_p_uncond(tmp_pat
     text = (tmp_path / "table.md").read_text()
     assert text.splitlines()[2].startswith("| run | p_uncond | w |")
     section = text.split("## Over runs")[1]
-    assert "| p_uncond | w | FID-fashion | IS | k |" in section
-    assert "| 0.1 | 0.75 | 5.11 ± 0.71 | 8.47 ± 0 | 2 |" in section
+    assert "| p_uncond | w | FID-fashion | IS | accuracy |" in section
+    assert "| 0.1 | 0.75 | 5.11 ± 0.71 | 8.47 ± 0 |" in section
     assert section.count("| 2 |\n") == 3 * len(WEIGHTS)
+
+
+@pytest.mark.usefixtures("words_only")
+def test_repetitions_are_compared_at_equal_inception_score_by_their_means(tmp_path):
+    rows = [replace(row, run=f"{row.p_uncond}-{k}", fid=row.fid + k, recall=0.5 + 0.1 * k) for row in _paper() for k in (0, 1)]
+    write_report(rows, {}, tmp_path, title="x", varying=("run", "p_uncond"))
+    text = (tmp_path / "table.md").read_text()
+    single, means = text.split("## FID at equal Inception score")[1:]
+    assert "| IS | run 0.1-0, p_uncond 0.1 |" in single
+    assert means.startswith(", over runs")
+    assert "| IS | p_uncond 0.1 | p_uncond 0.2 | p_uncond 0.5 |" in means
+    assert "| 80 | **2.62 ± 0.71** | 2.81 ± 0.71 | 3.58 ± 0.71 |" in means  # of 2.12, 2.31, 3.08 and one more each
+    over = text.split("## Over runs")[1]
+    assert "| 0.1 | 0 | 2.30 ± 0.71 | 53.71 ± 0 |" in over
+    assert "| 0.55 ± 0.071 | 2 |" in over
 
 
 @pytest.mark.usefixtures("words_only")

@@ -15,12 +15,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cluster import evaluate as evaluation
 from cluster import figures, units
-from cluster.evaluate import evaluate, screen_images
+from cluster.evaluate import evaluate
+from cluster.inspect import inspect
 from cluster.metrics.rows import Row, from_json
 from cluster.session import Resources
 from cluster.sweep import Item, Series, items, trained_series
 from configs.errors import CheckpointError, ConfigError, DataError, UserError
-from configs.load import from_yaml, load_config, to_yaml
+from configs.load import from_yaml, load_config, screen_images, to_yaml
 from configs.load import sweep as combinations
 from configs.schema import Config
 from data_pipeline.manifest import load_manifest
@@ -295,6 +296,18 @@ def test_whatever_is_swept_is_a_condition_of_the_row(
 @pytest.mark.parametrize(("screen", "images"), [(0, 0), (-1, 20), (1, 20), (20, 20), (21, 40), (41, 0), (500, 0)])
 def test_a_screen_is_whole_units_and_fewer_images_than_all(lab: Path, screen: int, images: int) -> None:
     assert screen_images(small(lab, "a", f"evaluate.screen={screen}").evaluate) == images
+
+
+def test_inspect_counts_what_a_sweep_takes_before_it_begins(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["sampling.sampler=ddim", "evaluate.w=[0,1,4]", "evaluate.images=2000", "evaluate.unit=500", "evaluate.screen=600"]
+    inspect(load_config(DIGITS, [*asked, "evaluate.sweep={sampling.steps: [8, 16]}"]))
+    printed = capsys.readouterr().out
+    assert f"2 series x 3 values of w x 2000 images, {(8 + 16) * (1 + 2 + 2) * 2000:,} network evaluations" in printed
+    assert "less where the screen of 1000 images leaves a w out" in printed
+    shared = ["sampling.interval=[-2,3]", "sampling.steps=16", "sampling.spacing=logsnr"]
+    inspect(config := load_config(DIGITS, [*asked, *shared]))
+    taken = 2000 * sweep_evaluations(config, [0.0, 1.0, 4.0])
+    assert f"evaluation                3 values of w x 2000 images, {taken:,} network" in capsys.readouterr().out
 
 
 def test_the_flag_is_an_override_so_that_it_travels_with_the_job() -> None:

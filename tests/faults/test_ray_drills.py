@@ -89,6 +89,24 @@ def test_a_signal_leaves_the_weights_of_the_undisturbed_run(
         print(f"\n  {number.name} of the {victim} under Ray: resumed after {recovery:.1f} s")
 
 
+def test_a_worker_that_hangs_is_given_up_and_the_group_goes_on(
+    config: Callable[..., Path], start: Callable[..., Ranks], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, undisturbed = config("ray-hang", steps=300, watchdog_seconds=10), config("undisturbed", steps=300)
+    driver = ray_train(path)
+    try:
+        wait_for(lambda: EVERY in saved(path), [driver])
+        ray_workers(driver)[1].send_signal(signal.SIGSTOP)  # as in a system call that never returns: it cannot even end itself
+        recovery = wait_for(lambda: resumed(path), [driver])
+        assert driver.wait(timeout=PATIENCE) == 0, output(path)
+    finally:
+        driver.kill()
+    assert ended(start(undisturbed)) == [0, 0]
+    assert_same_bits(state(undisturbed), state(path))
+    with capsys.disabled():
+        print(f"\n  a worker hangs under Ray: resumed after {recovery:.1f} s (watchdog 10 s)")
+
+
 def test_what_a_user_has_to_mend_is_not_tried_again(config: Callable[..., Path]) -> None:
     path = config("mend")
     data = Path(load_config(path).data.uri)

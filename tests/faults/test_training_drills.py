@@ -6,6 +6,7 @@ Each drill prints how long it took until the training made steps again. Those un
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -163,6 +164,39 @@ def test_a_store_that_is_gone_for_a_minute_does_not_end_the_training(
     assert_same_bits(state(undisturbed), end)
     with capsys.disabled():
         print(f"\n  store gone for 60 s: the next checkpoint was whole {recovery:.1f} s after it came back")
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_ends_the_run_with_one_sentence_and_with_room_again_it_goes_on(
+    config: Callable[..., Path], start: Callable[..., Ranks], tmp_path: Path
+) -> None:
+    path, undisturbed = config("full"), config("undisturbed")
+    run, disk = load_config(path).run, str(tmp_path / "disk")
+    os.mkdir(disk)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root may mount a disk that is too small")
+    try:
+        path.write_text(path.read_text().replace(run, f"{disk}/run"))
+        ranks = start(path)
+        wait_for(lambda: EVERY in saved(path), ranks)
+        used = shutil.disk_usage(disk).used
+        subprocess.run(["mount", "-o", f"remount,size={used // 1024 + 64}k", disk], check=True)
+        assert ended(ranks) == [2, 2], output(path)
+        said = [line for line in output(path).splitlines() if line.startswith("freeguide: error: ")]
+        assert len(said) == 1, output(path)
+        assert "the checkpoint of step 40 could not be saved: " in said[0]
+        assert "No space left on device" in said[0]
+        assert saved(path) == [EVERY]
+        assert shutil.disk_usage(disk).used <= used + 64 * 1024  # no half file stays
+        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+        assert ended(start(path)) == [0, 0], output(path)
+        assert f"resuming from step {EVERY} " in output(path)
+        end = state(path)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+    assert ended(start(undisturbed)) == [0, 0]
+    assert_same_bits(state(undisturbed), end)
 
 
 # --- poisoned batches ---

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.metrics.frontier import common_scores, fid_at, near_frontier, over_seeds
+from cluster.metrics.frontier import Spread, common_scores, fid_at, near_frontier, over_seeds
 from cluster.metrics.published import PUBLISHED
 from cluster.metrics.rows import Row
 from configs.errors import DataError
@@ -82,9 +82,13 @@ def test_common_scores_are_round_and_reached_by_all():
 def test_seeds_are_averaged_never_chosen_from():
     rows = [replace(ROW, w=w, seed=s, fid=2.0 + s + w, inception_score=10.0 * (1 + s)) for w in (0.0, 1.0) for s in (0, 1, 2)]
     first, second = over_seeds(rows)
-    assert (first.w, first.fid.mean, first.fid.std, first.fid.k) == (0.0, 3.0, 1.0, 3)
-    assert (second.fid.mean, second.inception_score.mean, second.inception_score.std) == (4.0, 20.0, 10.0)
-    assert over_seeds(rows[:1])[0].fid.std is None
+    assert (first.w, first.values["fid"]) == (0.0, Spread(mean=3.0, std=1.0, k=3))
+    assert (second.values["fid"].mean, second.values["inception_score"]) == (4.0, Spread(mean=20.0, std=10.0, k=3))
+    assert over_seeds(rows[:1])[0].values["fid"].std is None
+    assert "recall" not in first.values
+    recalls = [replace(row, recall=0.1 * row.seed) for row in rows]
+    assert over_seeds(recalls)[0].values["recall"] == Spread(mean=pytest.approx(0.1), std=pytest.approx(0.1), k=3)
+    assert "recall" not in over_seeds([*recalls[1:], rows[0]])[0].values  # not of some of them only
     with pytest.raises(DataError, match="because n is"):
         over_seeds([rows[0], replace(rows[1], n=1000)])
 

@@ -83,6 +83,8 @@ def test_dinov2_has_an_instrument_of_its_own():
     known = conditions(FULL, dinov2)
     assert (known["dinov2"], known["dinov2_reference"]) == ("d4" * 32, dinov2.reference.sha256)
     assert "dinov2" not in conditions(FULL)
+    with pytest.raises(DataError, match="some units hold no DINOv2 features"):
+        values([units[0], replace(units[1], dinov2=None)], LABELS, FULL, dinov2)
 
 
 def test_values_and_conditions_are_fields_of_a_row_and_fill_it():
