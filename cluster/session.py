@@ -80,10 +80,8 @@ def _resources(config: Config, processes: int) -> Resources:
     wanted = {"CPU": processes * config.cluster.cpus_per_worker, "GPU": processes * gpus}
     for kind, amount in wanted.items():
         if amount > total.get(kind, 0):
-            print(
-                f"waiting for the cluster to grow: {processes} processes need {amount:g} {kind}, it has {total.get(kind, 0):g} now",
-                flush=True,
-            )
+            need = f"the cluster has {total.get(kind, 0):g} {kind}, {processes} processes need {amount:g}"
+            print(f"{need}: what does not fit starts when it grows", flush=True)
     return Resources(config.cluster.cpus_per_worker, gpus)
 
 

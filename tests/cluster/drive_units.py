@@ -1,12 +1,13 @@
-"""A driver of `units.run` in a process of its own: `python drive_units.py STORE IMAGES WEIGHTS DEATHS REFUSALS` (lists in JSON).
+"""A driver of `units.run` in a process of its own: `python drive_units.py STORE IMAGES WEIGHTS DEATHS REFUSALS SECONDS`.
 
-Prints the finished units as JSON, or the sentence of a UserError with exit code 2.
+Lists are in JSON; a unit takes SECONDS. Prints the finished units as JSON, or the sentence of a UserError with exit code 2.
 """
 
 import functools
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 from cluster import units
@@ -22,10 +23,11 @@ ROOT = Path(__file__).parents[2]
 class Count:
     """Publishes its unit. Dies once, without a word, at each unit whose `first` is in `deaths`; refuses those in `refusals`."""
 
-    def __init__(self, store: Store, deaths: list[int], refusals: list[int]) -> None:
-        self.store, self.deaths, self.refusals = store, deaths, refusals
+    def __init__(self, store: Store, deaths: list[int], refusals: list[int], seconds: float) -> None:
+        self.store, self.deaths, self.refusals, self.seconds = store, deaths, refusals, seconds
 
     def __call__(self, unit: Unit) -> None:
+        time.sleep(self.seconds)
         if unit.first in self.deaths and not self.store.exists(f"died/{unit.first}"):
             self.store.put(f"died/{unit.first}", b"")
             os._exit(1)
@@ -38,12 +40,11 @@ class Count:
 def main() -> int:
     store, images = open_store(sys.argv[1]), int(sys.argv[2])
     weights, deaths, refusals = map(json.loads, sys.argv[3:6])
+    make = functools.partial(Count, store, deaths, refusals, float(sys.argv[6]))
     config = load_config(ROOT / "configs" / "digits.yaml", ["cluster.actors=2"])
     try:
         with session(config, 2) as resources:
-            done = list(
-                units.run(units.split(weights, images, 10), functools.partial(Count, store, deaths, refusals), config, resources)
-            )
+            done = list(units.run(units.split(weights, images, 10), make, config, resources))
     except UserError as error:
         print(error)
         return 2

@@ -6,9 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from ray.cluster_utils import Cluster
 
 from cluster import units
 from cluster.units import Unit
@@ -23,7 +26,7 @@ def drive(
     """`units.run` over 40 images in units of 10, two actors, in a process of its own."""
     lists = [json.dumps(numbers) for numbers in (weights, deaths, refusals)]
     return subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("drive_units.py")), str(store.uri), "40", *lists],
+        [sys.executable, str(Path(__file__).with_name("drive_units.py")), str(store.uri), "40", *lists, "0"],
         env=os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": address},
         capture_output=True,
         text=True,
@@ -61,6 +64,42 @@ def test_an_actors_error_reaches_the_user_as_its_own_sentence(ray_head: tuple[st
     driver = drive(ray_head[0], open_store(str(tmp_path)), [0.0], [], [20])
     assert driver.returncode == 2, driver.stdout + driver.stderr
     assert driver.stdout.splitlines()[-1] == "unit 20 is refused; leave it out."
+
+
+@pytest.mark.slow
+def test_the_pool_grows_when_a_node_joins_and_goes_on_when_one_is_lost(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+
+    def makers() -> set[str]:
+        return {info.key.rsplit("-", 1)[1] for info in store.list("made/")}
+
+    def wait_for(what: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 120
+        while not what():
+            assert driver.poll() is None, driver.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})  # room for one of the two actors
+    try:
+        driver = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("drive_units.py")), str(store.uri), "600", "[0.5]", "[]", "[]", "1"],
+            env=os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": cluster.address},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        wait_for(lambda: len(store.list("made/")) >= 3)
+        assert len(makers()) == 1
+        node = cluster.add_node(num_cpus=1)
+        wait_for(lambda: len(makers()) == 2)
+        cluster.remove_node(node, allow_graceful=False)
+        printed, _ = driver.communicate(timeout=240)
+    finally:
+        cluster.shutdown()
+    assert driver.returncode == 0, printed
+    assert units.missing(store, units.split([0.5], 600, 10), "npz") == []
+    assert len(store.list("made/")) <= 60 + 1  # the lost node may have published the unit in hand
 
 
 @pytest.fixture
