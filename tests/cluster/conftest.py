@@ -1,3 +1,4 @@
+import contextlib
 import logging
 import os
 import signal
@@ -6,8 +7,9 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -111,3 +113,35 @@ def freeguide(tmp_path: Path) -> Freeguide:
         )  # fmt: skip
 
     return run
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Jobs have one worker in this process instead of actors; what it was given, in order."""
+    import torch
+
+    from cluster import evaluate, generate, units
+    from cluster.session import Resources
+
+    seen: list[Any] = []
+
+    def run(todo: Sequence[Any], make: Callable[[], Callable[[Any], None]], *_: object) -> Iterator[Any]:
+        worker = make()
+        for unit in todo:
+            worker(unit)
+            seen.append(unit)
+            yield unit
+
+    monkeypatch.setattr(units, "run", run)
+    for job in (evaluate, generate):
+        monkeypatch.setattr(job, "session", lambda *_: contextlib.nullcontext(Resources(torch.get_num_threads(), 0)))
+    return seen
+
+
+@pytest.fixture
+def words_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports without their figures, which take seconds."""
+    from cluster import figures
+
+    monkeypatch.setattr(figures, "curves", lambda *_: b"")
+    monkeypatch.setattr(figures, "frontier", lambda *_: b"")

@@ -1,12 +1,11 @@
 """A generated set: every image by its number, nothing made twice, nothing held whole, and good to train on."""
 
-import contextlib
 import json
 import os
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +17,6 @@ import torch
 import webdataset
 import yaml
 
-from cluster import generate as job
 from cluster import units
 from cluster.generate import NPZ, _check_disk, _Generate, generate, write_npz
 from cluster.metrics.images import to_uint8
@@ -53,20 +51,9 @@ def config(tmp_path: Path) -> Config:
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[Unit]:
-    """The units that were made, in this process instead of on Ray's actors."""
-    done = list[Unit]()
-
-    def run(todo: list[Unit], make: Callable[[], Callable[[Unit], None]], *_: object) -> Iterator[Unit]:
-        worker = make()
-        for unit in todo:
-            worker(unit)
-            done.append(unit)
-            yield unit
-
-    monkeypatch.setattr(units, "run", run)
-    monkeypatch.setattr(job, "session", lambda *_: contextlib.nullcontext(HERE))
-    return done
+def made(in_process: list[Unit]) -> list[Unit]:
+    """The units that were made."""
+    return in_process
 
 
 def test_image_i_is_made_from_its_number_and_the_set_says_of_what(config: Config, made: list[Unit]) -> None:

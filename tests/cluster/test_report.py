@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cluster import figures
 from cluster.metrics.published import PUBLISHED
 from cluster.metrics.rows import INCEPTION, Row, from_json
 from cluster.report import Cost, write_report
@@ -64,13 +63,6 @@ def _rows(**changes: object) -> list[Row]:
 def _grids(channels: int = 1, rows: list[Row] | None = None) -> dict[Row, np.ndarray]:
     generator = np.random.default_rng(0)
     return {row: generator.integers(0, 256, size=(2, 3, 8, 8, channels), dtype=np.uint8) for row in rows or _rows()}
-
-
-@pytest.fixture
-def words_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the figures, which take a second to draw, where a test reads tables."""
-    monkeypatch.setattr(figures, "curves", lambda *_: b"")
-    monkeypatch.setattr(figures, "frontier", lambda *_: b"")
 
 
 def _contents(folder: Path) -> dict[str, bytes]:

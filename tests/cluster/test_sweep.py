@@ -1,9 +1,7 @@
 """The evaluation without Ray: what series there are, what is made of them, what is shared, screened and shown."""
 
-import contextlib
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,10 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cluster import evaluate as evaluation
-from cluster import figures, units
+from cluster import units
 from cluster.evaluate import evaluate
 from cluster.inspect import inspect
 from cluster.metrics.rows import Row, from_json
-from cluster.session import Resources
 from cluster.sweep import Item, Series, items, trained_series
 from configs.errors import CheckpointError, ConfigError, DataError, UserError
 from configs.load import from_yaml, load_config, screen_images, to_yaml
@@ -48,23 +45,10 @@ def runs(lab: Path, tmp_path: Path) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Item]:
-    """One worker in this process instead of actors; the items it was given, in their order. No figures: they take seconds."""
-    seen: list[Item] = []
-
-    def run(todo: Sequence[Item], make: Callable[[], Any], config: Config, resources: Resources) -> Iterator[Item]:
-        worker = make()
-        for item in todo:
-            worker(item)
-            seen.append(item)
-            yield item
-
-    monkeypatch.setattr(units, "run", run)
-    monkeypatch.setattr(evaluation, "session", lambda *_: contextlib.nullcontext(Resources(1, 0)))
-    monkeypatch.setattr(figures, "curves", lambda *_: b"")
-    monkeypatch.setattr(figures, "frontier", lambda *_: b"")
+def made(in_process: list[Item], words_only: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Item]:
+    """The items that the one worker was given, in their order."""
     monkeypatch.chdir(tmp_path)
-    return seen
+    return in_process
 
 
 def report(folder: Path) -> dict[str, bytes]:

@@ -1,7 +1,7 @@
 """What a data set is measured with: made once, the same bits each time, pinned by its hash, refused where it does not fit."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cluster import evaluate as evaluation
-from cluster import figures, units, yardstick
+from cluster import units, yardstick
 from cluster.cli import main
 from cluster.metrics import dinov2, evaluator, features
 from cluster.metrics.dinov2 import VisionTransformer
@@ -22,7 +22,6 @@ from cluster.metrics.moments import from_features, merged
 from cluster.metrics.reference import load_npz
 from cluster.metrics.rows import from_json
 from cluster.session import Resources
-from cluster.sweep import Item
 from cluster.yardstick import EVALUATOR, REFERENCE, warn_of_few, yardsticks_of
 from configs.errors import ConfigError, DataError
 from configs.load import load_config
@@ -172,6 +171,7 @@ def test_dinov2_is_a_second_yardstick_with_a_reference_of_its_own(toys: str, fin
     assert made == ["made", "made"]
 
 
+@pytest.mark.usefixtures("in_process", "words_only")
 def test_an_evaluation_has_fd_dinov2_beside_the_rest(
     made: list[str], tiny_dinov2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,17 +181,6 @@ def test_an_evaluation_has_fd_dinov2_beside_the_rest(
     asked = [f"evaluate.dinov2={tiny_dinov2}", f"evaluate.dinov2_reference={tmp_path}/real.npz"]
     config = small(tmp_path, tmp_path / "run", *asked, "evaluate.w=[0.5]", "evaluate.images=30")
     write_run(config)
-
-    def run(todo: list[Item], make: Callable[[], Callable[[Item], None]], *_: object) -> Iterator[Item]:
-        worker = make()
-        for item in todo:
-            worker(item)
-            yield item
-
-    monkeypatch.setattr(units, "run", run)
-    monkeypatch.setattr(evaluation, "session", lambda *_: contextlib.nullcontext(Resources(torch.get_num_threads(), 0)))
-    monkeypatch.setattr(figures, "curves", lambda *_: b"")
-    monkeypatch.setattr(figures, "frontier", lambda *_: b"")
     monkeypatch.chdir(tmp_path)
     (row,) = from_json((evaluation.evaluate(config) / "report.json").read_text())
     judge, sampler = load_extractor(tiny_dinov2), Sampler.from_run(config)
