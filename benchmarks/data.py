@@ -19,7 +19,6 @@ import io
 import itertools
 import json
 import os
-import platform
 import resource
 import shutil
 import socket
@@ -37,6 +36,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from machine import machine
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -424,15 +424,12 @@ def rows(
 
 
 def conditions(size: str, where: str, images: int, rounds: int) -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    models = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
     return {
         "size": size,
         "images": f"{images} of {SIDE}x{SIDE} RGB as PNG, {len(item(0)[0]) / 1000:.1f} KB, {SHARD} in a shard, batch {BATCH}",
         "server": where,
         "rounds": rounds,
-        "hardware": f"{len(models)} x {models[0] if models else platform.processor()}, load {os.getloadavg()[0]:.1f}",
-        "commit": commit,
+        **machine("torch", "pillow"),
     }
 
 

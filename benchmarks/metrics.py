@@ -13,7 +13,6 @@ Ours and each peer take turns, and the median of the repeats counts.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from machine import machine
 
 REPEATS = {"quick": 5, "full": 3}
 SIZES = {"quick": (5_000, 512), "full": (50_000, 2048)}
@@ -196,21 +196,7 @@ def run(size: str, peers_python: str) -> list[dict[str, Any]]:
 
 
 def conditions(size: str) -> dict[str, str]:
-    root = Path(__file__).resolve().parents[1]
-    git = subprocess.run(["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    model = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    return {
-        "size": size,
-        "hardware": f"{model[0] if model else platform.processor()}, {os.cpu_count()} CPUs",
-        "threads": os.environ.get("OMP_NUM_THREADS", "library default"),
-        "commit": git.stdout.strip() or "not a checkout",
-        "date": time.strftime("%Y-%m-%d"),
-        "versions": f"Python {platform.python_version()}, numpy {np.__version__}",
-    }
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
+    return {"size": size, "threads": os.environ.get("OMP_NUM_THREADS", "library default"), **machine("numpy")}
 
 
 def main() -> None:

@@ -21,8 +21,6 @@ Ratios are the median over pairs; CPU seconds of all threads say more than wall 
 import argparse
 import dataclasses
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -32,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import machine
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -250,20 +249,6 @@ def sweeps(case: Case, network: Counted) -> list[dict[str, Any]]:
     return rows
 
 
-def conditions(size: str) -> dict[str, str]:
-    git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "size": size,
-        "hardware": f"{model[0] if model else platform.processor()}, {os.cpu_count()} CPUs",
-        "threads": str(torch.get_num_threads()),
-        "commit": git.stdout.strip() or "not a checkout",
-        "date": time.strftime("%Y-%m-%d"),
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, fp32",
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     size = parser.add_mutually_exclusive_group()
@@ -273,7 +258,7 @@ def main() -> None:
     parser.add_argument("--peers", metavar="PYTHON", default="", help="Python of an environment with diffusers")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    stated = conditions(options.size)
+    stated = {"size": options.size, "threads": str(torch.get_num_threads()), "precision": "fp32", **machine("torch")}
     print(", ".join(f"{name} {value}" for name, value in stated.items()))
     peers = schedulers(options.peers)
     if not peers:

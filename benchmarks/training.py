@@ -21,7 +21,6 @@ shares of a step are CPU seconds of the thread that trains, beside those of all 
 import argparse
 import json
 import os
-import platform
 import socket
 import statistics
 import subprocess
@@ -36,6 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from machine import machine
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -311,8 +311,8 @@ def share_lines(case: tuple[str, str, int, int], r: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def rows(case: tuple[str, str, int, int], r: dict[str, Any]) -> list[dict[str, Any]]:
-    """The same as rows of the common format; ratio > 1 means that ours is better."""
+def rows(case: tuple[str, str, int, int], r: dict[str, Any], stated: dict[str, str]) -> list[dict[str, Any]]:
+    """The same as rows of the common format, with what is `stated` of all; ratio > 1 means that ours is better."""
     network, precision, workers, stage = case
     conditions = {
         "network": network,
@@ -320,6 +320,7 @@ def rows(case: tuple[str, str, int, int], r: dict[str, Any]) -> list[dict[str, A
         "workers": workers,
         "zero_stage": stage,
         "parameters": r["parameters"],
+        **stated,
     }
     ours, bare, averages = r["ours"], r["bare"], r["shares"]["ours"]["averages"]
     measured = [
@@ -336,7 +337,8 @@ def rows(case: tuple[str, str, int, int], r: dict[str, Any]) -> list[dict[str, A
 
 def compare(size: str, only: str, folder: str) -> list[dict[str, Any]]:
     """Measure the cases of a size, of all its networks or `only` one, and print their tables."""
-    print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, one thread per worker; time of a step\n{HEAD}")
+    stated = {"threads": "1 per worker", **machine("torch", "deepspeed")}
+    print(", ".join(f"{name} {value}" for name, value in stated.items()) + f"\n{HEAD}")
     found: list[dict[str, Any]] = []
     shares = []
     for network, precision, stages in (case for case in CASES[size] if only in ("", case[0])):
@@ -345,7 +347,7 @@ def compare(size: str, only: str, folder: str) -> list[dict[str, Any]]:
             result = launch(case[2], network, precision, str(case[3]), folder)
             print(line(case, result), flush=True)
             shares.append(share_lines(case, result))
-            found += rows(case, result)
+            found += rows(case, result, stated)
     print(f"\nCPU ms of a step\n| case | | all | {' | '.join(SHARES)} | averages, % |\n|---|---|{'---:|' * (len(SHARES) + 2)}")
     print("\n".join(shares))
     return found
@@ -363,7 +365,14 @@ def gpu(folder: str, micro_batch: int) -> list[dict[str, Any]]:
         images, mfu = r["images_per_second"], r["mfu"]
         known = f"MFU {100 * mfu:.1f} %" if mfu else "no MFU, as no peak of this device is known"
         print(f"{device}, bf16, batch {micro_batch}, compile={compiled}: {images:.1f} images/s, {known}", flush=True)
-        conditions = {"device": device, "precision": "bf16", "compile": compiled, "batch": micro_batch, "mfu": mfu}
+        conditions = {
+            **machine("torch", "deepspeed"),
+            "device": device,
+            "precision": "bf16",
+            "compile": compiled,
+            "batch": micro_batch,
+            "mfu": mfu,
+        }
         row = {"measure": "training on a GPU", "ours": images, "peer": None, "peer_name": None, "ratio": None, "unit": "images/s"}
         found.append({**row, "conditions": conditions})
     return found
