@@ -89,6 +89,7 @@ class TrainConfig:
     precision: str = "bf16"  # fp32 | bf16 | fp16 (GPUs only, with loss scaling); master weights and moments are fp32 always
     recompute: bool = False  # activation checkpointing: a second forward in the backward pass saves memory
     compile: bool = False  # torch.compile the network; the first step takes minutes
+    deterministic: bool = False  # only kernels that repeat to the bit: slower, and for GPUs, as a CPU repeats anyway
     zero_stage: int = 2  # DeepSpeed ZeRO stage: 0 | 1 | 2 | 3; bf16 needs at least 1
     deepspeed: dict[str, Any] = field(default_factory=dict)  # handed to DeepSpeed as it is, over what freeguide sets
     log_every: int = 50  # steps between two lines of progress and TensorBoard scalars

@@ -71,6 +71,16 @@ def join_process_group(timeout: timedelta = timedelta(minutes=30)) -> None:
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
 
 
+def choose_kernels(deterministic: bool) -> None:
+    """Let torch use only kernels that repeat to the bit, or any. Process-wide, and to be called before the GPU is used.
+
+    With it, torch raises RuntimeError for an operation that has no such kernel.
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats only with a workspace of fixed size
+    torch.use_deterministic_algorithms(deterministic)
+
+
 class Engine:
     """A network under DeepSpeed ZeRO with torch's AdamW. Needs the process group of `join_process_group`."""
 

@@ -26,7 +26,7 @@ from trainer import checkpoint
 from trainer.diffusion.objective import training_loss
 from trainer.diffusion.randomness import Purpose, uniform
 from trainer.ema import Ema, profiles
-from trainer.engine import Engine, join_process_group
+from trainer.engine import Engine, choose_kernels, join_process_group
 from trainer.failures import TERMINATED, Agreement, Incidents, Terminated, Watchdog, limit_collectives
 from trainer.networks.build import build_network, forward_flops, network_options
 from trainer.networks.layers import DropoutKey
@@ -67,6 +67,7 @@ def train(config: Config, terminated: Terminated | None = None) -> int:
 
 def assemble(config: Config) -> tuple[Run, int]:
     """Everything that the steps need, as the run's newest checkpoint left it, and the step to go on from. All ranks call it."""
+    choose_kernels(config.train.deterministic)
     join_process_group()
     store, data = open_store(config.run, PATIENT), open_store(config.data.uri, PATIENT)
     manifest = load_manifest(data)

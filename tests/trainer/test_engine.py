@@ -1,12 +1,14 @@
-"""What DeepSpeed is told."""
+"""What DeepSpeed and torch are told."""
 
+import os
 from typing import Any
 
 import pytest
+import torch
 
 from configs.errors import ConfigError
 from configs.schema import TrainConfig
-from trainer.engine import _deepspeed_config
+from trainer.engine import _deepspeed_config, choose_kernels
 
 
 def zero(numel: int = 1000, **options: Any) -> dict[str, Any]:
@@ -35,3 +37,12 @@ def test_gradients_are_staged_only_where_they_are_reduced_during_the_backward_pa
 def test_what_freeguide_decides_is_refused_by_name(section: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"train\.deepspeed\.(zero_optimization\.stage|gradient_clipping|bf16) is set from"):
         zero(deepspeed=section)
+
+
+def test_only_kernels_that_repeat_are_used_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", environment := dict[str, str]())
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", (asked := list[bool]()).append)
+    choose_kernels(False)
+    assert (asked, environment) == ([False], {})
+    choose_kernels(True)
+    assert (asked, environment) == ([False, True], {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"})
