@@ -140,9 +140,7 @@ _SCORE = "Measure images that anyone made, with the same rows as `evaluate`. doc
 def _add_score(command: argparse.ArgumentParser) -> None:
     command.add_argument("samples", help="an .npz with arr_0 (and labels arr_1), a folder of images, or shards with a manifest")
     command.add_argument("overrides", nargs="*", metavar="fact=value", help="what is known of their maker: steps=256 v=0.3 ...")
-    command.add_argument(
-        "--extractor", required=True, help="weights of the feature network: Inception, DINOv2, or an own evaluator"
-    )
+    command.add_argument("--extractor", required=True, help="weights of the feature network: Inception, or an own evaluator")
     command.add_argument("--extractor-hash", default="", help="the sha256 that those weights have to have")
     command.add_argument("--reference", required=True, help="the real images: a data set with a manifest, or an .npz of statistics")
     command.add_argument("--dinov2", default="", help="DINOv2 weights, for FD-DINOv2 beside the rest")

@@ -29,7 +29,7 @@ from cluster.metrics.measure import Yardstick
 from cluster.metrics.rows import Row
 from cluster.report import write_report
 from cluster.session import Resources, progress, session
-from cluster.sweep import Made, Series, Worker, fold, items, placed, trained_series, varying
+from cluster.sweep import COLUMNS, Made, Series, Worker, fold, items, placed, trained_series, varying
 from cluster.tables import Cost
 from cluster.units import Unit
 from cluster.yardstick import warn_of_few, yardsticks_of
@@ -72,7 +72,7 @@ def evaluate(config: Config) -> Path:
         job.grids,
         folder,
         title=f"{config.name}: {flat[0].fid_name} and IS over w",
-        classes=manifest.schema.class_names,
+        classes=manifest.schema.class_names[:COLUMNS],
         varying=varying(config, [*screened, *flat]),
         screened=screened,
         times={"job_seconds": time.monotonic() - began},
@@ -140,7 +140,8 @@ def _rows(job: _Job, weights: Sequence[Sequence[float]], images: int) -> list[li
     print(f"{total} work units, {total - left} of them done: {where}", flush=True)
     if left:
         resources = job.connect()
-        make = functools.partial(Worker, job.series, [each.weights for each in job.yardsticks], resources)
+        extractors = [(each.weights, each.extractor.hash) for each in job.yardsticks]
+        make = functools.partial(Worker, job.series, extractors, resources)
         done = units.run(items(job.series, todo), make, job.config, resources)
         for _ in progress((unit for item in done for unit in item.units), left, "unit"):
             pass

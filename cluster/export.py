@@ -6,9 +6,9 @@ import json
 import safetensors.torch
 
 from cluster.evaluate import LATEST
+from cluster.metrics.rows import model_conditions
 from cluster.sweep import as_trained
 from configs.errors import StoreError
-from configs.load import to_yaml
 from configs.schema import Config
 from data_pipeline.store import MissingObject, Store, open_store
 from trainer import checkpoint
@@ -18,29 +18,32 @@ def export(config: Config) -> str:
     """Write `export/<name>-<step>-<weights>.safetensors` and its card (`.md`) into the run; returns the URI of the weights.
 
     The weights are `sampling.ema` of checkpoint `sampling.checkpoint`, in fp32, by parameter name; the card states the config
-    that the run was trained with. No process group, no cluster.
+    that the run was last trained with. No process group, no cluster.
     Raises UserError if there is no such checkpoint or average.
     """
     one = as_trained(config, "export")
     config, found, run = one.config, one.checkpoint, open_store(config.run)
     weights = checkpoint.average(run, found, config.sampling.ema)
-    facts = {"config": to_yaml(config), "step": found.step, "weights": config.sampling.ema, "checkpoint_sha256": found.sha256}
+    trained = run.get("config.yaml").decode()
+    facts = {"config": trained, "step": found.step, "weights": config.sampling.ema, "checkpoint_sha256": found.sha256}
     # One metadata entry: safetensors writes several in the random order of a hash map, and equal runs should give equal bytes.
     data = safetensors.torch.save(weights, {"freeguide": json.dumps(facts, sort_keys=True)})
     key = f"export/{config.name}-{found.step:08d}-{config.sampling.ema}"
     run.put(f"{key}.safetensors", data)
-    run.put(f"{key}.md", _card(config, found, data, _table(run, found)).encode())
+    run.put(f"{key}.md", _card(config, found, data, _table(config, run, found), trained).encode())
     uri = f"{run.uri}/{key}.safetensors"
     print(f"{sum(w.numel() for w in weights.values()):,} parameters of step {found.step}, {len(data) / 2**20:.1f} MiB: {uri}")
     return uri
 
 
-def _table(run: Store, found: checkpoint.Checkpoint) -> str:
-    """The table of the newest evaluation, if it measured this checkpoint."""
+def _table(config: Config, run: Store, found: checkpoint.Checkpoint) -> str:
+    """The table of the newest evaluation, if it measured these weights and no others."""
+    these = model_conditions(config, found.step, "")
     try:
         report = json.loads(run.get(LATEST))["report"]
         rows = json.loads(run.get(f"{report}report.json"))["rows"]
-        return run.get(f"{report}table.md").decode() if rows[0]["checkpoint_step"] == found.step else ""
+        same = all(row[name] == these[name] for row in rows for name in ("run", "checkpoint_step", "ema"))
+        return run.get(f"{report}table.md").decode() if rows and same else ""
     except MissingObject:
         return ""
     except (ValueError, KeyError, IndexError) as error:
@@ -49,7 +52,7 @@ def _table(run: Store, found: checkpoint.Checkpoint) -> str:
         ) from error
 
 
-def _card(config: Config, found: checkpoint.Checkpoint, data: bytes, table: str) -> str:
+def _card(config: Config, found: checkpoint.Checkpoint, data: bytes, table: str, trained: str) -> str:
     images, diffusion = config.data, config.diffusion
     shape = f"{images.image_size}x{images.image_size}x{images.channels}, {images.classes} classes"
     rows = {
@@ -60,4 +63,4 @@ def _card(config: Config, found: checkpoint.Checkpoint, data: bytes, table: str)
     }
     facts = "\n".join(f"- {name}: {value}" for name, value in rows.items())
     measured = table or "Not measured yet: run `freeguide evaluate` and export again.\n"
-    return f"# {config.name}\n\n{facts}\n\n## Measured\n\n{measured}\n## Config\n\n```yaml\n{to_yaml(config)}```\n"
+    return f"# {config.name}\n\n{facts}\n\n## Measured\n\n{measured}\n## Config\n\n```yaml\n{trained}```\n"

@@ -79,7 +79,7 @@ def _curves(series: list[Series]) -> bytes:
         left.plot(w, [row.fid for row in rows], f"{marker}-", color=colour, label=label)
         known = [row for row in rows if row.fid_std is not None]
         if known:
-            error = [2.0 * (row.fid_std or 0.0) for row in known]
+            error = [row.fid_std or 0.0 for row in known]
             left.errorbar([row.w for row in known], [row.fid for row in known], error, fmt="none", color=colour, capsize=2)
         best = best_of(rows)
         left.plot(best.w, best.fid, "o", markersize=11, markerfacecolor="none", markeredgecolor=colour)

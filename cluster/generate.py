@@ -45,9 +45,10 @@ def generate(config: Config) -> str:
     config, trained, run = series.config, series.checkpoint, open_store(config.run)
     options = config.generate
     conditions = {
-        "sampling": dataclasses.asdict(config.sampling) | {"checkpoint": trained.sha256},
+        "sampling": dataclasses.asdict(config.sampling) | {"checkpoint": series.weights},
         "generate": {"images": options.images, "unit": options.unit, "w": options.w},
         "threads": config.cluster.cpus_per_worker,
+        "torch": torch.__version__,
         "code": units.code_version(units.MAKING),
     }
     if config.data.dtype != "uint8":

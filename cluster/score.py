@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from cluster.metrics import measure
 from cluster.metrics import reference as references
-from cluster.metrics.features import UNIT, Extractor, Measured, load_dinov2, load_extractor, measure_with, read_object
+from cluster.metrics.features import UNIT, Extractor, Measured, load_dinov2, load_judge, measure_with, read_object
 from cluster.metrics.measure import Yardstick
 from cluster.metrics.reference import Reference
 from cluster.metrics.rows import UNKNOWN, Row, to_json, typed
@@ -35,6 +35,7 @@ from data_pipeline.manifest import NAME, load_manifest
 from data_pipeline.scan import scan_all
 from data_pipeline.sources import EXTENSIONS
 from data_pipeline.store import open_store
+from trainer.engine import choose_kernels
 
 LOSSY = {".jpg", ".jpeg", ".webp"}
 DEAL = 20220726  # seed of the permutation for images sorted by class
@@ -81,7 +82,8 @@ def score(
     """
     if bool(dinov2) != bool(dinov2_reference):
         raise DataError("FD-DINOv2 needs DINOv2's weights and a reference measured with them; give both or neither")
-    judge = load_extractor(extractor, extractor_hash)
+    choose_kernels()
+    judge = load_judge(extractor, extractor_hash)
     yardstick = Yardstick(judge, load_reference(reference, judge, dataset, device))
     second = None
     if dinov2:

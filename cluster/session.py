@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
+import torch
 
 from configs.errors import ConfigError
 from configs.schema import Config
@@ -37,14 +38,16 @@ class Resources:
 
 
 @contextmanager
-def session(config: Config, processes: int) -> Iterator[Resources]:
+def session(config: Config, processes: int, together: bool = False) -> Iterator[Resources]:
     """Connect, yield the resources of each of `processes` workers or actors, and disconnect.
 
-    Raises ConfigError where RAY_ADDRESS does not answer or lets nobody in. A cluster that is too small is waited for.
+    Workers that compute `together` all need a GPU, or none; actors do with fewer. Raises ConfigError where RAY_ADDRESS does not
+    answer or lets nobody in, and for more GPUs than a private cluster has. Another cluster that is too small is waited for.
     """
     address = os.environ.get("RAY_ADDRESS", "")
     cpus = config.cluster.cpus_per_worker
     runtime: dict[str, Any] = {"env_vars": dict(config.cluster.env)}
+    gpus = config.cluster.gpus_per_worker
     if address and address != "local":
         _probe(address)
         options: dict[str, Any] = {"address": address}
@@ -56,11 +59,14 @@ def session(config: Config, processes: int) -> Iterator[Resources]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             dashboard = int(probe.getsockname()[1])
+        gpus = _gpus_here(gpus, processes, together)
         options = {"address": "local", "num_cpus": room, "logging_level": logging.ERROR, "dashboard_port": dashboard}
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
         # Ray Train looks for the dashboard of the newest cluster on this machine, which may be another one, or dead.
         runtime["env_vars"] |= {"PYTHONPATH": path, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away with notice
+    if gpus == 0:
+        runtime["env_vars"]["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides no GPU from those who ask for none, and torch would take it
     try:
         ray.init(**options, runtime_env=runtime, log_to_driver=True)
     except ConnectionError as error:
@@ -68,21 +74,36 @@ def session(config: Config, processes: int) -> Iterator[Resources]:
             f"RAY_ADDRESS={address}: the Ray cluster there did not let us in ({error}); check the address and RAY_AUTH_TOKEN_PATH"
         ) from error
     try:
-        yield _resources(config, processes)
+        yield _resources(config.cluster.cpus_per_worker, gpus, processes)
     finally:
         ray.shutdown()
 
 
-def _resources(config: Config, processes: int) -> Resources:
-    total, gpus = ray.cluster_resources(), config.cluster.gpus_per_worker
+def _gpus_here(gpus: float, processes: int, together: bool) -> float:
+    """GPUs for each process of a private cluster on this machine; `gpus` is the config's number, -1 for one where there are any."""
+    count, least = torch.cuda.device_count(), processes if together else 1
+    if gpus < 0:
+        if 0 < count < least:
+            print(f"this machine has {count} GPU for {least} workers, so none is used; set cluster.workers={count}", flush=True)
+        return 1.0 if count >= least else 0.0
+    if least * gpus > count:
+        raise ConfigError(
+            f"cluster.gpus_per_worker={gpus:g} for {least} processes needs {least * gpus:g} GPUs and this machine has {count}; "
+            "set it to 0, or name a cluster as RAY_ADDRESS"
+        )
+    return gpus
+
+
+def _resources(cpus: float, gpus: float, processes: int) -> Resources:
+    total = ray.cluster_resources()
     if gpus < 0:
         gpus = 1.0 if total.get("GPU", 0) else 0.0
-    wanted = {"CPU": processes * config.cluster.cpus_per_worker, "GPU": processes * gpus}
+    wanted = {"CPU": processes * cpus, "GPU": processes * gpus}
     for kind, amount in wanted.items():
         if amount > total.get(kind, 0):
             need = f"the cluster has {total.get(kind, 0):g} {kind}, {processes} processes need {amount:g}"
             print(f"{need}: what does not fit starts when it grows", flush=True)
-    return Resources(config.cluster.cpus_per_worker, gpus)
+    return Resources(cpus, gpus)
 
 
 def _probe(address: str) -> None:

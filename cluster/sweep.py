@@ -38,17 +38,24 @@ from trainer.diffusion.guidance import first_guided
 from trainer.ema import sigma_rel_of
 from trainer.sampler import Sampler, evaluations, guidance_weight, image_labels, sampling_levels, shared_steps
 
+COLUMNS = 10  # classes that a sample grid shows: a thousand would be a picture of a gigabyte
 NETWORKS = 2  # that an actor holds: the one in use, and the one before it where the items of two meet
 # Conditions of a row that an option of the sweep may change, where it is not the one of its own name.
-_CHANGES = {"run": ("run", "checkpoint_step", "p_uncond", "ema"), "sampling.checkpoint": ("checkpoint_step",)}
+_CHANGES = {"run": ("run", "checkpoint_step", "trained", "p_uncond", "ema"), "sampling.checkpoint": ("checkpoint_step",)}
 
 
 @dataclass(frozen=True)
 class Trained:
     """A series before it is known what it is measured with."""
 
-    config: Config  # sampled as the sweep says, network and diffusion as the run was trained
+    config: Config  # sampled as the sweep says; network, diffusion and training as they were
     checkpoint: checkpoint.Checkpoint
+
+    @property
+    def weights(self) -> list[str]:
+        """Checksums of all that the sampled weights are made of: the checkpoint, and snapshots of averages where they are used."""
+        snapshots = checkpoint.snapshots_of(open_store(self.config.run), self.checkpoint, self.config.sampling.ema)
+        return [self.checkpoint.sha256, *(snapshot.sha256 for snapshot in snapshots)]
 
 
 @dataclass(frozen=True)
@@ -121,8 +128,7 @@ def as_trained(config: Config, command: str) -> Trained:
             f"{config.run}: the checkpoint of step {found.step} holds no average {average}; set sampling.ema to one of "
             f"{', '.join([*found.averages, 'master'])}"
         )
-    train = dataclasses.replace(config.train, ema_decay=stored.train.ema_decay)
-    config = dataclasses.replace(config, model=stored.model, diffusion=stored.diffusion, train=train)
+    config = dataclasses.replace(config, model=stored.model, diffusion=stored.diffusion, train=stored.train)
     for name in ("image_size", "channels", "classes", "dtype", "latent_scale"):
         made, asked = getattr(stored.data, name), getattr(config.data, name)
         if made != asked:
@@ -142,11 +148,12 @@ def placed(found: Sequence[Trained], yardsticks: Sequence[Yardstick]) -> list[Se
     series: list[Series] = []
     for one in found:
         conditions = {  # all that decides what a unit holds, but its w and range
-            "sampling": dataclasses.asdict(one.config.sampling) | {"checkpoint": one.checkpoint.sha256},
+            "sampling": dataclasses.asdict(one.config.sampling) | {"checkpoint": one.weights},
             "unit": one.config.evaluate.unit,
             "grid": one.config.evaluate.grid,
             "extractors": [each.extractor.hash for each in yardsticks],
             "threads": one.config.cluster.cpus_per_worker,
+            "torch": torch.__version__,  # its number, and whether it is built for GPUs
             "code": units.code_version(units.MAKING),
         }
         store = open_store(one.config.run).child(f"evaluate/{units.fingerprint(conditions)}/")
@@ -185,12 +192,12 @@ def items(series: Sequence[Series], todo: Sequence[Sequence[Unit]]) -> list[Item
 class Worker:
     """Samples and measures items: one per actor."""
 
-    def __init__(self, series: Sequence[Series], weights: Sequence[str], resources: Resources) -> None:
-        """`weights` are the places of the extractors'."""
+    def __init__(self, series: Sequence[Series], weights: Sequence[tuple[str, str]], resources: Resources) -> None:
+        """`weights` are the places of the extractors' and their hashes: an actor must not measure with what stands there later."""
         torch.set_num_threads(resources.threads)
         self.series = series
         self.device = torch.device("cuda" if resources.gpus else "cpu")
-        self.extractors = [load_extractor(uri) for uri in weights]
+        self.extractors = [load_extractor(uri, sha256) for uri, sha256 in weights]
         self._sampler = functools.lru_cache(maxsize=NETWORKS)(self._load)
 
     def __call__(self, item: Item) -> None:
@@ -203,7 +210,8 @@ class Worker:
         sampler = dataclasses.replace(self._sampler(first), config=one.config)
         index = torch.arange(item.first, item.last)
         labels = image_labels(one.config, index)
-        kept = max(0, min(item.last, one.config.evaluate.grid * one.config.data.classes) - item.first)
+        rows, classes = one.config.evaluate.grid, one.config.data.classes
+        shown = np.flatnonzero((index < rows * classes) & (index % classes < COLUMNS))
         began = time.perf_counter()
         for unit, drawn in zip(left, sampler.sweep(index, labels, [u.w for u in left]), strict=True):
             images = to_uint8(drawn.images)
@@ -212,7 +220,7 @@ class Worker:
                 buffer,
                 **measure_with(self.extractors, images, self.device.type).to_arrays(),
                 labels=labels.numpy(),
-                images=images[:kept],
+                images=images[shown],
                 device=np.str_(torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"),
                 seconds=np.float64(time.perf_counter() - began),
                 evaluations=np.int64(drawn.evaluations),
@@ -243,7 +251,7 @@ def fold(
 ) -> tuple[Row, NDArray[np.uint8] | None, dict[Unit, Made]]:
     """The row of images [0, `images`) at w from its published units, their sample grid, and what they took.
 
-    The grid is uint8 (rows, classes, H, W, C); None where labels are drawn, so that no column is a class.
+    The grid is uint8 (rows, COLUMNS classes at most, H, W, C); None where labels are drawn, so that no column is a class.
     """
     plan = units.split([w], images, one.config.evaluate.unit)
     parts = [np.load(io.BytesIO(one.store.get(unit.key("npz"))), allow_pickle=False) for unit in plan]
@@ -259,8 +267,8 @@ def fold(
     grid = None
     if one.config.sampling.labels == "balanced":
         shown = np.concatenate([part["images"] for part in parts])
-        classes = one.config.data.classes
-        grid = shown[: len(shown) // classes * classes].reshape(-1, classes, *shown.shape[1:])
+        columns = min(one.config.data.classes, COLUMNS)
+        grid = shown[: len(shown) // columns * columns].reshape(-1, columns, *shown.shape[1:])
     made = {
         unit: Made(unit.last - unit.first, float(part["seconds"]), int(part["evaluations"]), str(part["device"]))
         for unit, part in zip(plan, parts, strict=True)

@@ -4,6 +4,7 @@ The metrics of a series as the paper prints them, all series at equal Inception 
 images, published numbers, and the cost. Each is made of rows alone; `cluster.report` writes them as Markdown and HTML.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -51,8 +52,7 @@ def tables_of(
         tables += _matched([(label, [members]) for label, members in series])
     names = names_of(ordered, varying)
     for name in ("seed", "run"):
-        if name in names and len(series) > 1:
-            tables += _repeated(series, name, varying)
+        tables += _repeated(series, name, varying, screened)
     if len(names) < len(varying):
         tables.append(_facts(series, varying))
     if screened:
@@ -151,29 +151,40 @@ def _at(curves: Sequence[Sequence[Row]], score: float) -> Spread:
     return spread([value for rows in curves if (value := fid_at(rows, score)) is not None])
 
 
-def _repeated(series: list[Series], name: str, varying: Sequence[str]) -> list[Table]:
-    """What repetitions by `name`, sampling seeds or training runs, say together, for every combination of the rest."""
-    ordered = [row for _, members in series for row in members]
-    rest = [other for other in names_of(ordered, varying) if other != name]
+def _repeated(series: list[Series], name: str, varying: Sequence[str], screened: Sequence[Row]) -> list[Table]:
+    """What repetitions by `name`, sampling seeds or training runs, say together, for every combination of the other conditions.
+
+    Nothing where nothing is repeated. Curves that the screen left out whole are missed like single w of them: a mean over those
+    that stayed would be a mean over the best.
+    """
+    others = [other for other in varying if other != name]
     groups: dict[tuple[Any, ...], list[list[Row]]] = {}
     for _, members in series:
-        groups.setdefault(key_of(members[0], rest), []).append(members)
+        groups.setdefault(key_of(members[0], others), []).append(members)
+    asked = Counter(key_of(row, others) for row in {key_of(row, varying): row for row in screened}.values())
+    groups = {key: curves for key, curves in groups.items() if len(curves) >= asked[key]}
+    firsts = [curves[0][0] for curves in groups.values()]
+    names = names_of(firsts, others)
     rows = [
-        (key, found)
-        for key, curves in groups.items()
-        for found in over_seeds([row for rows in curves for row in rows], [other for other in varying if other not in rest])
+        (first, found)
+        for first, curves in zip(firsts, groups.values(), strict=True)
+        for found in over_seeds([row for rows in curves for row in rows], (name,))
     ]
-    columns = [("fid", ordered[0].fid_name), ("inception_score", "IS"), *((n, n) for n in ("accuracy", "precision", "recall"))]
+    if not rows or max(map(len, groups.values())) < 2:
+        return []
+    columns = [("fid", firsts[0].fid_name), ("inception_score", "IS"), *((n, n) for n in ("accuracy", "precision", "recall"))]
     shown = [(field, head) for field, head in columns if all(field in found.values for _, found in rows)]
     lines = []
-    for key, found in rows:
+    for first, found in rows:
         values = [_with_deviation(found.values[field]) for field, _ in shown]
-        lines.append([*map(plain, key), f"{found.w:g}", *values, str(found.values["fid"].k)])
+        lines.append([*map(plain, key_of(first, names)), f"{found.w:g}", *values, str(found.values["fid"].k)])
     what = {"seed": "sampling seeds", "run": "runs"}[name]
     note = f"Mean ± standard deviation of one value (denominator k - 1) over k {what}; never the best of them."
-    tables = [Table(f"Over {what}", [*rest, "w", *(head for _, head in shown), "k"], lines, note=note)]
-    several = len(groups) > 1 and len(groups) < len(series)
-    return tables + (_matched([(label_of(curves[0][0], rest), curves) for curves in groups.values()], what) if several else [])
+    if screened:
+        note += " What the screen left out of one of them is left out here."
+    tables = [Table(f"Over {what}", [*names, "w", *(head for _, head in shown), "k"], lines, note=note)]
+    labels = [label_of(first, names) for first in firsts]
+    return tables + (_matched(list(zip(labels, groups.values(), strict=True)), what) if len(groups) > 1 else [])
 
 
 def _with_deviation(value: Spread) -> str:
@@ -241,11 +252,16 @@ def cost_in_seconds(cost: Cost) -> str:
 
 
 def names_of(rows: Sequence[Row], varying: Sequence[str]) -> list[str]:
-    """Those of `varying` by which series are called: the run and its checkpoint only where nothing else tells them apart."""
+    """Those of `varying` by which series are called: the run and its checkpoint only where nothing else tells them apart.
+
+    Where networks or diffusion differ, the run stands for them, or their hash where `varying` has no run: such series are never
+    called by their p_uncond alone.
+    """
     names = list(varying)
-    for name in ("checkpoint_step", "run"):
+    kept = ("run" if "run" in varying else "trained") if len({row.trained for row in rows}) > 1 else None
+    for name in ("checkpoint_step", "trained", "run"):
         rest = [other for other in names if other != name]
-        if rest and len({key_of(row, rest) for row in rows}) == len({key_of(row, varying) for row in rows}):
+        if name != kept and rest and len({key_of(row, rest) for row in rows}) == len({key_of(row, varying) for row in rows}):
             names = rest
     return names
 
@@ -279,6 +295,7 @@ def _caption(row: Row, varying: Sequence[str]) -> str:
         "clip": clip[row.clip],
         "options": row.options,
         "seed": f"sampling seed {plain(row.seed)}",
+        "trained": f"network and training {row.trained}" if row.trained else "",
         "code_version": f"code {row.code_version}",
     }
     model = ", ".join(words for name, words in said.items() if words and name not in varying)

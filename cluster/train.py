@@ -29,6 +29,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.session import Resources, session
 from configs.errors import StoreError, UserError
@@ -55,8 +56,9 @@ def train(config: Config) -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
     began = time.monotonic()
-    with session(config, config.cluster.min_workers or config.cluster.workers) as resources:
-        note = _Note.remote()  # type: ignore[attr-defined]
+    with session(config, config.cluster.min_workers or config.cluster.workers, together=True) as resources:
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        note = _Note.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
         with Terminated(tell=lambda: _pass_on(note)) as terminated:
             while not _fit(config, resources, note):
                 if terminated.asked:
@@ -99,7 +101,7 @@ def _workers(config: Config) -> Any:  # Ray Train V2 takes a pair for an elastic
 # --- between the driver and the workers ---
 
 
-@ray.remote(num_cpus=0, max_restarts=-1)
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class _Note:
     """What a worker tells the driver, a mistake that a user has to mend; and what the driver tells the workers, to leave."""
 
@@ -193,9 +195,16 @@ def _listen(note: Any) -> None:
     """Ask the training to leave when Ray takes a worker's node away, which all workers hear together, or when the driver has to."""
     leads = ray.train.get_context().get_world_rank() == 0
     with contextlib.suppress(RayError):  # the end of the group
-        while ray.train.get_preemption_info() is None and not (leads and ray.get(note.should_leave.remote())):
+        while ray.train.get_preemption_info() is None and not (leads and _should_leave(note)):
             time.sleep(_LISTEN_SECONDS)
         _this_worker.ask()
+
+
+def _should_leave(note: Any) -> bool:
+    try:
+        return bool(ray.get(note.should_leave.remote()))
+    except RayError:  # the driver is gone, or out of reach for a while; the other workers wait for this one's next round
+        return False
 
 
 def _cause(error: TrainingFailedError) -> Exception:

@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
@@ -20,11 +20,12 @@ from cluster.session import ROOT, Resources
 from configs.errors import UserError
 from configs.schema import Config
 from data_pipeline.store import Store
+from trainer.engine import choose_kernels
 
 # Sources that decide which image comes out, and what extractors say of it: what a unit holds.
 MAKING = (
     *(f"trainer/diffusion/{name}.py" for name in ("guidance", "parametrisation", "randomness", "samplers", "schedule")),
-    *("trainer/ema.py", "trainer/networks", "trainer/sampler.py"),
+    *("trainer/checkpoint.py", "trainer/ema.py", "trainer/networks", "trainer/sampler.py"),
     *(f"cluster/metrics/{name}.py" for name in ("dinov2", "evaluator", "features", "images", "inception")),
 )
 # And those that decide the values of a row, given its units. Published numbers and the shape of tables are not among them.
@@ -87,8 +88,13 @@ class _Actor:
     """One actor of the pool: networks are loaded here once."""
 
     def __init__(self, job: Any) -> None:
-        make_worker, self._units = ray.get(job)
-        self._work = make_worker()
+        choose_kernels()
+        self._make_worker, self._units = ray.get(job)
+
+    @cached_property
+    def _work(self) -> Worker[Any]:
+        made: Worker[Any] = self._make_worker()
+        return made
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         try:

@@ -10,6 +10,7 @@ An evaluator is trained in the memory of one task, on PIXELS bytes of images at 
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import math
 import sys
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from cluster import units
 from cluster.metrics import evaluator as evaluators
 from cluster.metrics import reference as references
 from cluster.metrics.evaluator import Evaluator
-from cluster.metrics.features import Extractor, load_dinov2, load_extractor
+from cluster.metrics.features import Extractor, load_dinov2, load_extractor, load_judge
 from cluster.metrics.measure import Yardstick
 from cluster.session import Resources, session
 from configs.errors import UserError
@@ -32,9 +33,11 @@ from configs.schema import Config
 from data_pipeline.manifest import Manifest, load_manifest
 from data_pipeline.scan import scan_all
 from data_pipeline.store import MissingObject, Store, open_store
+from trainer.engine import choose_kernels
 from trainer.loop import check_data
 
-EVALUATOR, REFERENCE = "evaluator.safetensors", "reference.npz"
+EVALUATOR = "evaluator.safetensors"
+_SEEING = tuple(f"cluster/metrics/{name}.py" for name in ("dinov2", "evaluator", "features", "inception", "moments", "reference"))
 PIXELS = 4 * 2**30  # bytes of decoded images that an evaluator is trained on: 350 000 images of 64x64x3
 
 Connect = Callable[[], Resources]  # starts or joins the cluster, if that has not been done
@@ -47,7 +50,7 @@ def yardsticks_of(config: Config, data: Store, manifest: Manifest, connect: Conn
     images that cannot be used.
     """
     options = config.evaluate
-    given = load_extractor(options.extractor, options.extractor_hash) if options.extractor else None
+    given = load_judge(options.extractor, options.extractor_hash) if options.extractor else None
     found = [_yardstick(config, data, manifest, connect, given, options.extractor, options.reference)]
     if options.dinov2:
         dinov2 = load_dinov2(options.dinov2)
@@ -103,7 +106,7 @@ def _yardstick(
     reference: str,
 ) -> Yardstick:
     """The extractor `given`, whose weights stand at `weights`, or the data's own; and `reference`, or that of the data."""
-    options: dict[str, Any] = {"format": 2, "data": manifest.fingerprint, "dataset": dataset_name(config)}
+    options: dict[str, Any] = {"format": 3, "data": manifest.fingerprint, "dataset": dataset_name(config)}
     if given:
         options |= {"extractor": given.hash}
     else:
@@ -111,11 +114,15 @@ def _yardstick(
     store = data.child(f"evaluators/{units.fingerprint(options)}/")
     with contextlib.suppress(MissingObject):
         return _load(config, store, given, weights, reference)
-    doing = f"measuring {manifest.samples} real images with {given.name}" if given else None
-    print(doing or f"training the evaluator on {manifest.samples} real images", flush=True)
+    if not given and not store.exists(EVALUATOR):
+        evaluators.check_shape(manifest.schema.image_size, manifest.schema.channels, manifest.schema.classes)
+        print(f"training the evaluator on {manifest.samples} real images", flush=True)
+    else:
+        print(f"measuring {reference or f'{manifest.samples} real images'}", flush=True)
     resources = connect()
     task = ray.remote(_make).options(num_cpus=resources.cpus, num_gpus=resources.gpus or None)
-    if failure := ray.get(task.remote(to_yaml(config), store, weights, not reference, resources)):
+    pinned = (weights, given.hash) if given else None
+    if failure := ray.get(task.remote(to_yaml(config), store, pinned, reference, resources)):
         raise UserError(failure)
     made = _load(config, store, given, weights, reference)
     if isinstance(made.extractor, Evaluator) and not given:
@@ -132,30 +139,55 @@ def _load(config: Config, store: Store, given: Extractor | None, weights: str, r
         store.stat(EVALUATOR)
         weights = f"{store.uri}/{EVALUATOR}"
         extractor = load_extractor(weights, config.evaluate.extractor_hash)
-    if reference:
-        return Yardstick(extractor, references.load_npz(reference, extractor, dataset_name(config)), weights)
-    return Yardstick(extractor, references.from_npz(store.get(REFERENCE), f"{store.uri}/{REFERENCE}", extractor), weights)
+    data = references.read_npz(reference) if reference else b""
+    if reference and not references.has_images(data):
+        return Yardstick(extractor, references.from_npz(data, reference, extractor, dataset_name(config)), weights)
+    key = _reference_key(extractor, data)
+    return Yardstick(extractor, references.from_npz(store.get(key), f"{store.uri}/{key}", extractor), weights)
 
 
-def _make(text: str, store: Store, weights: str, measure: bool, resources: Resources) -> str:
+def _reference_key(extractor: Extractor, data: bytes) -> str:
+    """Where the real images stand as `extractor` sees them: those of the file `data`, or where that is empty of the data set."""
+    options = {"extractor": extractor.hash, "file": hashlib.sha256(data).hexdigest(), "code": units.code_version(_SEEING)}
+    return f"reference-{units.fingerprint(options)}.npz"
+
+
+def _make(text: str, store: Store, given: tuple[str, str] | None, reference: str, resources: Resources) -> str:
     """Returns the sentence of a UserError, or "": Ray would wrap the error in its traceback."""
+    choose_kernels()
     torch.set_num_threads(resources.threads)
     try:
-        _publish(from_yaml(text), store, weights, measure, "cuda" if resources.gpus else "cpu")
+        _publish(from_yaml(text), store, given, reference, "cuda" if resources.gpus else "cpu")
     except UserError as error:
         return str(error)
     return ""
 
 
-def _publish(config: Config, store: Store, weights: str, measure: bool, device: str) -> None:
-    """Put the data's own evaluator, unless `weights` names another extractor, and the extractor's reference into `store`."""
+def _publish(config: Config, store: Store, given: tuple[str, str] | None, reference: str, device: str) -> None:
+    """Put into `store` what is not there: the data's own evaluator, unless the weights and their hash are `given`; and how the
+    extractor sees the images of the file `reference`, or of the data.
+
+    What another job has put there first is taken, never replaced: its units name it.
+    """
     data = open_store(config.data.uri)
     manifest = load_manifest(data)
-    extractor = load_extractor(weights) if weights else _fit(config, data, manifest, device)
-    if measure:
-        store.put(REFERENCE, references.from_manifest(data, manifest, extractor, dataset_name(config), device).to_bytes(extractor))
-    if isinstance(extractor, Evaluator) and not weights:
-        store.put(EVALUATOR, extractor.to_bytes())
+    if given:
+        extractor = load_extractor(*given)
+    else:
+        if not store.exists(EVALUATOR):
+            made = _fit(config, data, manifest, device).to_bytes()
+            if not store.exists(EVALUATOR):  # again: it took minutes
+                store.put(EVALUATOR, made)
+        extractor = load_extractor(f"{store.uri}/{EVALUATOR}")
+    file = references.read_npz(reference) if reference else b""
+    key = _reference_key(extractor, file)
+    if (reference and not references.has_images(file)) or store.exists(key):
+        return
+    if reference:
+        found = references.from_npz(file, reference, extractor, dataset_name(config), device)
+    else:
+        found = references.from_manifest(data, manifest, extractor, dataset_name(config), device)
+    store.put(key, found.to_bytes(extractor))
 
 
 def _fit(config: Config, data: Store, manifest: Manifest, device: str) -> Evaluator:

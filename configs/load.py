@@ -6,6 +6,7 @@ the nearest key that exists. Values are then merged one by one through OmegaConf
 
 import difflib
 import itertools
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
@@ -150,7 +151,7 @@ def _range_checks(config: Config, command: str) -> Checks:
         "train": ["steps", "global_batch", "decay_steps", "log_every", "checkpoint_every", "keep_checkpoints"],
         "sampling": ["steps", "batch"],
         "generate": ["images", "unit"],
-        "evaluate": ["images", "unit", "evaluator_epochs", "grid"],
+        "evaluate": ["unit", "evaluator_epochs", "grid"],
         "cluster": ["workers", "actors"],
     }
     for group, names in at_least_one.items():
@@ -169,7 +170,6 @@ def _range_checks(config: Config, command: str) -> Checks:
         "train.keep_every",
         "train.bad_steps",
         "train.watchdog_seconds",
-        "generate.w",
     ):
         value = _value(config, key)
         yield value >= 0, f"{key}={value}: must not be negative"
@@ -304,8 +304,16 @@ def _sampling_checks(config: Config, command: str) -> Checks:
         command != "fit-evaluator" or options.extractor == "",
         f"evaluate.extractor={options.extractor} names weights that are there already: leave it out to fit an evaluator",
     )
-    yield len(set(weights)) == len(weights) > 0, f"evaluate.w={weights}: at least one weight, each once"
-    yield all(w >= 0 for w in weights), f"evaluate.w={weights}: guidance weights must not be negative"
+    yield (
+        len({f"{w:g}" for w in weights}) == len(weights) > 0,
+        f"evaluate.w={weights}: at least one weight, each once to six digits",
+    )
+    asked = [*weights, config.generate.w]
+    yield all(0 <= w < math.inf for w in asked), f"evaluate.w={weights}, generate.w={asked[-1]}: must be numbers, and not negative"
+    images = config.evaluate.images
+    yield images >= 10, f"evaluate.images={images}: at least 10, one for each split of the Inception score"
+    for name, seed in (("seed", config.seed), ("sampling.seed", config.sampling.seed)):
+        yield 0 <= seed < 1 << 64, f"{name}={seed}: a whole number from 0 to 2**64 - 1"
     yield config.evaluate.screen >= -1, f"evaluate.screen={config.evaluate.screen}: a number of images, 0 for none, -1 for a tenth"
 
 

@@ -93,7 +93,7 @@ class TrainConfig:
     zero_stage: int = 2  # DeepSpeed ZeRO stage: 0 | 1 | 2 | 3; bf16 needs at least 1
     deepspeed: dict[str, Any] = field(default_factory=dict)  # handed to DeepSpeed as it is, over what freeguide sets
     log_every: int = 50  # steps between two lines of progress and TensorBoard scalars
-    sample_every: int = 0  # steps between two TensorBoard sample grids; 0 = only at the end
+    sample_every: int = 0  # steps between two TensorBoard sample grids (by a fast sampler); 0 = only at the end
     checkpoint_every: int = 1000  # steps between two checkpoints
     keep_checkpoints: int = 2  # newest checkpoints that stay; older ones are deleted after a newer one is complete
     keep_every: int = 0  # checkpoints of steps that it divides stay for good; 0 = none

@@ -10,12 +10,12 @@ import base64
 import contextlib
 import functools
 import hashlib
-import io
 import os
 import re
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -32,6 +32,7 @@ from data_pipeline.store import AGAIN, Cancelled, ChangedObject, MissingObject, 
 PIECE = 2**18  # most bytes of one read of a body: smaller ones cost CPU for calls, larger ones for memory that is not filled
 MULTIPART = 64 * 2**20  # bytes above which an upload goes in parts; S3 still publishes it at once
 MOST_PARTS = 10_000  # of one upload; S3 takes no more
+PARTS_AT_ONCE = 4  # each is in memory
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 
 T = TypeVar("T")
@@ -125,33 +126,46 @@ class S3Store(Store):
     def put(self, key: str, data: bytes) -> str:
         name = self._key(checked(key))
         if len(data) > MULTIPART:
-            self._retrying(key, lambda: self._client().upload_fileobj(io.BytesIO(data), self.bucket, name))
-            return self.stat(key).etag
+            view = memoryview(data)
+            return self._put_parts(key, len(data), lambda at, length: bytes(view[at : at + length]))
         # The digest lets the server refuse bytes that were damaged on their way.
         sent = {"Bucket": self.bucket, "Key": name, "Body": data, "ContentMD5": _md5(data)}
         answer = self._retrying(key, lambda: self._client().put_object(**sent))
         return str(answer["ETag"]).strip('"')
 
     def put_file(self, key: str, path: Path) -> str:
-        size, place = path.stat().st_size, {"Bucket": self.bucket, "Key": self._key(checked(key))}
+        size = path.stat().st_size
         if size <= MULTIPART:
             return self.put(key, path.read_bytes())
+        with open(path, "rb") as file:
+            return self._put_parts(key, size, lambda at, length: os.pread(file.fileno(), length, at))
+
+    def _put_parts(self, key: str, size: int, part: Callable[[int, int], bytes]) -> str:
+        """One large object, of which `part(place, length)` gives the bytes. A fault costs one part; boto3's transfer begins again.
+
+        As every upload in parts, one that is killed leaves what it had sent; a lifecycle rule of the bucket clears that away.
+        """
+        place = {"Bucket": self.bucket, "Key": self._key(checked(key))}
         length = max(MULTIPART, -(-size // MOST_PARTS))
-        parts: list[dict[str, Any]] = []
-        # Part by part, so that a fault costs one part: boto3's own transfer begins again from the first byte.
         upload = place | {"UploadId": self._retrying(key, lambda: self._client().create_multipart_upload(**place))["UploadId"]}
+
+        def send(number: int) -> dict[str, Any]:
+            data = part((number - 1) * length, length)
+            sent = upload | {"PartNumber": number, "Body": data, "ContentMD5": _md5(data)}
+            answer = self._retrying(key, functools.partial(self._upload_part, sent))
+            return {"PartNumber": number, "ETag": answer["ETag"]}
+
+        pool = ThreadPoolExecutor(PARTS_AT_ONCE)
         try:
-            with open(path, "rb") as file:
-                while data := file.read(length):
-                    sent = upload | {"PartNumber": len(parts) + 1, "Body": data, "ContentMD5": _md5(data)}
-                    answer = self._retrying(key, functools.partial(self._upload_part, sent))
-                    parts.append({"PartNumber": sent["PartNumber"], "ETag": answer["ETag"]})
+            parts = list(pool.map(send, range(1, -(-size // length) + 1)))
             whole = upload | {"MultipartUpload": {"Parts": parts}}
             answer = self._retrying(key, lambda: self._client().complete_multipart_upload(**whole))
         except BaseException:
+            pool.shutdown(cancel_futures=True)
             with contextlib.suppress(*_FAULTS):
                 self._client().abort_multipart_upload(**upload)
             raise
+        pool.shutdown()
         return str(answer["ETag"]).strip('"')
 
     def _upload_part(self, request: dict[str, Any]) -> Any:

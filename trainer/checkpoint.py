@@ -199,6 +199,13 @@ def _offer(offers: Iterator[Checkpoint]) -> Checkpoint | None:
     return found
 
 
+def snapshots_of(store: Store, checkpoint: Checkpoint, name: str) -> list[Checkpoint]:
+    """The snapshots from which `average` makes `name`; none where the checkpoint itself holds it."""
+    if name in (*checkpoint.averages, "master") or not sigma_rel_of(name):
+        return []
+    return [snapshot for snapshot in newest(store, SNAPSHOTS) if snapshot.step <= checkpoint.step]
+
+
 def average(store: Store, checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
     """The weights that `sampling.ema` names, as `load` returns them: a stored average, "master", or a reconstructed sigma_rel_X.
 
@@ -206,8 +213,7 @@ def average(store: Store, checkpoint: Checkpoint, name: str) -> dict[str, Tensor
     """
     if name in (*checkpoint.averages, "master"):
         return load(store, checkpoint, name)
-    snapshots = list(newest(store, SNAPSHOTS)) if sigma_rel_of(name) else []
-    stored = [(s, kind) for s in snapshots if s.step <= checkpoint.step for kind in s.averages]
+    stored = [(s, kind) for s in snapshots_of(store, checkpoint, name) for kind in s.averages]
     if not stored:
         raise CheckpointError(
             f"{store.uri}/{checkpoint.key}: holds no average {name}; set sampling.ema to one of "

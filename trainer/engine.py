@@ -71,11 +71,13 @@ def join_process_group(timeout: timedelta = timedelta(minutes=30)) -> None:
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
 
 
-def choose_kernels(deterministic: bool) -> None:
-    """Let torch use only kernels that repeat to the bit, or any. Process-wide, and to be called before the GPU is used.
+def choose_kernels(deterministic: bool = False) -> None:
+    """Convolutions in fp32 are in fp32; with `deterministic`, only kernels that repeat to the bit.
 
-    With it, torch raises RuntimeError for an operation that has no such kernel.
+    For the whole process, and to be called before it uses its GPU. torch raises RuntimeError for an operation that has no kernel
+    that repeats.
     """
+    torch.backends.cudnn.allow_tf32 = False  # on by default, it leaves fp32 inputs 10 of their 23 bits
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats only with a workspace of fixed size
     torch.use_deterministic_algorithms(deterministic)
@@ -228,12 +230,14 @@ def _import_deepspeed() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed
-        from deepspeed.ops import __compatible_ops__
+
+        if not torch.cuda.is_available():  # asking for the table makes DeepSpeed try all its operations on a GPU
+            from deepspeed.ops import __compatible_ops__
+
+            # An inference operation for CPUs that would be compiled, for half a minute, at the first start.
+            __compatible_ops__["deepspeed_shm_comm"] = False
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    __compatible_ops__["deepspeed_shm_comm"] = (
-        False  # an inference op for CPUs that would be compiled, for half a minute, at the first start
-    )
     return deepspeed
 
 
@@ -257,6 +261,7 @@ def _deepspeed_config(config: TrainConfig, micro_batch: int, accumulation: int, 
         "bf16": {"enabled": config.precision == "bf16"},
         "fp16": {"enabled": config.precision == "fp16"},  # DeepSpeed's dynamic loss scale, from 2^16
         "steps_per_print": 2**31 - 1,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the GPU twice in every micro-batch
     }
     if config.precision != "fp32" and accumulation > 1:
         ours["data_types"] = {"grad_accum_dtype": "fp32"}  # micro-batches must not be rounded to 8 or 11 bits as they add up

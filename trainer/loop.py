@@ -5,6 +5,7 @@ both depend on the step and the global sample index only. So nothing but weights
 any number of workers computes the same step.
 """
 
+import dataclasses
 import math
 import time
 from contextlib import closing
@@ -34,6 +35,8 @@ from trainer.sampler import Sampler, grid, noise_schedule
 from trainer.telemetry import Stopwatch, Telemetry
 from trainer.writer import Writer
 
+_PATIENCE = 1800.0  # seconds that ranks wait for each other before the watchdogs' limit holds
+GRID_STEPS = 32  # of the sample grids in TensorBoard
 PATIENT = Retry(attempts=24)  # a store that is gone for a minute or two does not end a training
 
 
@@ -74,6 +77,7 @@ def assemble(config: Config) -> tuple[Run, int]:
     check_data(config, manifest)
     images = {"image_size": config.data.image_size, "channels": config.data.channels, "classes": config.data.classes}
     engine = Engine(build_network(config.model, **images, seed=config.seed), config.train)
+    limit_collectives(_PATIENCE)  # DeepSpeed's own groups would give the first step, which may compile, ten minutes
     ema = Ema(engine, profiles(config.train))
     order = Order.choose(manifest, config.train.global_batch, config.seed)
     identity = run_identity(config, manifest, order)
@@ -121,7 +125,7 @@ def run_steps(run: Run, start: int, terminated: Terminated) -> None:
             if sample or stop:
                 run.writer.finish()
             if sample and config.data.dtype == "uint8":  # latents are no pictures without their decoder
-                draw_samples(config, run.telemetry, done)
+                draw_samples(run, done)
             if done == start + 1:
                 limit_collectives(options.watchdog_seconds)
             watchdog.progress(f"step {done}")
@@ -256,12 +260,24 @@ def check_data(config: Config, manifest: Manifest) -> None:
             )
 
 
-def draw_samples(config: Config, telemetry: Telemetry, step: int) -> None:
-    """Put samples of the averaged weights into TensorBoard, a column per class (ten at most). Rank 0 draws, the others wait."""
-    if dist.get_rank() == 0:
+def draw_samples(run: Run, step: int) -> None:
+    """Put samples of the averaged weights into TensorBoard, a column per class (ten at most). Rank 0 draws, the others wait.
+
+    It is a look, on the device that trains, and must end before the watchdogs do: a fast sampler with GRID_STEPS steps at most.
+    """
+    if run.engine.rank == 0:
+        config = run.config
         columns, rows = min(config.data.classes, 10), 4
-        sampler = Sampler.from_run(config, step=step)
+        sampling = dataclasses.replace(
+            config.sampling,
+            sampler="dpmpp_2m",
+            spacing="logsnr",
+            steps=min(config.sampling.steps, GRID_STEPS),
+            precision="fp32" if config.train.precision == "fp32" else "bf16",
+            compile=False,
+        )
+        sampler = Sampler.from_run(dataclasses.replace(config, sampling=sampling), step, run.engine.device)
         index = torch.arange(rows * columns)
         x = sampler.sample(index, index % columns, config.generate.w)
-        telemetry.images(step, f"samples/w={config.generate.w:g}", grid(x, columns))
+        run.telemetry.images(step, f"samples/w={config.generate.w:g}", grid(x, columns))
     dist.barrier()

@@ -2,7 +2,8 @@
 
 Losses are gathered over the ranks once per interval, never in a step. Intervals also end at every checkpoint, so a resumed run
 writes the very scalars that the undisturbed one would have written. Event files are written to a local folder and copied to
-`<run>/events/`; scalars past the step that a run resumes from are purged.
+`<run>/events/` by a thread of their own; after some MiB a new one is begun, so that little is sent again. Scalars past the step
+that a run resumes from are purged.
 
 MFU is the model's FLOPs (2 per multiply-accumulate; a backward pass counts as two forwards, a recomputed forward not at all) over
 what the devices could do. All ranks move at the pace of the slowest: the time of each rank's own forward passes tells which.
@@ -10,6 +11,7 @@ what the devices could do. All ranks move at the pace of the slowest: the time o
 
 import logging
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +32,7 @@ from data_pipeline.store import Store
 BAND_EDGES = (-8.0, -4.0, 0.0, 4.0, 8.0)  # log-SNR; 83 % of the paper's p(lambda) lies in [-4, 4]
 BANDS = ("below_-8", "-8_to_-4", "-4_to_0", "0_to_4", "4_to_8", "above_8")
 _UPLOAD_SECONDS = 30.0
+_FILE_BYTES = 4 * 2**20  # of an event file, before a new one is begun
 _log = logging.getLogger("freeguide.telemetry")
 PEAK_FLOPS = {  # dense bf16, by the maker's data sheet
     "H100 PCIe": 756e12,
@@ -111,6 +114,8 @@ class Telemetry:
         if dist.get_rank() == 0:
             self._folder = tempfile.TemporaryDirectory(prefix="freeguide-events-")
             self._writer = SummaryWriter(self._folder.name, purge_step=start or None)
+        self._sent: dict[str, int] = {}  # event files in the store, and how much of them
+        self._upload_thread: threading.Thread | None = None
         self._began = self._mark = time.perf_counter()
         self._uploaded, self._first, self._written = self._began, start, False
         self.forward = Stopwatch(device)  # around the forward passes of this rank
@@ -163,9 +168,11 @@ class Telemetry:
 
     def close(self) -> None:
         if self._writer is not None:
+            self._writer.close()
+            if self._upload_thread is not None:
+                self._upload_thread.join()
             if self._written:
                 self._upload()
-            self._writer.close()
             self._folder.cleanup()
 
     def _forget(self) -> None:
@@ -226,14 +233,29 @@ class Telemetry:
         ]
         print("  ".join(parts), flush=True)
         if time.perf_counter() - self._uploaded > _UPLOAD_SECONDS:
-            self._upload()
+            self._begin_upload()
 
-    def _upload(self) -> None:
+    def _begin_upload(self) -> None:
+        """In a thread: all ranks would wait for a store that is slow or gone. One at a time."""
         assert self._writer is not None
+        if self._upload_thread is not None and self._upload_thread.is_alive():
+            return
         self._writer.flush()
         self._uploaded = time.perf_counter()
+        newest = max(Path(self._folder.name).iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        if newest.stat().st_size > _FILE_BYTES:
+            self._writer.close()
+            self._writer = SummaryWriter(self._folder.name, filename_suffix=f".{len(self._sent) + 1}")
+        self._upload_thread = threading.Thread(target=self._upload, name="freeguide-events", daemon=True)
+        self._upload_thread.start()
+
+    def _upload(self) -> None:
+        """Copy the event files that have grown."""
         try:
             for path in sorted(Path(self._folder.name).iterdir()):
-                self._store.put(f"events/{path.name}", path.read_bytes())
+                data = path.read_bytes()
+                if len(data) > self._sent.get(path.name, 0):
+                    self._store.put(f"events/{path.name}", data)
+                    self._sent[path.name] = len(data)
         except StoreError as error:  # scalars are not worth a run: the next upload brings them
             _log.warning("%s; TensorBoard scalars follow later", error)

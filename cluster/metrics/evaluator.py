@@ -155,7 +155,7 @@ def from_bytes(data: bytes, where: str = "evaluator") -> Evaluator:
         header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
         facts = json.loads(header["__metadata__"]["evaluator"])
         values: dict[str, Any] = {field: kind(facts[field]) for field, kind in _FACTS.items()}
-        _check_shape(values["size"], values["channels"], values["classes"])
+        check_shape(values["size"], values["channels"], values["classes"])
         network = Network(values["size"], values["channels"], values["classes"])
         network.load_state_dict(tensors)
     except (safetensors.SafetensorError, struct.error, KeyError, ValueError, TypeError, RuntimeError) as error:
@@ -207,7 +207,7 @@ def _check(images: NDArray[np.uint8], labels: NDArray[np.integer], classes: int,
         raise DataError(
             f"an evaluator is trained on square images uint8 (N, H, W, C), not {images.dtype} {images.shape}; decode them first"
         )
-    _check_shape(images.shape[1], images.shape[3], classes)
+    check_shape(images.shape[1], images.shape[3], classes)
     if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
         raise DataError(
             f"{len(images)} images need as many integer labels, not {labels.dtype} {labels.shape}; give one label per image"
@@ -224,9 +224,10 @@ def _check(images: NDArray[np.uint8], labels: NDArray[np.integer], classes: int,
         )
 
 
-def _check_shape(size: int, channels: int, classes: int) -> None:
+def check_shape(size: int, channels: int, classes: int) -> None:
+    """Raises DataError for images that no evaluator takes."""
     if not 8 <= size <= 64 or channels not in (1, 3) or classes < 2:
         raise DataError(
             f"an evaluator takes 8 to 64 pixels per side, 1 or 3 channels and 2 classes or more, not {size} pixels, {channels} "
-            f"channels and {classes} classes; prepare the data within these bounds"
+            f"channels and {classes} classes; prepare the data so, or set evaluate.extractor to Inception's weights"
         )

@@ -90,6 +90,14 @@ def load_extractor(uri: str, sha256: str = "") -> Extractor:
     return extractor
 
 
+def load_judge(uri: str, sha256: str = "") -> Extractor:
+    """`load_extractor` of weights that have classes, as the Inception score needs them."""
+    extractor = load_extractor(uri, sha256)
+    if extractor.name == DINOV2:
+        raise DataError(f"{uri} holds DINOv2, which has no classes and so no Inception score; name it as dinov2, beside another")
+    return extractor
+
+
 def load_dinov2(uri: str, sha256: str = "") -> Extractor:
     """`load_extractor` of weights that have to be DINOv2's."""
     extractor = load_extractor(uri, sha256)

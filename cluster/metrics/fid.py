@@ -12,8 +12,10 @@ An FID of N images is biased upwards by about k / N, with k a property of the mo
 How far another set of N images of the same model would lie is `fid_spread`, a jackknife over groups of images. A bootstrap is the
 wrong tool here: each resample adds a bias of its own, so that its interval can lie wholly above the estimate, and it breaks up the
 balance of the labels. Leaving out one group in twenty at a time shifts every estimate by the same small bias, which the standard
-deviation does not see, and groups of consecutive images are balanced like the whole. It covers the sampling noise of one trained
-network; the noise of training needs runs of several seeds.
+deviation does not see. It covers the sampling noise of one trained network; the noise of training needs runs of several seeds.
+
+Where the label of image i is i mod classes, every set of n images has the same labels. Both then take whole cycles of them: in
+subsets and groups that are not balanced, the differences between classes would pass for bias and for spread.
 """
 
 import warnings
@@ -29,7 +31,8 @@ from configs.errors import DataError
 
 Array = NDArray[np.float64]
 
-GROUPS = 20  # of the jackknife
+GROUPS = 20  # of the jackknife, at most
+_FEWEST = 5  # groups: with their 4 degrees of freedom a deviation is known to 1 / sqrt(8), a third of itself; with fewer, worse
 
 
 class Gaussian(Protocol):
@@ -86,64 +89,70 @@ class FidInfinity:
 
 
 def fid_infinity(
-    features: NDArray[np.floating], reference: Gaussian, points: int = 15, smallest: int = 0, seed: int = 0
+    features: NDArray[np.floating], reference: Gaussian, points: int = 15, smallest: int = 0, seed: int = 0, cycle: int = 1
 ) -> FidInfinity:
     """Extrapolate the FID of features (n, d) to n = infinity by least squares on 1 / N.
 
-    `points` subsets, their sizes spaced evenly from `smallest` (0 = a third of n) to n, are drawn without replacement by `seed`.
+    `points` subsets, their sizes spaced evenly from `smallest` (0 = a third of n) to n, are drawn without replacement by `seed`: as
+    whole cycles of `cycle` images, the classes in their order, or image by image where labels have no order (1).
     Only the bias of the generated set is removed; that of the reference stays. Raises DataError if a subset would not exceed d.
     """
     n, d = features.shape
     smallest = smallest or n // 3
-    if points < 2 or not d < smallest < n:
+    least, most = -(-smallest // cycle), n // cycle
+    if points < 2 or smallest <= d or least >= most:
         raise DataError(
-            f"FID-infinity of {d} features needs two subsets or more of more than {d} images, not {points} of {smallest} to {n}; "
-            "generate more images"
+            f"FID-infinity of {d} features needs two subsets or more of more than {d} images, not {points} of {smallest} to {n} in "
+            f"cycles of {cycle}; generate more images"
         )
     mean, cov = reference.mean, reference.covariance
     _check(mean, cov)
     if mean.shape != (d,):
         raise DataError(f"features of {d} and of {mean.shape[0]} dimensions have no distance; use one extractor for both")
     root = _root(cov)
-    ns = np.linspace(smallest, n, points).round().astype(int)
+    cycles = np.linspace(least, most, points).round().astype(int)
     generator = np.random.default_rng(seed)
     fids = []
-    for size in ns:
-        subset = from_features(features[generator.permutation(n)[:size]])
+    for count in cycles:
+        chosen = generator.permutation(most)[:count, None] * cycle + np.arange(cycle)
+        subset = from_features(features[chosen.ravel()])
         fids.append(_distance(mean, cov, root, subset.mean, subset.covariance))
+    ns = cycles * cycle
     slope, value = np.polyfit(1.0 / ns, fids, 1)
     return FidInfinity(float(value), float(slope), tuple(map(int, ns)), tuple(fids))
 
 
-def fid_spread(features: NDArray[np.floating], reference: Gaussian, groups: int = GROUPS) -> float:
+def fid_spread(features: NDArray[np.floating], reference: Gaussian, cycle: int = 1) -> float | None:
     """Standard deviation of the FID of features (n, d) over sets of n images of the same model, by the delete-a-group jackknife.
 
-    The groups are consecutive and of nearly equal size m. With F_j the FID without group j, the pseudo-values are
-    P_j = (n / m) F - (n / m - 1) F_j, P is the jackknife estimate, and the variance is the mean of (P_j - P)^2 / (n / m - 1)
-    (Busing et al. 1999).
-    Raises DataError if fewer than two groups are asked for, or what stays without one would not exceed d images.
+    The groups are consecutive and of whole cycles of `cycle` images (1 where labels have no order), 20 of them that differ by one
+    cycle at most, or one for each cycle. What is left of a last cycle is in none, so N of the n images are in groups. With F_j the
+    FID without the m images of group j, the pseudo-values are P_j = (N / m) F - (N / m - 1) F_j, P is the jackknife estimate, and
+    the variance is the mean of (P_j - P)^2 / (N / m - 1) (Busing et al. 1999), times N / n.
+    None for fewer than 5 groups, and where what stays without one would not exceed d images.
     """
     n, d = features.shape
-    if groups < 2 or n < groups or not d < n - -(-n // groups):
-        raise DataError(
-            f"the spread of an FID over {groups} groups needs more than {d} images beside each group, not {n} in all; generate more"
-        )
+    cycles = n // cycle
+    groups = min(GROUPS, cycles)
+    if groups < _FEWEST or (cycles - -(-cycles // groups)) * cycle <= d:
+        return None
     mean, cov = reference.mean, reference.covariance
     _check(mean, cov)
     root = _root(cov)
-    edges = [i * n // groups for i in range(groups + 1)]
+    edges = [i * cycles // groups * cycle for i in range(groups + 1)]
     parts = [from_features(features[first:last]) for first, last in pairwise(edges)]
     total, outer = sum(part.total for part in parts), sum(part.outer for part in parts)
+    grouped = edges[-1]
 
     def distance(left: Moments) -> float:
         return _distance(mean, cov, root, left.mean, left.covariance)
 
-    whole = distance(Moments(n, np.asarray(total), np.asarray(outer)))
-    without = np.array([distance(Moments(n - part.n, total - part.total, outer - part.outer)) for part in parts])
-    ratio = n / np.array([part.n for part in parts])
+    whole = distance(Moments(grouped, np.asarray(total), np.asarray(outer)))
+    without = np.array([distance(Moments(grouped - part.n, total - part.total, outer - part.outer)) for part in parts])
+    ratio = grouped / np.array([part.n for part in parts])
     pseudo = ratio * whole - (ratio - 1.0) * without
     centre = groups * whole - ((1.0 - 1.0 / ratio) * without).sum()
-    return float(np.sqrt(((pseudo - centre) ** 2 / (ratio - 1.0)).sum() / groups))
+    return float(np.sqrt(((pseudo - centre) ** 2 / (ratio - 1.0)).sum() / groups * (grouped / n)))
 
 
 def _check(mean: Array, cov: Array) -> None:

@@ -47,12 +47,15 @@ def near_frontier(curves: Sequence[Sequence[Row]]) -> list[list[float]]:
     """The w of each curve that may lie on the common frontier of all of them, and their neighbours in w: what deserves more images.
 
     A row is beaten by one of at least its Inception score whose FID is lower by more than the sum of both spreads (`fid_std`).
+    Where a spread is not known, nobody knows who is beaten.
     """
-    every = [row for rows in curves for row in rows]
+    known = [(row.inception_score, row.fid, row.fid_std) for rows in curves for row in rows if row.fid_std is not None]
 
     def beaten(row: Row) -> bool:
-        limit = row.fid - (row.fid_std or 0.0)
-        return any(q.inception_score >= row.inception_score and q.fid + (q.fid_std or 0.0) < limit for q in every)
+        if row.fid_std is None:
+            return False
+        limit = row.fid - row.fid_std
+        return any(score >= row.inception_score and fid + std < limit for score, fid, std in known)
 
     found = []
     for rows in curves:
@@ -81,14 +84,19 @@ class SeedRow:
 
 def over_seeds(rows: Sequence[Row], names: Sequence[str] = ("seed",)) -> list[SeedRow]:
     """Rows that differ in w and in the MODEL conditions `names` only, gathered by w: ("seed",) asks what sampling leaves open,
-    ("run",) with runs of several training seeds what training leaves open. The mean is reported, never the best.
+    ("run",) with runs of several training seeds what training leaves open. The mean is reported, never the best; so a w that not
+    all of them have is left out, as a screen keeps the better ones.
 
     Raises DataError if anything else differs.
     """
     require_comparable(rows, names)
+    members = len({tuple(getattr(row, name) for name in names) for row in rows})
     gathered = []
     for w in sorted({row.w for row in rows}):
-        found = {name: [getattr(row, name) for row in rows if row.w == w] for name in _REPEATED}
+        here = [row for row in rows if row.w == w]
+        if len(here) < members:
+            continue
+        found = {name: [getattr(row, name) for row in here] for name in _REPEATED}
         gathered.append(SeedRow(w, {name: spread(values) for name, values in found.items() if None not in values}))
     return gathered
 

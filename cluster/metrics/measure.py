@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cluster.metrics import moments
 from cluster.metrics.features import Extractor, Measured, concatenated
-from cluster.metrics.fid import GROUPS, fid, fid_infinity, fid_spread
+from cluster.metrics.fid import fid, fid_infinity, fid_spread
 from cluster.metrics.inception_score import class_accuracy, inception_score
 from cluster.metrics.kid import kid
 from cluster.metrics.precision_recall import precision_recall
@@ -49,9 +49,9 @@ def values(
 
     With the yardstick `dinov2`, the units hold DINOv2's features too (`measure_with`).
     What the reference or the extractor does not allow is None: precision, recall and KID without features of real images, sFID
-    without spatial ones, FID-infinity and the FID's spread for fewer images than they need. Class accuracy needs an own evaluator:
-    Inception's 1008 classes are not numbered as ImageNet's labels. Raises DataError where FID, IS or FD-DINOv2 cannot be
-    computed.
+    without spatial ones, FID-infinity and the FID's spread for fewer images, or cycles of balanced labels, than they need. Class
+    accuracy needs an own evaluator: Inception's 1008 classes are not numbered as ImageNet's labels. Raises DataError where FID, IS
+    or FD-DINOv2 cannot be computed.
     """
     reference, whole = yardstick.reference, concatenated(units)
     if whole.probabilities is None:
@@ -59,11 +59,13 @@ def values(
             f"{yardstick.extractor.name} has no classes and so no Inception score; measure with Inception or an evaluator"
         )
     n, d = whole.features.shape
+    cycle = _cycle(n, labels)
+    enough = n // 3 > d and n >= 2 * cycle
     score = inception_score(whole.probabilities)
     found: dict[str, float | None] = {
         "fid": fid(moments.merged(moments.from_features(unit.features) for unit in units), reference.pool),
-        "fid_std": fid_spread(whole.features, reference.pool) if n - -(-n // GROUPS) > d and n >= GROUPS else None,
-        "fid_infinity": fid_infinity(whole.features, reference.pool, POINTS).value if n // 3 > d else None,
+        "fid_std": fid_spread(whole.features, reference.pool, cycle),
+        "fid_infinity": fid_infinity(whole.features, reference.pool, POINTS, cycle=cycle).value if enough else None,
         "inception_score": score.mean,
         "inception_score_std": score.std,
     }
@@ -83,6 +85,14 @@ def values(
         pool = moments.merged(moments.from_features(unit.dinov2) for unit in units if unit.dinov2 is not None)
         found["fd_dinov2"] = fid(pool, dinov2.reference.pool)
     return found
+
+
+def _cycle(n: int, labels: NDArray[np.integer] | None) -> int:
+    """Images after which balanced labels (image i has i mod classes) begin again; 1 for labels in any other order, or none."""
+    if labels is None:
+        return 1
+    classes = max(int(labels.max()) + 1, 1)
+    return classes if np.array_equal(labels, np.arange(n) % classes) else 1
 
 
 def conditions(yardstick: Yardstick, dinov2: Yardstick | None = None) -> dict[str, Any]:

@@ -5,11 +5,12 @@ one written here) or from an `.npz` of images (`arr_0`). A file that holds both,
 FID and its images to precision, recall and KID. Pickles are refused: reading one runs whatever its author wrote.
 """
 
+import contextlib
 import hashlib
 import io
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -42,10 +43,16 @@ class Reference:
     pool: Statistics  # of the extractor's features
     spatial: Statistics | None = None  # of its spatial features, for sFID
     features: NDArray[np.float32] | None = None  # (M, d) of up to KEPT images
+    file: str = ""  # sha256 of the file that others made, from which all of it comes
 
     @property
     def sha256(self) -> str:
-        """Fingerprint of everything that metrics read, little-endian."""
+        """What rows call the reference: its file's hash, or a fingerprint of everything that metrics read, little-endian.
+
+        A file of images keeps its name wherever it is measured, although two devices round its features differently.
+        """
+        if self.file:
+            return self.file
         digest = hashlib.sha256()
         for statistics in (self.pool, self.spatial):
             if statistics is not None:
@@ -64,7 +71,7 @@ class Reference:
         if self.features is not None:
             arrays["features"] = self.features
         buffer = io.BytesIO()
-        np.savez(buffer, **arrays, extractor=np.array(extractor.hash), dataset=np.array(self.dataset))
+        np.savez(buffer, **arrays, extractor=np.array(extractor.hash), dataset=np.array(self.dataset), origin=np.array(self.file))
         return buffer.getvalue()
 
 
@@ -89,12 +96,13 @@ def from_npz(data: bytes, where: str, extractor: Extractor, dataset: str = "", d
             f"({extractor.hash[:12]}); measure the reference again"
         )
     dataset = dataset or str(arrays.get("dataset", ""))
+    file = str(arrays.get("origin", "")) if "extractor" in arrays else hashlib.sha256(data).hexdigest()
     images = arrays.get("arr_0")
     if "mu" not in arrays:
         if images is None:
             raise DataError(f"{where} holds neither mu and sigma nor images as arr_0; give a file of one or the other")
         _check_images(images, where)
-        return _measured(_blocks(iter(images)), len(images), extractor, dataset, device)
+        return replace(_measured(_blocks(iter(images)), len(images), extractor, dataset, device), file=file)
     n = int(arrays.get("n", 0))
     pool = _statistics(arrays, "mu", "sigma", n, where)
     if len(pool.mean) != extractor.width:
@@ -112,17 +120,29 @@ def from_npz(data: bytes, where: str, extractor: Extractor, dataset: str = "", d
             f"{where} holds features {features.shape} beside statistics of {len(pool.mean)}, or NaN among them; "
             "measure the reference again"
         )
-    return Reference(dataset, pool, spatial, features)
+    return Reference(dataset, pool, spatial, features, file)
+
+
+def has_images(data: bytes) -> bool:
+    """Whether an `.npz` holds images that have to be measured before it is a reference; not whether it can be used."""
+    with contextlib.suppress(OSError, EOFError, ValueError, zipfile.BadZipFile), zipfile.ZipFile(io.BytesIO(data)) as archive:
+        return "arr_0.npy" in archive.namelist() and "features.npy" not in archive.namelist()
+    return False
+
+
+def read_npz(uri: str) -> bytes:
+    """The file at a path or URI, for `from_npz`."""
+    if uri.endswith((".pkl", ".pickle")):
+        raise DataError(f"{uri} is a pickle, which could run code and is never read; save its mu and sigma with np.savez")
+    return read_object(uri, "correct the path of the reference")
 
 
 def load_npz(uri: str, extractor: Extractor, dataset: str = "", device: str = "cpu") -> Reference:
     """`from_npz` of a path or URI."""
-    if uri.endswith((".pkl", ".pickle")):
-        raise DataError(f"{uri} is a pickle, which could run code and is never read; save its mu and sigma with np.savez")
-    return from_npz(read_object(uri, "correct the path of the reference"), uri, extractor, dataset, device)
+    return from_npz(read_npz(uri), uri, extractor, dataset, device)
 
 
-_NAMES = {"mu", "sigma", "mu_s", "sigma_s", "n", "features", "extractor", "dataset", "arr_0"}
+_NAMES = {"mu", "sigma", "mu_s", "sigma_s", "n", "features", "extractor", "dataset", "origin", "arr_0"}
 
 
 def _spare(name: str, present: list[str]) -> bool:

@@ -5,6 +5,7 @@ and of the rounding. So a row is never a bare number: it carries all of these, a
 rows that differ in a condition that the reader has not been told about.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -14,6 +15,7 @@ from typing import Any, get_args
 from cluster.metrics.images import ROUNDING
 from configs.errors import DataError
 from configs.schema import Config, SamplingConfig
+from trainer.networks.build import network_options
 
 INCEPTION = "inception-2015-12-05"  # the only extractor whose distances are called FID
 SCHEMA = "freeguide-rows/2"
@@ -22,7 +24,15 @@ SCHEMA = "freeguide-rows/2"
 INSTRUMENT = ("n", "dataset", "reference", "reference_n", "extractor", "extractor_hash", "resize", "dinov2", "dinov2_reference")
 MEASUREMENT = (*INSTRUMENT, "rounding", "labels")
 # What was measured. Rows may differ in these where an experiment varies them by name, as the paper varies p_uncond.
-MODEL = ("run", "checkpoint_step", "p_uncond", "ema", "sampler", "steps", "v", "clip", "options", "seed", "code_version")
+MODEL = (
+    *("run", "checkpoint_step", "trained", "p_uncond", "ema"),
+    *("sampler", "steps", "v", "clip", "options", "seed", "code_version"),
+)
+# Options of a training that decide what comes out; the rest decides how fast it is and what is kept.
+_TRAINING = (
+    *("steps", "global_batch", "lr", "warmup_steps", "schedule", "decay_steps", "betas", "adam_eps", "weight_decay"),
+    *("grad_clip", "precision"),
+)
 UNKNOWN = "not known"  # rounding or labels of images that somebody else made
 
 
@@ -63,6 +73,7 @@ class Row:
 
     run: str
     checkpoint_step: int | None = None
+    trained: str | None = None  # hash of network, diffusion and training, see `trained`: runs that differ are no repetitions
     p_uncond: float | None = None
     ema: float | str | None = None  # decay per step of the averaged weights, 0 = the raw ones; another average by its name
     sampler: str = UNKNOWN
@@ -97,6 +108,7 @@ def model_conditions(config: Config, checkpoint_step: int, code_version: str) ->
     return {
         "run": config.name,
         "checkpoint_step": checkpoint_step,
+        "trained": trained(config),
         "p_uncond": config.diffusion.p_uncond,
         "ema": config.train.ema_decay if sampling.ema == "ema" else sampling.ema,
         "sampler": sampling.sampler,
@@ -109,6 +121,16 @@ def model_conditions(config: Config, checkpoint_step: int, code_version: str) ->
         "rounding": ROUNDING,
         "code_version": code_version,
     }
+
+
+def trained(config: Config) -> str:
+    """A short hash of what was trained and how: not p_uncond and the averages, which have columns, no seed, and nothing that only
+    decides how fast or how safely it is done.
+    """
+    chosen = {f"train.{name}": getattr(config.train, name) for name in _TRAINING}
+    chosen |= {f"model.{name}": getattr(config.model, name) for name in network_options(config.model)}
+    chosen |= {f"diffusion.{name}": value for name, value in vars(config.diffusion).items() if name != "p_uncond"}
+    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def further_options(sampling: SamplingConfig) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cluster import figures
 from cluster.metrics.published import PUBLISHED
 from cluster.metrics.rows import INCEPTION, Row, from_json
 from cluster.report import Cost, write_report
@@ -45,6 +46,7 @@ def _rows(**changes: object) -> list[Row]:
                 "labels": "balanced",
                 "run": "s3://bucket/fashion",
                 "checkpoint_step": 6000,
+                "trained": "c3" * 6,
                 "p_uncond": 0.1,
                 "ema": 0.999,
                 "sampler": "ancestral",
@@ -109,7 +111,7 @@ def test_the_table_has_one_line_per_w_and_only_the_best_fid_is_bold(tmp_path):
 def test_every_condition_stands_in_the_caption_of_table_and_page(tmp_path):
     write_report(_rows(), {}, tmp_path, title="Fashion")
     said = "s3://bucket/fashion|6000|EMA 0.999|p_uncond 0.1|ancestral|T = 64|v = 0.3|clipped|seed 17|0.1.0+abc|n = 5000|balanced"
-    said += f"|round-half-up|resize none|60000|{'a1' * 6}|of fashion|{'b2' * 6}|no other FID"
+    said += f"|round-half-up|resize none|60000|{'a1' * 6}|of fashion|{'b2' * 6}|no other FID|diffusion {'c3' * 6}"
     for name in ("table.md", "index.html"):
         text = (tmp_path / name).read_text()
         assert [words for words in said.split("|") if words not in text] == []
@@ -228,6 +230,15 @@ def test_the_figures_draw_without_warnings_at_the_edges_of_the_data(tmp_path, re
             picture = np.asarray(Image.open(io.BytesIO((tmp_path / folder / name).read_bytes())).convert("L"))
             assert picture.std() > 0
     assert [str(warning.message) for warning in recwarn] == []
+
+
+def test_error_bars_are_one_deviation_as_everywhere_else(monkeypatch):
+    monkeypatch.setattr(figures, "_drawn", lambda figure: figure)
+    rows = _rows(fid_std=0.5)
+    left, middle, _ = figures.curves([("", rows)]).axes
+    (bars,) = left.containers[0].lines[2]
+    assert [bar[:, 1].tolist() for bar in bars.get_segments()] == [[row.fid - 0.5, row.fid + 0.5] for row in rows]
+    assert middle.collections[0].get_paths()[0].vertices[:, 1].max() == max(row.inception_score for row in rows) + 0.08
 
 
 def test_a_users_matplotlib_settings_change_nothing(tmp_path):
@@ -382,6 +393,70 @@ def test_runs_of_several_training_seeds_are_summarised_for_each_p_uncond(tmp_pat
     assert "| p_uncond | w | FID-fashion | IS | accuracy |" in section
     assert "| 0.1 | 0.75 | 5.11 ± 0.71 | 8.47 ± 0 |" in section
     assert section.count("| 2 |\n") == 3 * len(WEIGHTS)
+
+
+SWEPT = ("run", "checkpoint_step", "trained", "p_uncond", "ema")  # what a sweep over runs may vary
+
+
+def _swept(*runs: dict[str, object]) -> tuple[list[Row], list[str]]:
+    """The curves of some runs, number k with FIDs that are higher by k, and the conditions in which they differ."""
+    rows = [replace(row, run=f"r{k}", **run, fid=row.fid + k) for k, run in enumerate(runs) for row in _rows()]
+    return rows, [name for name in SWEPT if len({getattr(row, name) for row in rows}) > 1]
+
+
+@pytest.mark.parametrize("change", [{"trained": "d4" * 6}, {"checkpoint_step": 300}, {"trained": "d4" * 6, "p_uncond": 0.5}])
+@pytest.mark.usefixtures("words_only")
+def test_runs_that_were_not_trained_alike_are_no_repetitions(tmp_path, change):
+    rows, varying = _swept({}, change)
+    write_report(rows, {}, tmp_path, title="x", varying=varying)
+    text = (tmp_path / "table.md").read_text()
+    assert "Over runs" not in text
+    assert "over runs" not in text
+    if "trained" in change:
+        assert text.splitlines()[2].startswith("| run | "), "p_uncond would be a wrong name for a difference of networks"
+        assert f"| r1 | {'d4' * 6} |" in text.split("## Series")[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "labels"),
+    [
+        ({"trained": "d4" * 6}, ["trained c3c3c3c3c3c3", "trained d4d4d4d4d4d4"]),
+        ({"checkpoint_step": 300}, ["checkpoint_step 6000", "checkpoint_step 300"]),
+        ({"checkpoint_step": 300, "p_uncond": 0.5}, ["p_uncond 0.1", "p_uncond 0.5"]),
+        ({"trained": "d4" * 6, "p_uncond": 0.5}, ["trained c3c3c3c3c3c3, p_uncond 0.1", "trained d4d4d4d4d4d4, p_uncond 0.5"]),
+    ],
+)
+@pytest.mark.usefixtures("words_only")
+def test_repetitions_are_told_apart_by_all_in_which_they_were_trained(tmp_path, change, labels):
+    rows, varying = _swept({}, {}, change, change, change)
+    write_report(rows, {}, tmp_path, title="x", varying=varying)
+    text = (tmp_path / "table.md").read_text()
+    over, means = text.split("## Over runs")[1].split("## FID-fashion at equal Inception score, over runs")
+    assert f"| IS | {' | '.join(labels)} |" in means
+    names = [words.split()[0] for words in labels[0].split(", ")]
+    assert f"| {' | '.join(names)} | w | FID-fashion |" in over
+    assert [over.count(f"| {k} |\n") for k in (2, 3, 5)] == [len(WEIGHTS), len(WEIGHTS), 0]
+    assert "| 0.75 | 4.69 ± 0.71 |" in over  # of 4.19 and 5.19
+    assert "| 0.75 | 7.19 ± 1 |" in over  # of 6.19, 7.19 and 8.19
+
+
+@pytest.mark.usefixtures("words_only")
+def test_seeds_are_repetitions_of_one_run_only(tmp_path):
+    rows = [replace(row, run=f"r{seed}", seed=seed) for seed in (0, 1) for row in _rows()]
+    write_report(rows, {}, tmp_path, title="x", varying=("run", "seed"))
+    assert "## Over" not in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.usefixtures("words_only")
+def test_no_mean_is_of_what_a_screen_left_of_the_repetitions(tmp_path):
+    screened = [replace(row, n=500, seed=seed) for seed in (0, 1, 2) for row in _rows()]
+    whole = [replace(row, n=5000) for row in screened]
+    write_report([row for row in whole if row.w > 0.1 or row.seed], {}, tmp_path, title="x", varying=("seed",), screened=screened)
+    over = (tmp_path / "table.md").read_text().split("## Over sampling seeds")[1].split("##")[0]
+    assert re.findall(r"^\| ([\d.]+) \|.*\| (\d) \|$", over, re.MULTILINE) == [(f"{w:g}", "3") for w in WEIGHTS if w > 0.1]
+    assert "What the screen left out of one of them is left out here" in over
+    write_report([row for row in whole if row.seed], {}, tmp_path, title="x", varying=("seed",), screened=screened)
+    assert "ver sampling seeds" not in (tmp_path / "table.md").read_text()
 
 
 @pytest.mark.usefixtures("words_only")

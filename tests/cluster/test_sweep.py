@@ -8,15 +8,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cluster import evaluate as evaluation
+from cluster import sweep as sweep_module
 from cluster import units
 from cluster.evaluate import evaluate
 from cluster.inspect import inspect
+from cluster.metrics.evaluator import fit_evaluator
+from cluster.metrics.features import load_extractor
+from cluster.metrics.images import to_uint8
 from cluster.metrics.rows import Row, from_json
-from cluster.sweep import Item, Series, items, trained_series
+from cluster.session import Resources
+from cluster.sweep import Item, Series, Worker, items, trained_series
 from configs.errors import CheckpointError, ConfigError, DataError, UserError
 from configs.load import from_yaml, load_config, screen_images, to_yaml
 from configs.load import sweep as combinations
@@ -197,6 +203,39 @@ def test_a_worker_keeps_the_network_it_has(lab: Path, runs: list[str], tmp_path:
     axes = over(sampling__steps=[3, 6], sampling__ema=["ema", HALF_LIFE], run=runs[:2])
     evaluate(small(lab, tmp_path / "report", axes, "evaluate.images=40"))
     assert sorted(loaded) == sorted((run, ema) for run in runs[:2] for ema in ("ema", HALF_LIFE))
+
+
+def test_an_actor_measures_with_the_weights_that_the_driver_saw_or_not_at_all(lab: Path, tmp_path: Path) -> None:
+    there = tmp_path / "evaluator.safetensors"
+    there.write_bytes((lab / "evaluator.safetensors").read_bytes())
+    seen = load_extractor(str(there)).hash
+    assert Worker([], [(str(there), seen)], Resources(1, 0)).extractors[0].hash == seen
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), np.uint8)
+    there.write_bytes(fit_evaluator(images, np.arange(40) % 10, 10, 1, name="another").to_bytes())
+    with pytest.raises(DataError, match=f"and not {seen}"):
+        Worker([], [(str(there), seen)], Resources(1, 0))
+
+
+def test_a_grid_shows_the_first_classes_only_where_there_are_many(
+    lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (sweep_module, evaluation):
+        monkeypatch.setattr(module, "COLUMNS", 4)
+    seen: dict[Row, Any] = {}
+    write = evaluation.write_report
+
+    def noted(rows: Any, grids: Any, *rest: Any, **more: Any) -> list[Path]:
+        seen.update(grids)
+        return write(rows, grids, *rest, **more)
+
+    monkeypatch.setattr(evaluation, "write_report", noted)
+    config = small(lab, tmp_path / "run", "evaluate.w=[0.5]")
+    write_run(config)
+    evaluate(config)
+    ((_, grid),) = seen.items()
+    index = torch.tensor([[10 * row + column for column in range(4)] for row in range(2)])
+    expected = to_uint8(Sampler.from_run(config).sample(index.flatten(), index.flatten() % 10, 0.5))
+    assert np.array_equal(grid, expected.reshape(2, 4, 8, 8, 1))
 
 
 # --- what it costs ---

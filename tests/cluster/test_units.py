@@ -15,6 +15,7 @@ from ray.cluster_utils import Cluster
 
 from cluster import units
 from cluster.units import Unit
+from configs.errors import DataError
 from data_pipeline.store import Store, open_store
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +65,14 @@ def test_an_actors_error_reaches_the_user_as_its_own_sentence(ray_head: tuple[st
     driver = drive(ray_head[0], open_store(str(tmp_path)), [0.0], [], [20])
     assert driver.returncode == 2, driver.stdout + driver.stderr
     assert driver.stdout.splitlines()[-1] == "unit 20 is refused; leave it out."
+
+
+def test_what_an_actor_cannot_load_reaches_the_user_as_a_sentence_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make() -> units.Worker[Unit]:
+        raise DataError("weights are not on this node.")
+
+    monkeypatch.setattr(units.ray, "get", lambda job: job)
+    assert units._Actor((make, [Unit(0.0, 0, 1)]))({"unit": 0}) == {"unit": 0, "error": "weights are not on this node."}
 
 
 @pytest.mark.slow

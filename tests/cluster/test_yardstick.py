@@ -1,9 +1,12 @@
 """What a data set is measured with: made once, the same bits each time, pinned by its hash, refused where it does not fit."""
 
 import contextlib
+import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from cluster import units, yardstick
 from cluster.cli import main
 from cluster.metrics import dinov2, evaluator, features
 from cluster.metrics.dinov2 import VisionTransformer
+from cluster.metrics.evaluator import Evaluator
 from cluster.metrics.features import load_extractor
 from cluster.metrics.fid import fid
 from cluster.metrics.images import to_uint8
@@ -22,8 +26,8 @@ from cluster.metrics.moments import from_features, merged
 from cluster.metrics.reference import load_npz
 from cluster.metrics.rows import from_json
 from cluster.session import Resources
-from cluster.yardstick import EVALUATOR, REFERENCE, warn_of_few, yardsticks_of
-from configs.errors import ConfigError, DataError
+from cluster.yardstick import EVALUATOR, warn_of_few, yardsticks_of
+from configs.errors import ConfigError, DataError, UserError
 from configs.load import load_config
 from data_pipeline.manifest import Schema, load_manifest
 from data_pipeline.scan import scan_all
@@ -113,8 +117,9 @@ def test_two_evaluators_of_one_seed_are_equal_to_the_bit(tmp_path: Path, find: F
     for name in ("one/toys", "two/toys"):
         (found,) = find(write_toys(tmp_path / name))
         places.append(Path(found.weights).parent)
-    for file in (EVALUATOR, REFERENCE):
-        assert (places[0] / file).read_bytes() == (places[1] / file).read_bytes()
+    one, two = ({path.name: path.read_bytes() for path in place.iterdir()} for place in places)
+    assert one == two
+    assert len(one) == 2
     (other,) = find(str(tmp_path / "one/toys"), "evaluate.evaluator_seed=1")
     assert Path(other.weights).read_bytes() != (places[0] / EVALUATOR).read_bytes()
 
@@ -140,6 +145,61 @@ def test_a_data_set_beyond_the_memory_is_sampled_evenly_for_the_evaluator_and_me
     expected = evaluator.fit_evaluator(images[rows], labels[rows], 2, epochs=1, name="toys")
     assert found.extractor.hash == expected.hash
     assert found.reference.pool.n == 90
+
+
+def test_what_another_job_has_put_there_is_taken_and_never_replaced(
+    toys: str, find: Find, made: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (own,) = find(toys)
+    weights = Path(own.weights)
+    (reference,) = set(weights.parent.iterdir()) - {weights}
+    reference.unlink()  # as if the first job had died between its two
+    (again,) = find(toys)
+    assert (again.extractor.hash, again.reference.sha256) == (own.extractor.hash, own.reference.sha256)
+
+    kept = weights.read_bytes()
+    weights.unlink()
+    fit = yardstick._fit
+
+    def while_another_one_is_faster(*arguments: Any) -> Evaluator:
+        weights.write_bytes(kept)
+        return replace(fit(*arguments), name="slow")
+
+    monkeypatch.setattr(yardstick, "_fit", while_another_one_is_faster)
+    (found,) = find(toys)
+    assert weights.read_bytes() == kept
+    assert found.extractor.hash == own.extractor.hash
+    assert made == ["made"] * 3
+
+
+def test_images_as_reference_are_measured_once_and_keep_the_name_of_their_file(
+    toys: str, find: Find, made: list[str], tmp_path: Path
+) -> None:
+    (own,) = find(toys)
+    images = np.random.default_rng(3).integers(0, 256, (70, 8, 8, 1), np.uint8)
+    np.savez(tmp_path / "real.npz", images)
+    asked = [f"evaluate.extractor={own.weights}", f"evaluate.reference={tmp_path}/real.npz"]
+    (first,), (second,) = find(toys, *asked), find(toys, *asked)
+    assert made == ["made"] * 2  # the evaluator, and these images
+    file = hashlib.sha256((tmp_path / "real.npz").read_bytes()).hexdigest()
+    assert first.reference.sha256 == second.reference.sha256 == file
+    assert second.reference.pool.n == 70
+    assert np.array_equal(second.reference.pool.mean, from_features(own.extractor.measure(images).features).mean)
+    np.savez(tmp_path / "real.npz", images[::-1])
+    (other,) = find(toys, *asked)
+    assert (len(made), other.reference.sha256 == file) == (3, False)
+
+
+def test_weights_that_cannot_judge_are_refused_before_anything_is_made(
+    toys: str, find: Find, tiny_dinov2: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="holds DINOv2, which has no classes and so no Inception score; name it as dinov2"):
+        find(toys, f"evaluate.extractor={tiny_dinov2}")
+    noise = np.zeros((20, 65, 65, 1), np.uint8)
+    source = Source(Schema(65, 1, 2), 20, lambda i: Sample(noise[i], i % 2), "black")
+    write_shards(source, open_store(f"{tmp_path}/large"), shard_samples=10)
+    with pytest.raises(DataError, match=r"an evaluator takes 8 to 64 pixels .*, or set evaluate.extractor to Inception's weights"):
+        find(f"{tmp_path}/large")
 
 
 @pytest.fixture
@@ -236,7 +296,7 @@ def test_a_reference_that_does_not_fit_is_refused_before_any_image_is_made(toys:
         ("nan", "nan.npz holds NaN or infinity in mu or sigma"),
         ("large", r"measures uint8 \(N, 8, 8, 1\), not uint8 \(4, 16, 16, 1\)"),
     ):
-        with pytest.raises(DataError, match=words):
+        with pytest.raises(UserError, match=words):
             find(toys, f"evaluate.reference={tmp_path}/{name}.npz")
 
 

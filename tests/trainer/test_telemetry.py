@@ -1,12 +1,14 @@
-"""What the step line says about speed."""
+"""What the step line says about speed, and how scalars reach the store."""
 
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from configs.schema import Config, TrainConfig
-from data_pipeline.store import open_store
+from data_pipeline.store import FolderStore, open_store
 from trainer import telemetry
 from trainer.telemetry import Telemetry
 
@@ -52,3 +54,36 @@ def test_data_wait_is_the_mean_of_the_ranks_and_the_rest_of_the_run_is_extrapola
     line = step_line(clock, tmp_path, capsys, TrainConfig(steps=64, global_batch=64))
     assert "data wait 12.5 %" in line  # 4 * 0.125 s of 2 s on this rank, nothing on the other
     assert "eta 0:00:30" in line  # 60 steps of half a second
+
+
+class SlowStore(FolderStore):
+    """Answers no `put` before `open` is set."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.open = threading.Event()
+
+    def put(self, key: str, data: bytes) -> str:
+        self.open.wait()
+        return super().put(key, data)
+
+
+def test_scalars_are_sent_beside_the_steps_and_in_files_that_do_not_grow(
+    clock: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(telemetry, "_FILE_BYTES", 1)
+    store = SlowStore(tmp_path)
+    watched = Telemetry(Config(train=TrainConfig(steps=99, global_batch=4)), store, torch.device("cpu"), 0, 1)
+    for step in range(1, 9):
+        clock[0] += 31.0
+        watched.record(torch.full((2,), float(step)), torch.zeros(2), torch.arange(2), torch.tensor(1.0), 1e-3, waited=0.0)
+        watched.flush(step, READING)  # does not wait for the store
+        if step >= 4:
+            store.open.set()
+            watched._upload_thread.join()  # type: ignore[union-attr]
+    watched.close()
+    files = sorted((tmp_path / "events").iterdir())
+    assert len(files) > 3
+    log = EventAccumulator(str(tmp_path / "events"), size_guidance={"scalars": 0})
+    log.Reload()
+    assert [(event.step, event.value) for event in log.Scalars("train/loss")] == [(k, k / 2) for k in range(1, 9)]

@@ -137,8 +137,20 @@ def integers(seed: int, purpose: Purpose, index: Tensor, high: int, shape: tuple
     return (bits(seed, purpose, index, shape, stream) * high) >> 32
 
 
-def keep_mask(seed: int, index: Tensor, shape: tuple[int, ...], p: float, stream: int = 0) -> Tensor:
+def mask_keys(seed: int, index: Tensor, streams: int) -> Tensor:
+    """The two words that key `keep_mask` in each of the streams 0 .. streams - 1: (B, streams, 2) int32.
+
+    All at once, because Philox is some hundred operations whatever it is asked for: on a GPU, a hundred launches for each layer.
+    """
+    stream, row = torch.arange(streams, device=index.device), index[:, None]
+    counter = (torch.zeros_like(stream), row & _WORD, (row >> 32) & _WORD, int(Purpose.DROPOUT) + (stream << 8))
+    return _signed(torch.stack(philox(counter, (seed & _WORD, seed >> 32))[:2], dim=-1))
+
+
+def keep_mask(seed: int, index: Tensor, shape: tuple[int, ...], p: float, stream: int = 0, key: Tensor | None = None) -> Tensor:
     """Which activations dropout keeps, each with probability 1 - p: (B, *shape) bool. `stream` is the number of the layer.
+
+    `key` (B, 2) is the stream's own of `mask_keys`, where that is there already.
 
     Dropout asks for a number per activation and layer, far more than the noise does, and needs far less of it. So Philox is
     called once per example and two of its words key a 32-bit integer hash of the element's number (the three-multiplication mixer
@@ -151,7 +163,7 @@ def keep_mask(seed: int, index: Tensor, shape: tuple[int, ...], p: float, stream
     """
     if not 0 <= p <= 1:
         raise ValueError(f"p is {p}, but a dropout probability must be from 0 to 1.")
-    key = _signed(bits(seed, Purpose.DROPOUT, index, (2,), stream))
+    key = _signed(bits(seed, Purpose.DROPOUT, index, (2,), stream)) if key is None else key
     x = torch.arange(math.prod(shape), dtype=torch.int32, device=index.device) ^ key[:, :1]
     x ^= (x >> 17) & 0x7FFF  # int32 shifts copy the sign; the masks make them logical
     x *= 0xED5AD4BB - (1 << 32)

@@ -14,13 +14,16 @@ layer is a module that reads its own weights only, as ZeRO stage 3 gathers weigh
 """
 
 import math
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.diffusion.randomness import keep_mask
+from trainer.diffusion.randomness import keep_mask, mask_keys
+
+STREAMS = 64  # layers with dropout whose keys are made together
 
 
 @dataclass(frozen=True)
@@ -29,13 +32,17 @@ class DropoutKey:
 
     seed: int  # seed of the run
     index: Tensor  # (B,) int64: global index of each sample of the batch
+    keys: Tensor = field(init=False)  # (B, STREAMS, 2), of `mask_keys`
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keys", mask_keys(self.seed, self.index, STREAMS))
 
 
 def drop(h: Tensor, p: float, key: DropoutKey | None, stream: int) -> Tensor:
     """Inverted dropout of `h` (B, ...) with probability `p`; `stream` numbers the layer. Nothing is drawn for p = 0 or no key."""
     if key is None or p == 0:
         return h
-    keep = keep_mask(key.seed, key.index, tuple(h.shape[1:]), p, stream)
+    keep = keep_mask(key.seed, key.index, tuple(h.shape[1:]), p, stream, key.keys[:, stream] if stream < STREAMS else None)
     return h * keep / (1 - p)
 
 
@@ -94,18 +101,25 @@ class GroupNorm(nn.GroupNorm):
 
 
 class Linear32(nn.Linear):
-    """A linear layer whose arithmetic and output are fp32, whatever the dtype of its weights."""
+    """A linear layer whose arithmetic and output are fp32, whatever the dtype of its weights, under autocast too."""
 
     def forward(self, h: Tensor) -> Tensor:
-        return F.linear(h.float(), self.weight.float(), self.bias.float())
+        with _without_autocast(h):
+            return F.linear(h.float(), self.weight.float(), self.bias.float())
 
 
 class Conv32(nn.Conv2d):
-    """A convolution whose arithmetic and output are fp32, whatever the dtype of its weights."""
+    """A convolution whose arithmetic and output are fp32, whatever the dtype of its weights, under autocast too."""
 
     def forward(self, h: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.float()
-        return F.conv2d(h.float(), self.weight.float(), bias, self.stride, self.padding)
+        with _without_autocast(h):
+            return F.conv2d(h.float(), self.weight.float(), bias, self.stride, self.padding)
+
+
+def _without_autocast(h: Tensor) -> AbstractContextManager[object]:
+    device = h.device.type
+    return torch.autocast(device, enabled=False) if device in ("cpu", "cuda") else nullcontext()
 
 
 def zeroed(layer: nn.Module) -> nn.Module:

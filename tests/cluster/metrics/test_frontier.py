@@ -12,6 +12,7 @@ from configs.errors import DataError
 ROW = Row(
     w=0.0,
     fid=1.0,
+    fid_std=0.0,
     inception_score=1.0,
     inception_score_std=0.0,
     n=50_000,
@@ -93,6 +94,14 @@ def test_seeds_are_averaged_never_chosen_from():
         over_seeds([rows[0], replace(rows[1], n=1000)])
 
 
+def test_a_w_that_a_screen_left_to_some_is_averaged_over_none():
+    rows = [replace(ROW, w=w, seed=s) for w in (0.0, 1.0) for s in (0, 1, 2)]
+    assert [found.w for found in over_seeds(rows[:-1])] == [0.0]
+    assert over_seeds([rows[0], rows[-1]]) == []
+    alone = [replace(ROW, w=w, seed=s, run=f"r{s}") for w, s in ((0.0, 0), (1.0, 0), (1.0, 1))]
+    assert [found.w for found in over_seeds(alone, ("run", "seed"))] == [1.0]
+
+
 def test_near_the_frontier_of_the_papers_table_are_the_best_fid_and_all_above_it_with_one_neighbour():
     first = _table_1(0.1)
     assert near_frontier([first]) == [[row.w for row in first]]  # FID is best at w = 0.1, whose neighbour is 0
@@ -107,3 +116,11 @@ def test_the_frontier_is_common_to_all_series_and_a_spread_leaves_the_benefit_of
     doubtful = [replace(row, fid_std=5.5) for row in bad]  # 6 - 5.5 is below the best FID, 7 - 5.5 is not
     assert near_frontier([good, doubtful]) == [[0.0, 1.0, 2.0], [0.0, 1.0]]
     assert near_frontier([good, [replace(row, fid_std=0.1) for row in bad]]) == [[0.0, 1.0, 2.0], []]
+
+
+def test_where_a_spread_is_not_known_nothing_is_left_out():
+    good = [replace(ROW, w=w, fid=1 + w, inception_score=10 + w) for w in (0.0, 1.0, 2.0)]
+    bad = [replace(row, fid=row.fid + 5, inception_score=row.inception_score - 1) for row in good]
+    unknown = [replace(row, fid_std=None) for row in bad]
+    assert near_frontier([good, unknown]) == [[0.0, 1.0, 2.0], [0.0, 1.0, 2.0]]
+    assert near_frontier([[replace(row, fid_std=None) for row in good], bad]) == [[0.0, 1.0, 2.0], [0.0, 1.0, 2.0]]

@@ -49,6 +49,7 @@ def _units(*edges: int, **without: None) -> list[Measured]:
 
 
 FULL = Yardstick(Judge(), Reference("toys", _statistics(REAL), _statistics(SPATIAL[:200] + 1), REAL))
+BARE = Yardstick(Judge(INCEPTION), Reference("", _statistics(REAL)))
 
 
 def test_every_value_is_that_of_its_own_function():
@@ -59,8 +60,8 @@ def test_every_value_is_that_of_its_own_function():
     assert FULL.reference.spatial is not None
     assert found == {
         "fid": fid(merged(units), FULL.reference.pool),
-        "fid_std": fid_spread(FEATURES, FULL.reference.pool),
-        "fid_infinity": fid_infinity(FEATURES, FULL.reference.pool).value,
+        "fid_std": fid_spread(FEATURES, FULL.reference.pool, cycle=4),
+        "fid_infinity": fid_infinity(FEATURES, FULL.reference.pool, cycle=4).value,
         "inception_score": inception_score(PROBABILITIES).mean,
         "inception_score_std": inception_score(PROBABILITIES).std,
         "accuracy": float(np.mean(PROBABILITIES.argmax(axis=1) == LABELS)),
@@ -70,6 +71,33 @@ def test_every_value_is_that_of_its_own_function():
         "kid_std": distance.std,
         "sfid": fid(spatial, FULL.reference.spatial),
     }
+
+
+@pytest.mark.parametrize(
+    ("labels", "cycle"),
+    [
+        (np.arange(N) % 7, 7),  # 400 is no multiple
+        (np.arange(N) % 80, 80),
+        ((np.arange(N) % 200).astype(np.uint8), 200),
+        (np.zeros(N, np.int64), 1),
+        (np.full(N, -1), 1),
+        (np.random.default_rng(0).permutation(LABELS), 1),
+        (np.append(LABELS[:-1], 0), 1),
+        (np.sort(LABELS), 1),
+        (None, 1),
+    ],
+)
+def test_only_balanced_labels_are_taken_in_cycles(labels, cycle):
+    found = values(_units(), labels, BARE)
+    assert found["fid_std"] == fid_spread(FEATURES, BARE.reference.pool, cycle)
+    assert found["fid_infinity"] == fid_infinity(FEATURES, BARE.reference.pool, cycle=cycle).value
+    assert (found["fid_std"] is None) == (cycle == 200), "two cycles have no spread"
+
+
+@pytest.mark.parametrize("labels", [np.arange(N), (np.arange(N) % 256).astype(np.uint8)])
+def test_one_cycle_has_no_limit_and_no_spread(labels):
+    found = values(_units(), labels, BARE)
+    assert (found["fid_std"], found["fid_infinity"]) == (None, None)
 
 
 def test_dinov2_has_an_instrument_of_its_own():
@@ -95,13 +123,12 @@ def test_values_and_conditions_are_fields_of_a_row_and_fill_it():
 
 
 def test_what_cannot_be_measured_is_left_out():
-    bare = Yardstick(Judge(INCEPTION), Reference("", _statistics(REAL)))
-    found = values(_units(spatial=None), LABELS, bare)  # 1008 classes of another order: no accuracy
+    found = values(_units(spatial=None), LABELS, BARE)  # 1008 classes of another order: no accuracy
     assert {name for name, value in found.items() if value is not None} == {
         *("fid", "fid_std", "fid_infinity", "inception_score", "inception_score_std")
     }
     few = [Measured(FEATURES[:12], PROBABILITIES[:12])]
-    found = values(few, None, bare)
+    found = values(few, LABELS[:12], BARE)
     assert (found["fid_std"], found["fid_infinity"]) == (None, None)
     with pytest.raises(DataError, match="toy has no classes and so no Inception score"):
         values(_units(probabilities=None), LABELS, FULL)

@@ -1,6 +1,7 @@
 """Rows carry every condition, survive JSON to the bit, and refuse company that was measured differently."""
 
 import json
+import re
 from dataclasses import fields, replace
 from typing import Any
 
@@ -39,6 +40,7 @@ ROW = Row(
     labels="balanced",
     run="digits",
     checkpoint_step=2500,
+    trained="c3" * 6,
     p_uncond=0.1,
     ema=0.999,
     sampler="ancestral",
@@ -149,10 +151,11 @@ def test_only_inception_is_called_plain_fid():
 
 
 def test_what_a_stranger_did_not_state_is_none_and_survives_json():
-    unknown = replace(ROW, checkpoint_step=None, p_uncond=None, ema=None, steps=None, v=None, clip=None, seed=None, nfe=None)
+    facts = ("checkpoint_step", "trained", "p_uncond", "ema", "steps", "v", "clip", "seed", "nfe")
+    unknown = replace(ROW, **dict.fromkeys(facts))
     assert from_json(to_json([unknown])) == [unknown]
     with pytest.raises(DataError, match=r"because p_uncond is 0\.1 in one and None in the other"):
-        require_comparable([ROW, replace(unknown, checkpoint_step=ROW.checkpoint_step)])
+        require_comparable([ROW, replace(unknown, checkpoint_step=ROW.checkpoint_step, trained=ROW.trained)])
 
 
 def test_other_peoples_images_need_the_same_instrument_only():
@@ -188,3 +191,40 @@ def test_our_own_conditions_follow_from_the_configuration_alone():
     assert from_json(to_json([row, other])) == [row, other]
     with pytest.raises(DataError, match=r"because ema is 0\.9999 in one and 'sigma_rel_0\.1' in the other"):
         require_comparable([row, other])
+
+
+def _trained(**changes: object) -> str:
+    config = Config(name="digits", run="s3://bucket/digits")
+    for key, value in changes.items():
+        room, name = key.split("__")
+        setattr(getattr(config, room), name, value)
+    return model_conditions(config, 2500, "x")["trained"]
+
+
+def test_what_was_trained_is_network_diffusion_and_training_but_not_p_uncond_or_the_seed():
+    assert re.fullmatch("[0-9a-f]{12}", _trained())
+    config = Config(name="other", run="elsewhere", seed=5, sampling=SamplingConfig(steps=9))
+    assert model_conditions(config, 100, "y")["trained"] == _trained()
+    assert _trained(diffusion__p_uncond=0.5, train__zero_stage=3, train__log_every=1, train__ema_decay=0.5) == _trained()
+    changes = [
+        {"model__network": "dit"},
+        {"model__channels": 64},
+        {"model__channel_mult": [1, 2]},
+        {"model__dropout": 0.0},
+        {"diffusion__prediction": "v"},
+        {"diffusion__schedule": "flow"},
+        {"diffusion__logsnr_max": 10.0},
+        {"diffusion__loss_weight": "v"},
+        {"train__lr": 1.0},
+        {"train__precision": "fp32"},
+    ]
+    assert len({_trained(), *(_trained(**change) for change in changes)}) == 1 + len(changes)
+    assert _trained(model__depth=12) == _trained(), "a U-Net reads no depth"
+    assert _trained(model__network="dit", model__depth=12) != _trained(model__network="dit")
+    assert _trained(model__network="dit", model__dropout=0.0) == _trained(model__network="dit")
+
+
+def test_rows_from_before_a_condition_was_known_are_read():
+    document = json.loads(to_json([ROW]))
+    del document["rows"][0]["trained"]
+    assert from_json(json.dumps(document)) == [replace(ROW, trained=None)]

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.diffusion.randomness import Purpose, bits, integers, keep_mask, normal, philox, uniform
+from trainer.diffusion.randomness import Purpose, bits, integers, keep_mask, mask_keys, normal, philox, uniform
 
 PI = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0)
 KNOWN_ANSWERS = [  # Random123, tests/kat_vectors: philox4x32 10
@@ -148,6 +148,16 @@ def test_keep_masks_of_examples_and_layers_are_independent():
     assert pairs.abs().max() < 5.5 / 64  # 8128 pairs: the largest of as many normals of deviation 1/64 is near 3.9
     shifts = torch.stack([(signs * signs.roll(k, 1)).mean() for k in (1, 2, 4, 16, 64, 1024)])
     assert shifts.abs().max() < 4 / math.sqrt(signs.numel())
+
+
+def test_keys_of_many_streams_at_once_are_those_of_each():
+    index = torch.tensor([0, 5, 2**33 + 1])
+    keys = mask_keys(2**40 + 3, index, 9)
+    for stream in range(9):
+        alone = keep_mask(2**40 + 3, index, (4, 5), 0.5, stream)
+        assert torch.equal(keep_mask(2**40 + 3, index, (4, 5), 0.5, stream, keys[:, stream]), alone)
+        words = bits(2**40 + 3, Purpose.DROPOUT, index, (2,), stream)
+        assert torch.equal(keys[:, stream].long() % 2**32, words)
 
 
 def test_keep_masks_need_both_key_words_to_agree(monkeypatch):

@@ -133,8 +133,8 @@ def test_dropout_masks_of_a_sample_are_the_same_bits_alone_and_in_a_batch(monkey
     masks: dict[int, list[Tensor]] = {}
     draw = layers.keep_mask
 
-    def record(seed: int, index: Tensor, shape: tuple[int, ...], p: float, stream: int) -> Tensor:
-        mask = draw(seed, index, shape, p, stream)
+    def record(seed: int, index: Tensor, shape: tuple[int, ...], p: float, stream: int, key: Tensor) -> Tensor:
+        mask = draw(seed, index, shape, p, stream, key)
         masks.setdefault(stream, []).append(mask)
         return mask
 

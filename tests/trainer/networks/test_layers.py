@@ -97,3 +97,13 @@ def test_nothing_is_drawn_without_a_key_or_without_dropout(monkeypatch: pytest.M
     h = torch.ones(1, 2)
     assert drop(h, 0.5, None, 0) is h
     assert drop(h, 0.0, DropoutKey(0, torch.tensor([0])), 0) is h
+
+
+def test_fp32_layers_stay_fp32_under_autocast() -> None:
+    """`sampling.precision=bf16` is autocast over fp32 weights, which casts inside linear layers and convolutions."""
+    torch.manual_seed(0)
+    h = torch.randn(2, 8, 4, 4)
+    for layer, x in ((Linear32(8, 8), h.flatten(2).mT), (Conv32(8, 3, 3, padding=1), h), (GroupNorm(8), h)):
+        expected = layer(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(layer(x), expected)
