@@ -111,7 +111,7 @@ def test_the_table_has_one_line_per_w_and_only_the_best_fid_is_bold(tmp_path):
 def test_every_condition_stands_in_the_caption_of_table_and_page(tmp_path):
     write_report(_rows(), {}, tmp_path, title="Fashion")
     said = "s3://bucket/fashion|6000|EMA 0.999|p_uncond 0.1|ancestral|T = 64|v = 0.3|clipped|seed 17|0.1.0+abc|n = 5000|balanced"
-    said += f"|round-half-up|resize none|60000|{'a1' * 6}|of fashion|{'b2' * 6}|no other FID|diffusion {'c3' * 6}"
+    said += f"|round-half-up|resize none|60000|{'a1' * 6}|of fashion|{'b2' * 6}|no other FID|training {'c3' * 6}"
     for name in ("table.md", "index.html"):
         text = (tmp_path / name).read_text()
         assert [words for words in said.split("|") if words not in text] == []
