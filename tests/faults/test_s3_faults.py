@@ -181,7 +181,7 @@ def test_concurrency_falls_under_overload_and_recovers(direct: str, proxy: Fault
         limits.append(gate.limit)
 
     monkeypatch.setattr(Gate, "retried", noted)
-    store = open_store(direct, RETRY)
+    store = open_store(direct, PATIENT)  # a slow machine must not look like an overload
     manifest = load_manifest(store)
     proxy.faults.extend([""] * 10 + ["503"] + [""] * 10 + ["503"])
     _, stats = read(store, manifest, fetch_threads=4)
