@@ -253,8 +253,8 @@ class Telemetry:
         """Copy the event files that have grown."""
         try:
             for path in sorted(Path(self._folder.name).iterdir()):
-                data = path.read_bytes()
-                if len(data) > self._sent.get(path.name, 0):
+                if path.stat().st_size > self._sent.get(path.name, 0):
+                    data = path.read_bytes()
                     self._store.put(f"events/{path.name}", data)
                     self._sent[path.name] = len(data)
         except StoreError as error:  # scalars are not worth a run: the next upload brings them
