@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from configs.errors import CheckpointError, StoreError
-from data_pipeline.store import Store
+from data_pipeline.store import MissingObject, Store
 from trainer.ema import Ema, reconstruction, sigma_rel_of
 from trainer.engine import KINDS, Engine, Fragment
 
@@ -33,6 +33,7 @@ FORMAT = 1
 EMA = "ema"
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
 _READ = 32 * 2**20  # bytes of one ranged read at most, unless one piece is larger
+_KEPT = "a training keeps its newest checkpoints only: name one of those, or have train.keep_every keep more"
 _log = logging.getLogger("freeguide.checkpoint")
 
 
@@ -78,21 +79,29 @@ def newest(store: Store, kind: str = CHECKPOINTS) -> Iterator[Checkpoint]:
     for key in manifests(store, kind):
         try:
             yield read_manifest(store, key)
+        except MissingObject:
+            continue  # deleted since it was listed: the run goes on, and keeps its newest ones only
         except CheckpointError as error:
             _log.warning("%s; trying the one before it", error)
 
 
 def find(store: Store, step: int = 0) -> Checkpoint:
     """The whole checkpoint of `step`, or the newest for 0. Raises CheckpointError if there is none."""
-    found = next((c for c in newest(store) if step in (0, c.step)), None)
-    if found is None:
-        which = f"no whole checkpoint of step {step}" if step else "no checkpoint"
-        raise CheckpointError(f"{store.uri}: {which}; run `freeguide train` first, or name the run as run=URI")
-    return found
+    others = []
+    for found in newest(store):
+        if step in (0, found.step):
+            return found
+        others.append(str(found.step))
+    if others:
+        raise CheckpointError(f"{store.uri}: no whole checkpoint of step {step}, only of {', '.join(others[::-1])}; {_KEPT}")
+    raise CheckpointError(f"{store.uri}: no checkpoint; run `freeguide train` first, or name the run as run=URI")
 
 
 def read_manifest(store: Store, key: str) -> Checkpoint:
-    """Raises CheckpointError if the manifest is damaged, of another format, or names a file that is missing or of another size."""
+    """Raises CheckpointError if the manifest is damaged, of another format, or names a file that is missing or of another size.
+
+    Raises MissingObject if there is no such checkpoint, or no more: a training deletes the manifest before the files.
+    """
     place = f"{store.uri}/{key}"
     try:
         data = store.get(key)
@@ -125,6 +134,7 @@ def read_manifest(store: Store, key: str) -> Checkpoint:
     present = {info.key: info.bytes for folder in folders for info in store.list(f"{folder}/")}
     for file, size in found.files.items():
         if present.get(file) != size:
+            store.stat(key)
             raise CheckpointError(
                 f"{store.uri}/{file}: has {present.get(file, 'no')} bytes, its checkpoint says {size}; delete this checkpoint"
             )
@@ -233,9 +243,12 @@ def load(store: Store, checkpoint: Checkpoint, kind: str = EMA) -> dict[str, Ten
     """One kind of values by parameter name, fp32 on the CPU: an average, the weights ("master") or a moment. No process group."""
     flat = {name: torch.zeros(math.prod(shape)) for name, shape in checkpoint.shapes.items()}
     seen = dict.fromkeys(flat, 0)
-    for piece, values in _read(store, [p for p in checkpoint.pieces if p.kind == kind]):
-        flat[piece.name][piece.offset : piece.offset + piece.numel] = values
-        seen[piece.name] += piece.numel
+    try:
+        for piece, values in _read(store, [p for p in checkpoint.pieces if p.kind == kind]):
+            flat[piece.name][piece.offset : piece.offset + piece.numel] = values
+            seen[piece.name] += piece.numel
+    except MissingObject as error:
+        raise CheckpointError(f"{store.uri}/{checkpoint.key}: deleted while it was read; {_KEPT}") from error
     for name, values in flat.items():
         if seen[name] != values.numel():
             raise CheckpointError(
@@ -331,6 +344,8 @@ def describe(store: Store) -> dict[str, Any]:
     for key in manifests(store):
         try:
             found = read_manifest(store, key)
+        except MissingObject:
+            continue
         except CheckpointError as error:
             damaged.append(str(error))
             continue

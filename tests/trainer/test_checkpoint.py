@@ -19,7 +19,7 @@ from torch import Tensor
 
 from configs.errors import CheckpointError, StoreError
 from configs.schema import TrainConfig
-from data_pipeline.store import FolderStore
+from data_pipeline.store import FolderStore, ObjectInfo
 from trainer import checkpoint
 from trainer.ema import Ema, profiles
 from trainer.engine import KINDS, Engine, join_process_group
@@ -411,6 +411,66 @@ def test_describe_tells_where_a_run_stands(training: Training) -> None:
     assert "step-00000003" in state["damaged"][0]
     assert state["averages"] == ["ema", "half_life_40", "sigma_rel_0.05", "sigma_rel_0.1"]
     assert (state["snapshots"], state["identity"]) == (3, IDENTITY)
+
+
+class Outrun(FolderStore):
+    """A store in which the run's training deletes the checkpoint of step 2 as `call` of its manifest, or of its files, begins."""
+
+    call = ""
+
+    def _lose(self, call: str, key: str) -> None:
+        if call == self.call and "step-00000002" in key:
+            for name in ("manifest.json", "rank-00000.safetensors"):  # in the order in which a training deletes them
+                (self.folder / "checkpoints/step-00000002" / name).unlink(missing_ok=True)
+
+    def get(self, key: str) -> bytes:
+        self._lose("get", key)
+        return super().get(key)
+
+    def list(self, prefix: str = "") -> list[ObjectInfo]:
+        self._lose("list", prefix)
+        return super().list(prefix)
+
+    def get_range(self, key: str, *where: Any, **options: Any) -> bytes:
+        self._lose("get_range", key)
+        return super().get_range(key, *where, **options)
+
+
+@pytest.fixture
+def outrun(training: Training) -> Outrun:
+    for _ in range(3):
+        training.save()
+    return Outrun(training.store.folder)
+
+
+@pytest.mark.parametrize("call", ["get", "list"])
+def test_a_checkpoint_that_the_training_deletes_while_it_is_looked_at_is_no_damage(
+    outrun: Outrun, call: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another process reads a run that goes on: `inspect`, or `evaluate` at its newest checkpoint."""
+    outrun.call = call
+    with caplog.at_level(logging.WARNING):
+        assert [found.step for found in checkpoint.newest(outrun)] == [3]
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("call", ["get", "list"])
+def test_describe_passes_over_a_checkpoint_that_the_training_deletes(outrun: Outrun, call: str) -> None:
+    outrun.call = call
+    state = checkpoint.describe(outrun)
+    assert (state["checkpoints"], state["damaged"]) == ([3], [])
+
+
+def test_weights_that_the_training_deletes_while_they_are_read_say_so(outrun: Outrun) -> None:
+    found = checkpoint.find(outrun, 2)
+    outrun.call = "get_range"
+    with pytest.raises(CheckpointError, match=r"step-00000002/manifest.json: deleted while it was read.*train.keep_every"):
+        checkpoint.load(outrun, found)
+
+
+def test_a_step_without_a_checkpoint_is_refused_with_those_there_are(outrun: Outrun) -> None:
+    with pytest.raises(CheckpointError, match=r"no whole checkpoint of step 1, only of 2, 3; .*train.keep_every"):
+        checkpoint.find(outrun, 1)
 
 
 # --- averages after training ---
