@@ -5,16 +5,20 @@ the rest; killed actors, nodes and drivers cost the units in hand, and the same 
 reads units in the order of their names, never in the order in which they were made.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import ray
+from ray.exceptions import RayActorError
 
 from cluster.session import ROOT, Resources
 from configs.errors import UserError
@@ -31,6 +35,9 @@ MAKING = (
 # And those that decide the values of a row, given its units. Published numbers and the shape of tables are not among them.
 _STATISTICS = ("fid", "inception_score", "kid", "measure", "moments", "precision_recall", "reference")
 MEASURING = (*MAKING, *(f"cluster/metrics/{name}.py" for name in _STATISTICS))
+
+DEATHS = 5  # actors that one unit may cost
+_LEAVE_S = 1.0  # longest wait for Ray Data's threads: some of them stay on purpose
 
 T = TypeVar("T")
 Worker = Callable[[T], None]  # made once per actor; makes and publishes units
@@ -62,7 +69,7 @@ def missing(store: Store, units: Sequence[Unit], suffix: str) -> list[Unit]:
 def run(units: Sequence[T], make_worker: Callable[[], Worker[T]], config: Config, resources: Resources) -> Iterator[T]:
     """Make `units`, of any kind, on up to `cluster.actors` actors that Ray Data places, restarts and retries; yields finished ones.
 
-    Raises the UserError of an actor, with its sentence.
+    Raises the UserError of an actor, with its sentence, and a UserError where a unit has cost the life of every actor that had it.
     """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -76,12 +83,27 @@ def run(units: Sequence[T], make_worker: Callable[[], Worker[T]], config: Config
         ),
         num_cpus=resources.cpus,
         num_gpus=resources.gpus or None,
+        max_task_retries=DEATHS - 1,
     )
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it reports what `progress` says already
-    for row in done.iter_rows():
-        if row["error"]:
-            raise UserError(row["error"])
-        yield units[int(row["unit"])]
+    before, results = set(threading.enumerate()), cast("Generator[dict[str, Any]]", iter(done.iter_rows()))
+    try:
+        with contextlib.closing(results):
+            for row in results:
+                if row["error"]:
+                    raise UserError(row["error"])
+                yield units[int(row["unit"])]
+    except RayActorError as error:
+        cause = str(error).splitlines()[0].rstrip(".")
+        raise UserError(
+            f"a work unit has ended {DEATHS} actors ({cause}); see that actor's log for the cause (mostly too little memory: lower "
+            "sampling.batch or evaluate.unit), then give the same command again"
+        ) from error
+    finally:
+        # Where a thread of Ray Data lets go of its last references after `ray.shutdown`, Ray ends the whole process without a word.
+        deadline = time.monotonic() + _LEAVE_S
+        for thread in set(threading.enumerate()) - before:
+            thread.join(max(0.0, deadline - time.monotonic()))
 
 
 class _Actor:

@@ -21,7 +21,9 @@ ROOT = Path(__file__).parents[2]
 
 
 class Count:
-    """Publishes its unit. Dies once, without a word, at each unit whose `first` is in `deaths`; refuses those in `refusals`."""
+    """Publishes its unit. Dies once, without a word, at each unit whose `first` is in `deaths`, or every time where its negative
+    is; refuses those in `refusals`.
+    """
 
     def __init__(self, store: Store, deaths: list[int], refusals: list[int], seconds: float) -> None:
         self.store, self.deaths, self.refusals, self.seconds = store, deaths, refusals, seconds
@@ -30,6 +32,9 @@ class Count:
         time.sleep(self.seconds)
         if unit.first in self.deaths and not self.store.exists(f"died/{unit.first}"):
             self.store.put(f"died/{unit.first}", b"")
+            os._exit(1)
+        if unit.first and -unit.first in self.deaths:
+            self.store.put(f"died/{unit.first}-{os.getpid()}", b"")
             os._exit(1)
         if unit.first in self.refusals:
             raise DataError(f"unit {unit.first} is refused; leave it out.")

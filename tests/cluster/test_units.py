@@ -1,21 +1,27 @@
 """Work units: how a job is cut, what is left to do, and what happens when actors fail."""
 
 import ast
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from ray.cluster_utils import Cluster
 
 from cluster import units
+from cluster.session import Resources
 from cluster.units import Unit
-from configs.errors import DataError
+from configs.errors import DataError, UserError
+from configs.load import load_config
 from data_pipeline.store import Store, open_store
 
 ROOT = Path(__file__).parents[2]
@@ -65,6 +71,42 @@ def test_an_actors_error_reaches_the_user_as_its_own_sentence(ray_head: tuple[st
     driver = drive(ray_head[0], open_store(str(tmp_path)), [0.0], [], [20])
     assert driver.returncode == 2, driver.stdout + driver.stderr
     assert driver.stdout.splitlines()[-1] == "unit 20 is refused; leave it out."
+
+
+def test_a_unit_that_ends_every_actor_ends_the_job_with_a_sentence(ray_head: tuple[str, str], tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    driver = drive(ray_head[0], store, [0.0], [-20], [])
+    assert driver.returncode == 2, driver.stdout + driver.stderr
+    assert f"a work unit has ended {units.DEATHS} actors" in driver.stdout.splitlines()[-1]
+    assert len(store.list("died/")) == units.DEATHS
+
+
+@pytest.mark.parametrize("error", ["", "unit 1 is refused; leave it out."])
+def test_no_thread_that_holds_references_outlives_a_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: str) -> None:
+    """One that lets go of them after `ray.shutdown` ends the process: another exit code, and no sentence."""
+    left, holders = threading.Event(), []
+
+    def iter_rows() -> Iterator[dict[str, Any]]:
+        def hold() -> None:
+            left.wait()
+            time.sleep(0.2)  # Ray Data's wake up within 0.1 s
+
+        holders.append(threading.Thread(target=hold, daemon=True))
+        holders[0].start()
+        try:
+            for unit in range(3):
+                yield {"unit": unit, "error": error if unit == 1 else ""}
+        finally:
+            left.set()
+
+    dataset = SimpleNamespace(map=lambda *_, **__: SimpleNamespace(iter_rows=iter_rows))
+    monkeypatch.setattr(units.ray.data, "from_items", lambda *_, **__: dataset)
+    monkeypatch.setattr(units.ray, "put", lambda job: job)
+    config = load_config(ROOT / "configs" / "digits.yaml", ["cluster.actors=1"])
+    with pytest.raises(UserError, match="refused") if error else contextlib.nullcontext():
+        assert list(units.run([10, 11, 12], lambda: print, config, Resources(1, 0))) == [10, 11, 12]
+    assert left.is_set()
+    assert not holders[0].is_alive()
 
 
 def test_what_an_actor_cannot_load_reaches_the_user_as_a_sentence_too(monkeypatch: pytest.MonkeyPatch) -> None:
