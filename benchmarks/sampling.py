@@ -195,7 +195,7 @@ def run(case: Case, peers: dict[str, tuple[str, Any]]) -> list[dict[str, Any]]:
     index, labels = torch.arange(case.batch), torch.arange(case.batch) % 10
 
     def sampler(**sampling: Any) -> Sampler:
-        return Sampler(network, case.config(**sampling), None, torch.device("cpu"))  # type: ignore[arg-type]
+        return Sampler(network, case.config(**sampling), torch.device("cpu"))
 
     rows = []
     for name in ("ddim", "ancestral"):
@@ -229,7 +229,7 @@ def sweeps(case: Case, network: Counted) -> list[dict[str, Any]]:
     index, labels = torch.arange(case.batch), torch.arange(case.batch) % 10
     rows = []
     for spacing, interval in (("u", []), ("u", INTERVAL), ("logsnr", INTERVAL)):
-        ours = Sampler(network, case.config(interval=interval, spacing=spacing), None, torch.device("cpu"))  # type: ignore[arg-type]
+        ours = Sampler(network, case.config(interval=interval, spacing=spacing), torch.device("cpu"))
         if interval and not any(interval[0] <= logsnr < interval[1] for logsnr in sampling_levels(ours.config).tolist()):
             raise SystemExit(f"none of {case.steps} levels lies in the interval {interval}: every w would give the same images")
         name = f"14 w, {spacing}, {'interval' if interval else 'everywhere'}"

@@ -5,8 +5,8 @@
 `evaluate.sweep` asks for several series (runs, averages, samplers, ...), each with a curve over w; without it there is one. With
 `evaluate.screen` every w is measured on few images first, and those near the frontier on all of them.
 
-A unit holds what a row needs of its images: moments and features, class probabilities, labels, and the first images for the
-grids. Rows are folded in unit order, so the report does not depend on who made which unit. Noise and labels of image i are the
+A unit holds what a row needs of its images: features, class probabilities, labels, and the first images for the grids. Units are
+folded in their order, so the report does not depend on who made which unit. Noise and labels of image i are the
 same for every w, so differences between rows are differences of w. The report stands with `run`, as do the events of each series
 with its own run.
 """
@@ -24,12 +24,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster import figures, units
+from cluster.fold import Fold, Folded, Folder, Made
 from cluster.metrics.frontier import near_frontier
 from cluster.metrics.measure import Yardstick
 from cluster.metrics.rows import Row
 from cluster.report import write_report
 from cluster.session import Resources, progress, session
-from cluster.sweep import COLUMNS, Made, Series, Worker, fold, items, placed, trained_series, varying
+from cluster.sweep import COLUMNS, Series, Trained, Worker, items, placed, trained_series, varying
 from cluster.tables import Cost
 from cluster.units import Unit
 from cluster.yardstick import warn_of_few, yardsticks_of
@@ -62,7 +63,7 @@ def evaluate(config: Config) -> Path:
         # Where all is done already, Ray is not started.
         connect = functools.cache(lambda: stack.enter_context(session(config, config.cluster.actors)))
         yardsticks = yardsticks_of(config, data, manifest, connect)
-        job = _Job(config, placed(found, yardsticks), yardsticks, connect)
+        job = _Job(config, found, placed(found, yardsticks), yardsticks, connect)
         rows, screened = _measured(job)
     flat = [row for curve in rows for row in curve]
     place = _place(job)
@@ -109,7 +110,8 @@ class _Job:
     """What is measured, with what, by whom; and what is known of it so far."""
 
     config: Config
-    series: list[Series]
+    trained: list[Trained]
+    series: list[Series]  # of each of them
     yardsticks: list[Yardstick]
     connect: Callable[[], Resources]
     grids: dict[Row, NDArray[np.uint8]] = field(default_factory=dict)
@@ -132,29 +134,49 @@ def _measured(job: _Job) -> tuple[list[list[Row]], list[Row]]:
 
 
 def _rows(job: _Job, weights: Sequence[Sequence[float]], images: int) -> list[list[Row]]:
-    """Make what is missing of images [0, `images`) of each series at its `weights`, and fold it into rows."""
-    plans = [units.split(w, images, job.config.evaluate.unit) for w in weights]
-    todo = [units.missing(one.store, plan, "npz") for one, plan in zip(job.series, plans, strict=True)]
-    total, left = sum(map(len, plans)), sum(map(len, todo))
-    where = job.series[0].store.uri if len(job.series) == 1 else f"{len(job.series)} series"
-    print(f"{total} work units, {total - left} of them done: {where}", flush=True)
+    """The rows of images [0, `images`) of each series at its `weights`; what is there already is not made again."""
+    folds = [Fold(number, w, images) for number, curve in enumerate(weights) for w in curve]
+    there = [{info.key for info in one.store.list("rows/")} for one in job.series]
+    left = [fold for fold in folds if fold.key(job.yardsticks) not in there[fold.series]]
+    _make_units(job, folds, left)
     if left:
-        resources = job.connect()
-        extractors = [(each.weights, each.extractor.hash) for each in job.yardsticks]
-        make = functools.partial(Worker, job.series, extractors, resources)
-        done = units.run(items(job.series, todo), make, job.config, resources)
-        for _ in progress((unit for item in done for unit in item.units), left, "unit"):
+        resources = dataclasses.replace(job.connect(), gpus=0.0)
+        make = functools.partial(Folder, job.series, [each.described() for each in job.yardsticks], resources)
+        for _ in progress(units.run(left, make, job.config, resources), len(left), "row"):
             pass
-    found: list[list[Row]] = []
-    for number, (one, curve) in enumerate(zip(job.series, weights, strict=True)):
-        found.append([])
-        for w in curve:
-            row, grid, made = fold(one, w, images, job.yardsticks)
-            found[-1].append(row)
-            job.made.update({(number, unit): took for unit, took in made.items()})
-            if grid is not None:
-                job.grids[row] = grid
+    found: list[list[Row]] = [[] for _ in job.series]
+    for fold in folds:
+        one = job.series[fold.series]
+        folded = Folded.read(one.store, fold.key(job.yardsticks))
+        found[fold.series].append(row := folded.row(one, fold, job.yardsticks))
+        job.made.update({(fold.series, unit): took for unit, took in folded.made.items()})
+        if folded.grid is not None:
+            job.grids[row] = folded.grid
     return found
+
+
+def _make_units(job: _Job, folds: Sequence[Fold], left: Sequence[Fold]) -> None:
+    """Make the units that the rows `left` still lack; those of all `folds` are counted."""
+    unit = job.config.evaluate.unit
+    plans = [[fold for fold in left if fold.series == number] for number in range(len(job.series))]
+    todo = [
+        units.missing(one.store, [u for fold in plan for u in units.split([fold.w], fold.images, unit)], "npz")
+        for one, plan in zip(job.series, plans, strict=True)
+    ]
+    total, count = sum(-(-fold.images // unit) for fold in folds), sum(map(len, todo))
+    where = job.series[0].store.uri if len(job.series) == 1 else f"{len(job.series)} series"
+    print(f"{total} work units, {total - count} of them done: {where}", flush=True)
+    if not count:
+        return
+    for one, lacks in zip(job.trained, todo, strict=True):
+        if lacks:
+            one.keep()
+    resources = job.connect()
+    extractors = [(each.weights, each.extractor.hash) for each in job.yardsticks]
+    make = functools.partial(Worker, job.series, extractors, resources)
+    done = units.run(items(job.series, todo), make, job.config, resources)
+    for _ in progress((unit for item in done for unit in item.units), count, "unit"):
+        pass
 
 
 def _cost(job: _Job, rows: Sequence[Sequence[Row]]) -> Cost:

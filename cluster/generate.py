@@ -21,16 +21,15 @@ import torch
 from cluster import units
 from cluster.metrics.images import to_uint8
 from cluster.session import Resources, progress, session
-from cluster.sweep import as_trained
+from cluster.sweep import Series, as_trained
 from cluster.units import Unit
 from configs.errors import ConfigError
-from configs.load import from_yaml, to_yaml
 from configs.schema import Config
 from data_pipeline.manifest import NAME, Manifest, Schema, ShardIndex, build_manifest, load_manifest, save_manifest
 from data_pipeline.scan import scan
 from data_pipeline.shards import Sample, pack_shard
 from data_pipeline.store import Store, open_store
-from trainer.sampler import Sampler, image_labels
+from trainer.sampler import image_labels
 
 NPZ = "samples.npz"
 READERS = 16  # indexes of finished shards read at a time
@@ -41,11 +40,11 @@ def generate(config: Config) -> str:
 
     Raises UserError before Ray starts for whatever can be known before.
     """
-    series = as_trained(config, "generate")
-    config, trained, run = series.config, series.checkpoint, open_store(config.run)
+    one = as_trained(config, "generate")
+    config, step, run = one.config, one.checkpoint.step, open_store(config.run)
     options = config.generate
     conditions = {
-        "sampling": dataclasses.asdict(config.sampling) | {"checkpoint": series.weights},
+        "sampling": dataclasses.asdict(config.sampling) | {"checkpoint": one.weights},
         "generate": {"images": options.images, "unit": options.unit, "w": options.w},
         "threads": config.cluster.cpus_per_worker,
         "torch": torch.__version__,
@@ -61,11 +60,12 @@ def generate(config: Config) -> str:
         _check_disk(schema, options.images)
     if not store.exists(NAME):
         if todo := units.missing(store, plan, "tar.npz"):
+            one.keep()
             with session(config, config.cluster.actors) as resources:
-                make = functools.partial(_Generate, to_yaml(config), store, trained.step, resources)
+                make = functools.partial(_Generate, Series(config, step, store, one.kept), resources)
                 for _ in progress(units.run(todo, make, config, resources), len(todo), "shard"):
                     pass
-        source = json.dumps({"run": run.uri, "step": trained.step} | conditions, sort_keys=True)
+        source = json.dumps({"run": run.uri, "step": step} | conditions, sort_keys=True)
         save_manifest(store, build_manifest(schema, _indexes(store, plan), source))
     if wanted:
         write_npz(store, load_manifest(store))
@@ -77,10 +77,10 @@ def generate(config: Config) -> str:
 class _Generate:
     """Samples units and packs them as shards: one per actor."""
 
-    def __init__(self, text: str, store: Store, step: int, resources: Resources) -> None:
+    def __init__(self, one: Series, resources: Resources) -> None:
         torch.set_num_threads(resources.threads)
-        self.config, self.store = from_yaml(text), store
-        self.sampler = Sampler.from_run(self.config, step, torch.device("cuda" if resources.gpus else "cpu"))
+        self.config, self.store = one.config, one.store
+        self.sampler = one.load(torch.device("cuda" if resources.gpus else "cpu"))
 
     def __call__(self, unit: Unit) -> None:
         index = torch.arange(unit.first, unit.last)

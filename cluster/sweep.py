@@ -1,4 +1,4 @@
-"""What a sweep is made of: series, the units of their curves, and the rows that units fold into.
+"""What a sweep is made of: series, and the units of their curves. `cluster/fold.py` makes rows of them.
 
 A series is one run and one way to sample it. Its units stand with the run whose weights make them, under a fingerprint of all that
 decides them, so that every sweep which asks for a series finds what was made of it before.
@@ -17,15 +17,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
-from numpy.typing import NDArray
 
 from cluster import units
-from cluster.metrics import measure
-from cluster.metrics.features import Measured, load_extractor, measure_with
+from cluster.metrics.features import load_extractor, measure_with
 from cluster.metrics.images import to_uint8
 from cluster.metrics.measure import Yardstick
-from cluster.metrics.rows import MODEL, Row, model_conditions
+from cluster.metrics.rows import MODEL, Row
 from cluster.session import Resources
 from cluster.units import Unit
 from configs.errors import CheckpointError, ConfigError, DataError
@@ -36,7 +35,7 @@ from data_pipeline.store import MissingObject, Store, open_store
 from trainer import checkpoint
 from trainer.diffusion.guidance import first_guided
 from trainer.ema import sigma_rel_of
-from trainer.sampler import Sampler, evaluations, guidance_weight, image_labels, sampling_levels, shared_steps
+from trainer.sampler import Sampler, guidance_weight, image_labels, sampling_levels, shared_steps
 
 COLUMNS = 10  # classes that a sample grid shows: a thousand would be a picture of a gigabyte
 NETWORKS = 2  # that an actor holds: the one in use, and the one before it where the items of two meet
@@ -57,6 +56,19 @@ class Trained:
         snapshots = checkpoint.snapshots_of(open_store(self.config.run), self.checkpoint, self.config.sampling.ema)
         return [self.checkpoint.sha256, *(snapshot.sha256 for snapshot in snapshots)]
 
+    @property
+    def kept(self) -> str:
+        """Where in the run the sampled weights stand once they are kept: a name that says what they are made of."""
+        name = units.fingerprint({"ema": self.config.sampling.ema, "of": self.weights})
+        return f"weights/step-{self.checkpoint.step:08d}-{self.config.sampling.ema}-{name}.safetensors"
+
+    def keep(self) -> None:
+        """Keep the sampled weights in the run, whose training goes on deleting its checkpoints while others sample."""
+        run = open_store(self.config.run)
+        if not run.exists(self.kept):
+            weights = checkpoint.average(run, self.checkpoint, self.config.sampling.ema)
+            run.put(self.kept, safetensors.torch.save(weights))
+
 
 @dataclass(frozen=True)
 class Series:
@@ -65,11 +77,17 @@ class Series:
     config: Config
     step: int  # of the checkpoint
     store: Store  # of its units
+    kept: str  # its weights, in the run
 
     @property
     def network(self) -> tuple[Any, ...]:
-        """Which weights it needs; equal for series that can share them."""
-        return self.config.run, self.step, self.config.sampling.ema, self.config.sampling.compile
+        """Which network it needs; equal for series that can share it."""
+        return self.config.run, self.kept, self.config.sampling.compile
+
+    def load(self, device: torch.device) -> Sampler:
+        """Its sampler, with the weights that were kept."""
+        weights = safetensors.torch.load(open_store(self.config.run).get(self.kept))
+        return Sampler.from_weights(self.config, weights, device)
 
 
 @dataclass(frozen=True)
@@ -134,6 +152,8 @@ def as_trained(config: Config, command: str) -> Trained:
         if made != asked:
             raise ConfigError(f"{config.run} was trained with data.{name}={made}, now it is {asked}; set data.{name}={made}")
     validate(config, command)
+    if not config.sampling.checkpoint and found.step < config.train.steps and command != "export":
+        print(f"{config.run} is at step {found.step} of {config.train.steps}: sampling.checkpoint={found.step} goes on with this")
     ladder = sampling_levels(config)
     if config.sampling.interval and first_guided(guidance_weight(config, 1.0), ladder) == len(ladder):
         raise ConfigError(
@@ -159,7 +179,7 @@ def placed(found: Sequence[Trained], yardsticks: Sequence[Yardstick]) -> list[Se
         store = open_store(one.config.run).child(f"evaluate/{units.fingerprint(conditions)}/")
         if any(store.uri == other.store.uri for other in series):
             raise ConfigError(f"evaluate.sweep: two of its series are the checkpoint of step {one.checkpoint.step}; leave one out")
-        series.append(Series(one.config, one.checkpoint.step, store))
+        series.append(Series(one.config, one.checkpoint.step, store, one.kept))
     return series
 
 
@@ -229,48 +249,4 @@ class Worker:
             began = time.perf_counter()
 
     def _load(self, number: int) -> Sampler:
-        one = self.series[number]
-        return Sampler.from_run(one.config, one.step, self.device)
-
-
-# --- rows ---
-
-
-@dataclass(frozen=True)
-class Made:
-    """What a unit took."""
-
-    images: int
-    seconds: float
-    evaluations: int
-    device: str
-
-
-def fold(
-    one: Series, w: float, images: int, yardsticks: Sequence[Yardstick]
-) -> tuple[Row, NDArray[np.uint8] | None, dict[Unit, Made]]:
-    """The row of images [0, `images`) at w from its published units, their sample grid, and what they took.
-
-    The grid is uint8 (rows, COLUMNS classes at most, H, W, C); None where labels are drawn, so that no column is a class.
-    """
-    plan = units.split([w], images, one.config.evaluate.unit)
-    parts = [np.load(io.BytesIO(one.store.get(unit.key("npz"))), allow_pickle=False) for unit in plan]
-    labels = np.concatenate([part["labels"] for part in parts])
-    row = Row(
-        w=w,
-        nfe=evaluations(one.config, w),
-        n=images,
-        **measure.values([Measured.from_arrays(part) for part in parts], labels, *yardsticks),  # type: ignore[arg-type]
-        **measure.conditions(*yardsticks),
-        **model_conditions(one.config, one.step, units.code_version()),
-    )
-    grid = None
-    if one.config.sampling.labels == "balanced":
-        shown = np.concatenate([part["images"] for part in parts])
-        columns = min(one.config.data.classes, COLUMNS)
-        grid = shown[: len(shown) // columns * columns].reshape(-1, columns, *shown.shape[1:])
-    made = {
-        unit: Made(unit.last - unit.first, float(part["seconds"]), int(part["evaluations"]), str(part["device"]))
-        for unit, part in zip(plan, parts, strict=True)
-    }
-    return row, grid, made
+        return self.series[number].load(self.device)

@@ -7,7 +7,7 @@ goes there once and lets every w continue from that state, with the same bits as
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -41,18 +41,25 @@ class Sampler:
 
     network: nn.Module
     config: Config
-    checkpoint: checkpoint.Checkpoint
     device: torch.device
 
     @staticmethod
     def from_run(config: Config, step: int = 0, device: torch.device | None = None) -> "Sampler":
         """Load the weights `sampling.ema` of checkpoint `step`, 0 for the newest. Raises CheckpointError if there are none."""
-        store = open_store(config.run)
+        store, network = open_store(config.run), _network(config)
         found = checkpoint.find(store, step)
-        data, device = config.data, device or torch.device("cpu")
-        network = build_network(config.model, image_size=data.image_size, channels=data.channels, classes=data.classes)
         checkpoint.check_shapes(store, found, {name: tuple(p.shape) for name, p in network.named_parameters()})
-        network.load_state_dict(checkpoint.average(store, found, config.sampling.ema), strict=False)
+        return Sampler._of(config, network, checkpoint.average(store, found, config.sampling.ema), device)
+
+    @staticmethod
+    def from_weights(config: Config, weights: Mapping[str, Tensor], device: torch.device | None = None) -> "Sampler":
+        """With `weights`, by the names of the network's parameters."""
+        return Sampler._of(config, _network(config), weights, device)
+
+    @staticmethod
+    def _of(config: Config, network: nn.Module, weights: Mapping[str, Tensor], device: torch.device | None) -> "Sampler":
+        device = device or torch.device("cpu")
+        network.load_state_dict(weights, strict=False)
         network.eval().requires_grad_(False).to(device)
         noise = rounding_noise(config)
         if noise > _NOISE:
@@ -63,7 +70,7 @@ class Sampler:
             )
         if config.sampling.compile:
             network.compile(dynamic=False)
-        return Sampler(network, config, found, device)
+        return Sampler(network, config, device)
 
     def sample(self, index: Tensor, labels: Tensor, w: float) -> Tensor:
         """Images `index` (N,) of the seed, with `labels` (N,), at guidance weight w: (N, C, H, W) float32 on the CPU."""
@@ -117,6 +124,11 @@ class Sampler:
             images.append(x.cpu())
             starts[number] = starts[number] or passed.get(fork)
         return Drawn(w, torch.cat(images), evaluations)
+
+
+def _network(config: Config) -> nn.Module:
+    data = config.data
+    return build_network(config.model, image_size=data.image_size, channels=data.channels, classes=data.classes)
 
 
 def guidance_weight(config: Config, w: float) -> Weight:

@@ -6,8 +6,9 @@ the units and never on who made them.
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,7 @@ POINTS = 15  # subsets of FID-infinity
 # Fields of a row that `values` decides.
 VALUES = (
     *("fid", "fid_std", "fid_infinity", "inception_score", "inception_score_std", "accuracy"),
-    *("precision", "recall", "kid", "kid_std", "sfid", "fd_dinov2"),
+    *("precision", "recall", "kid", "kid_std", "sfid", "sfid_std", "fd_dinov2", "fd_dinov2_std"),
 )
 
 
@@ -37,6 +38,11 @@ class Yardstick:
     extractor: Extractor
     reference: Reference
     weights: str = ""  # where its weights stand, for other processes to load them
+
+    def described(self) -> "Yardstick":
+        """Without the extractor's network, which may weigh a gigabyte: `values` and `conditions` do not need it."""
+        facts = {name: getattr(self.extractor, name) for name in ("name", "hash", "resize", "channels", "width")}
+        return replace(self, extractor=cast("Extractor", SimpleNamespace(**facts)))
 
 
 def values(
@@ -49,9 +55,9 @@ def values(
 
     With the yardstick `dinov2`, the units hold DINOv2's features too (`measure_with`).
     What the reference or the extractor does not allow is None: precision, recall and KID without features of real images, sFID
-    without spatial ones, FID-infinity and the FID's spread for fewer images, or cycles of balanced labels, than they need. Class
-    accuracy needs an own evaluator: Inception's 1008 classes are not numbered as ImageNet's labels. Raises DataError where FID, IS
-    or FD-DINOv2 cannot be computed.
+    without spatial ones, FID-infinity and the distances' spreads for fewer images, or cycles of balanced labels, than they need.
+    Class accuracy needs an own evaluator: Inception's 1008 classes are not numbered as ImageNet's labels. Raises DataError where
+    FID, IS or FD-DINOv2 cannot be computed.
     """
     reference, whole = yardstick.reference, concatenated(units)
     if whole.probabilities is None:
@@ -79,11 +85,13 @@ def values(
             warnings.simplefilter("ignore")  # too few images were reported with the FID already
             spatial = moments.merged(moments.from_features(unit.spatial) for unit in units if unit.spatial is not None)
             found["sfid"] = fid(spatial, reference.spatial)
+            found["sfid_std"] = fid_spread(whole.spatial, reference.spatial, cycle)
     if dinov2 is not None:
         if whole.dinov2 is None:
             raise DataError("some units hold no DINOv2 features; measure these images again with evaluate.dinov2 set")
         pool = moments.merged(moments.from_features(unit.dinov2) for unit in units if unit.dinov2 is not None)
         found["fd_dinov2"] = fid(pool, dinov2.reference.pool)
+        found["fd_dinov2_std"] = fid_spread(whole.dinov2, dinov2.reference.pool, cycle)
     return found
 
 

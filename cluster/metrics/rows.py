@@ -56,7 +56,9 @@ class Row:
     kid_std: float | None = None
     fid_infinity: float | None = None
     sfid: float | None = None  # of Inception's spatial features
+    sfid_std: float | None = None  # as fid_std
     fd_dinov2: float | None = None
+    fd_dinov2_std: float | None = None  # as fid_std
     nfe: int | None = None  # network evaluations per image
 
     n: int  # generated images

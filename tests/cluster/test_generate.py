@@ -21,6 +21,7 @@ from cluster import units
 from cluster.generate import NPZ, _check_disk, _Generate, generate, write_npz
 from cluster.metrics.images import to_uint8
 from cluster.session import Resources
+from cluster.sweep import Series
 from cluster.units import Unit
 from configs.errors import CheckpointError, ConfigError, StoreError
 from configs.load import load_config, to_yaml
@@ -242,10 +243,10 @@ def test_an_upload_that_fails_leaves_nothing_behind(bucket: S3Store, tmp_path: P
 
 def test_generated_latents_have_the_scale_and_the_type_of_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(Sampler, "from_run", lambda *_: SimpleNamespace(sample=lambda index, labels, w: x[index]))
+    monkeypatch.setattr(Series, "load", lambda *_: SimpleNamespace(sample=lambda index, labels, w: x[index]))
     data = DataConfig(uri="", image_size=8, channels=4, classes=10, dtype="float16", latent_scale=0.18215)
     store, unit = open_store(str(tmp_path)), Unit(0.5, 0, 5)
-    _Generate(to_yaml(Config(name="x", run=str(tmp_path), data=data)), store, 6, HERE)(unit)
+    _Generate(Series(Config(name="x", run=str(tmp_path), data=data), 6, store, ""), HERE)(unit)
     manifest = build_manifest(Schema(8, 4, 10, dtype="float16"), [ShardIndex.from_bytes(store.get(unit.key("tar.npz")))])
     save_manifest(store, manifest)
     write_npz(store, manifest)

@@ -207,8 +207,9 @@ def test_dinov2_stands_beside_the_rest_which_it_leaves_alone(place, judge, tmp_p
     network = dinov2.load(weights)
     a, b = (from_features(network.measure(images).features) for images in (REAL, FAKE))
     assert row.fd_dinov2 == frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
+    assert row.fd_dinov2_std is not None
     assert row.dinov2 == network.hash
-    without = {"fd_dinov2": None, "dinov2": "", "dinov2_reference": ""}
+    without = {"fd_dinov2": None, "fd_dinov2_std": None, "dinov2": "", "dinov2_reference": ""}
     assert {name: getattr(row, name) for name in row.__dataclass_fields__} | without == {
         name: getattr(plain, name) for name in plain.__dataclass_fields__
     }

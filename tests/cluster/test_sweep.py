@@ -11,18 +11,24 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from threadpoolctl import threadpool_limits
 
 from cluster import evaluate as evaluation
+from cluster import fold, units
 from cluster import sweep as sweep_module
-from cluster import units
 from cluster.evaluate import evaluate
+from cluster.fold import Fold, Folded, Folder
 from cluster.inspect import inspect
+from cluster.metrics import moments
 from cluster.metrics.evaluator import fit_evaluator
-from cluster.metrics.features import load_extractor
+from cluster.metrics.features import Measured, load_extractor
 from cluster.metrics.images import to_uint8
+from cluster.metrics.measure import Yardstick
+from cluster.metrics.reference import Reference, Statistics
 from cluster.metrics.rows import Row, from_json
 from cluster.session import Resources
 from cluster.sweep import Item, Series, Worker, items, trained_series
+from cluster.units import Unit
 from configs.errors import CheckpointError, ConfigError, DataError, UserError
 from configs.load import from_yaml, load_config, screen_images, to_yaml
 from configs.load import sweep as combinations
@@ -146,7 +152,7 @@ def test_runs_that_cannot_be_measured_together_end_in_one_sentence_before_anythi
 def test_items_hold_all_w_that_share_a_beginning_and_those_of_a_network_follow_each_other(lab: Path) -> None:
     store = open_store(str(lab))
     swept = combinations(small(lab, "a", over(sampling__interval=[[], [-2, 3]], run=["a", "b"])))
-    series = [Series(config, 8, store) for config in swept]
+    series = [Series(config, 8, store, "weights") for config in swept]
     todo = [units.split([0.0, 1.0], 40, 20)] * 3 + [units.split([1.0], 20, 20)]
     found = items(series, todo)
     assert [(swept[i.series].run, swept[i.series].sampling.interval != [], i.first, i.weights) for i in found] == [
@@ -181,7 +187,7 @@ def test_an_interrupted_item_keeps_the_w_it_has_published_and_makes_the_rest_ali
     whole, series = report(folder), open_store(runs[0])
     kept = {info.key: series.get(info.key) for info in series.list("evaluate/") if "/units/w0/" in info.key}
     for info in series.list("evaluate/"):
-        if "/units/" in info.key and info.key not in kept:
+        if info.key not in kept:
             series.delete(info.key)
     made.clear()
     # As Ray does it: the same item again, with the w that are there already.
@@ -193,13 +199,13 @@ def test_an_interrupted_item_keeps_the_w_it_has_published_and_makes_the_rest_ali
 
 def test_a_worker_keeps_the_network_it_has(lab: Path, runs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[tuple[str, str]] = []
-    load = Sampler.from_run
+    load = Sampler.from_weights
 
     def counted(config: Config, *rest: Any) -> Sampler:
         loaded.append((config.run, config.sampling.ema))
         return load(config, *rest)
 
-    monkeypatch.setattr(Sampler, "from_run", counted)
+    monkeypatch.setattr(Sampler, "from_weights", counted)
     axes = over(sampling__steps=[3, 6], sampling__ema=["ema", HALF_LIFE], run=runs[:2])
     evaluate(small(lab, tmp_path / "report", axes, "evaluate.images=40"))
     assert sorted(loaded) == sorted((run, ema) for run in runs[:2] for ema in ("ema", HALF_LIFE))
@@ -219,7 +225,7 @@ def test_an_actor_measures_with_the_weights_that_the_driver_saw_or_not_at_all(la
 def test_a_grid_shows_the_first_classes_only_where_there_are_many(
     lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (sweep_module, evaluation):
+    for module in (sweep_module, fold, evaluation):
         monkeypatch.setattr(module, "COLUMNS", 4)
     seen: dict[Row, Any] = {}
     write = evaluation.write_report
@@ -236,6 +242,85 @@ def test_a_grid_shows_the_first_classes_only_where_there_are_many(
     index = torch.tensor([[10 * row + column for column in range(4)] for row in range(2)])
     expected = to_uint8(Sampler.from_run(config).sample(index.flatten(), index.flatten() % 10, 0.5))
     assert np.array_equal(grid, expected.reshape(2, 4, 8, 8, 1))
+
+
+# --- weights, while the training goes on ---
+
+
+def test_a_sweep_begun_goes_on_when_the_training_has_deleted_its_checkpoint(
+    lab: Path, runs: list[str], made: list[Item], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, store = small(lab, runs[0]), open_store(runs[0])
+    whole = report(evaluate(config))
+    assert "is at step 8 of 600: sampling.checkpoint=8 goes on with this" in capsys.readouterr().out
+    for info in store.list("evaluate/"):
+        if "/w4" in info.key:
+            store.delete(info.key)
+    (key,) = [info.key for info in store.list("checkpoints/") if info.key.endswith(".safetensors")]
+    store.put(key, bytes(len(store.get(key))))  # whoever reads the checkpoint's weights now is refused
+    made.clear()
+    assert report(evaluate(config)) == whole
+    assert made
+
+
+def test_weights_of_another_average_are_kept_under_another_name(lab: Path, runs: list[str], tmp_path: Path) -> None:
+    evaluate(small(lab, tmp_path / "report", over(run=runs[:1], sampling__ema=["ema", HALF_LIFE]), "evaluate.images=20"))
+    kept = [info.key.rsplit("-", 1)[0] for info in open_store(runs[0]).list("weights/")]
+    assert kept == ["weights/step-00000008-ema", f"weights/step-00000008-{HALF_LIFE}"]
+
+
+# --- rows ---
+
+
+def test_rows_are_folded_once_and_their_units_are_not_needed_any_more(
+    lab: Path, runs: list[str], made: list[Item], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = report(evaluate(small(lab, runs[0])))
+    store = open_store(runs[0])
+    for info in store.list("evaluate/"):
+        if "/units/" in info.key:
+            store.delete(info.key)
+    made.clear()
+    monkeypatch.setattr(fold, "_fold", lambda *_: pytest.fail("folded again"))
+    assert report(evaluate(small(lab, runs[0]))) == whole
+    assert made == []
+    with pytest.raises(pytest.fail.Exception, match="folded again"):  # more images are another row
+        evaluate(small(lab, runs[0], "evaluate.images=80"))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_bits_of_a_row_do_not_depend_on_the_threads_that_blas_would_take(lab: Path, tmp_path: Path, threads: int) -> None:
+    """At 512 features OpenBLAS shares its sums among the threads it has; an actor gives it those of `cluster.cpus_per_worker`."""
+    random = np.random.default_rng(0)
+    judge = load_extractor(str(lab / "evaluator.safetensors"))
+    features = random.standard_normal((1000, 512)).astype(np.float32)
+    pool = moments.from_features(features[:600])
+    real = Reference("digits", Statistics(pool.mean, pool.covariance, pool.n))
+    unit = Measured(features[400:], np.full((600, 10), 0.1, np.float32))
+    config = small(lab, tmp_path, "evaluate.images=600", "evaluate.unit=600")
+    one = Series(config, 8, open_store(str(tmp_path / "series")), "")
+    labels = np.arange(600) % 10
+    content = {"labels": labels, "images": np.zeros((20, 8, 8, 1), np.uint8), "device": "CPU", "seconds": 0.0, "evaluations": 1}
+    np.savez(buffer := io.BytesIO(), **unit.to_arrays(), **content)
+    one.store.put(Unit(0.5, 0, 600).key("npz"), buffer.getvalue())
+    asked, yardsticks = Fold(0, 0.5, 600), [Yardstick(judge, real)]
+    with threadpool_limits(1):
+        expected = fold._fold(one, asked, yardsticks)
+    with threadpool_limits(threads):
+        Folder([one], yardsticks, Resources(1, 0))(asked)
+    assert Folded.read(one.store, asked.key(yardsticks)).values == expected.values
+
+
+@pytest.mark.parametrize("damaged", ["/units/w4/000000020-000000040.npz", "/rows/w4-n60"])
+def test_a_damaged_unit_or_row_is_named(lab: Path, runs: list[str], damaged: str) -> None:
+    evaluate(small(lab, runs[0]))
+    store = open_store(runs[0])
+    (key,) = [info.key for info in store.list("evaluate/") if damaged in info.key]
+    store.put(key, store.get(key)[:1000])
+    if "/units/" in damaged:
+        (row,) = [info.key for info in store.list("evaluate/") if "/rows/w4-n60" in info.key]
+        store.delete(row)
+    fails(small(lab, runs[0]), DataError, f"{key.rsplit('/', 1)[1]}: damaged .*; delete it and give the command again")
 
 
 # --- what it costs ---
@@ -264,7 +349,7 @@ def test_what_an_interruption_makes_twice_is_counted_and_stays_out_of_the_report
     whole, planned = report(folder), 60 * sweep_evaluations(config, config.evaluate.w)
     store = open_store(runs[0])
     for info in store.list("evaluate/"):
-        if "/units/w4/" in info.key:
+        if "/w4" in info.key:  # its units and its row
             store.delete(info.key)
     assert report(evaluate(config)) == whole
     counted = 60 * (sweep_evaluations(config, [0.0, 0.5]) + evaluations(config, 4.0))

@@ -4,7 +4,6 @@ import dataclasses
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -42,8 +41,7 @@ class Oracle(nn.Module):
 def sampler() -> Callable[..., Sampler]:
     def make(*overrides: str) -> Sampler:
         config = load_config(DIGITS, ["sampling.steps=12", "sampling.batch=3", *overrides], "evaluate")
-        nothing: Any = None  # the checkpoint is for those who ask where the weights are from
-        return Sampler(Oracle(), config, nothing, torch.device("cpu"))
+        return Sampler(Oracle(), config, torch.device("cpu"))
 
     return make
 
@@ -125,8 +123,7 @@ def test_a_compiled_network_gives_the_same_images() -> None:
     network = build_network(config.model, image_size=8, channels=1, classes=10).eval().requires_grad_(False)
     for parameter in network.parameters():  # the last layer begins at zero
         parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
-    nothing: Any = None
-    one = Sampler(network, config, nothing, torch.device("cpu"))
+    one = Sampler(network, config, torch.device("cpu"))
     plain = alone(one, 1.0)
     network.compile(dynamic=False)
     # Other kernels add in another order; three steps of this network amplify float32's rounding of 6e-8 to below 1e-4.

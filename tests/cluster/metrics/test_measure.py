@@ -70,7 +70,9 @@ def test_every_value_is_that_of_its_own_function():
         "kid": distance.mean,
         "kid_std": distance.std,
         "sfid": fid(spatial, FULL.reference.spatial),
+        "sfid_std": fid_spread(SPATIAL, FULL.reference.spatial, cycle=4),
     }
+    assert values(_units(150), LABELS, FULL.described()) == found
 
 
 @pytest.mark.parametrize(

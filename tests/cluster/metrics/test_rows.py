@@ -59,6 +59,8 @@ VALUES = {
     "recall",
     "kid",
     "kid_std",
+    "sfid_std",
+    "fd_dinov2_std",
     "fid_infinity",
     "fid_std",
     "sfid",

@@ -1,0 +1,134 @@
+"""Folding: the units of one w become one row, once, on whichever actor is free.
+
+At the paper's n = 50 000 and 2048 features a row takes minutes (precision and recall, FID-infinity, the jackknife), so rows are
+published as units are, under a name that says what decides them, and whoever asks again finds them. Its units are not needed any
+more then. BLAS has a fixed number of threads meanwhile: another number adds in another order and gives other bits.
+"""
+
+import io
+import json
+import zipfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+
+from cluster import units
+from cluster.metrics import measure
+from cluster.metrics.features import Measured
+from cluster.metrics.measure import Yardstick
+from cluster.metrics.rows import Row, model_conditions
+from cluster.session import Resources
+from cluster.sweep import COLUMNS, Series
+from cluster.units import Unit
+from configs.errors import DataError
+from data_pipeline.store import Store
+from trainer.sampler import evaluations
+
+
+@dataclass(frozen=True)
+class Fold:
+    """What one actor does in one go: the row of images [0, images) of a series at w."""
+
+    series: int
+    w: float
+    images: int
+
+    def key(self, yardsticks: Sequence[Yardstick]) -> str:
+        """Where its result stands, below the store of the series."""
+        decides = {"format": 1, "measured": measure.conditions(*yardsticks), "code": units.code_version(), "numpy": np.__version__}
+        return f"rows/w{self.w:g}-n{self.images}-{units.fingerprint(decides)}.npz"
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a unit took."""
+
+    images: int
+    seconds: float
+    evaluations: int
+    device: str
+
+
+@dataclass(frozen=True, eq=False)
+class Folded:
+    """All that a report needs of the units of a row.
+
+    The grid is uint8 (rows, COLUMNS classes at most, H, W, C); None where labels are drawn, so that no column is a class.
+    """
+
+    values: dict[str, float | None]  # see `measure.values`
+    grid: NDArray[np.uint8] | None
+    made: dict[Unit, Made]
+
+    def row(self, one: Series, fold: Fold, yardsticks: Sequence[Yardstick]) -> Row:
+        """Its row, with all conditions."""
+        return Row(
+            w=fold.w,
+            nfe=evaluations(one.config, fold.w),
+            n=fold.images,
+            **self.values,  # type: ignore[arg-type]
+            **measure.conditions(*yardsticks),
+            **model_conditions(one.config, one.step, units.code_version()),
+        )
+
+    def to_bytes(self) -> bytes:
+        """As `.npz`."""
+        made = [[u.w, u.first, u.last, m.images, m.seconds, m.evaluations, m.device] for u, m in self.made.items()]
+        arrays: dict[str, Any] = {"values": np.str_(json.dumps(self.values)), "made": np.str_(json.dumps(made))}
+        if self.grid is not None:
+            arrays["grid"] = self.grid
+        np.savez(buffer := io.BytesIO(), **arrays)
+        return buffer.getvalue()
+
+    @staticmethod
+    def read(store: Store, key: str) -> "Folded":
+        """What `to_bytes` wrote. Raises DataError if it is damaged."""
+        arrays = _arrays(store, key)
+        made = {Unit(*u[:3]): Made(*u[3:]) for u in json.loads(str(arrays["made"]))}
+        return Folded(json.loads(str(arrays["values"])), arrays.get("grid"), made)
+
+
+class Folder:
+    """Folds rows: one per actor."""
+
+    def __init__(self, series: Sequence[Series], yardsticks: Sequence[Yardstick], resources: Resources) -> None:
+        torch.set_num_threads(resources.threads)
+        self.series, self.yardsticks, self.threads = series, yardsticks, resources.threads
+
+    def __call__(self, fold: Fold) -> None:
+        one, key = self.series[fold.series], fold.key(self.yardsticks)
+        if not one.store.exists(key):
+            with threadpool_limits(self.threads):
+                folded = _fold(one, fold, self.yardsticks)
+            one.store.put(key, folded.to_bytes())
+
+
+def _fold(one: Series, fold: Fold, yardsticks: Sequence[Yardstick]) -> Folded:
+    plan = units.split([fold.w], fold.images, one.config.evaluate.unit)
+    parts = [_arrays(one.store, unit.key("npz")) for unit in plan]
+    labels = np.concatenate([part["labels"] for part in parts])
+    grid = None
+    if one.config.sampling.labels == "balanced":
+        shown = np.concatenate([part["images"] for part in parts])
+        columns = min(one.config.data.classes, COLUMNS)
+        grid = shown[: len(shown) // columns * columns].reshape(-1, columns, *shown.shape[1:])
+    made = {
+        unit: Made(unit.last - unit.first, float(part["seconds"]), int(part["evaluations"]), str(part["device"]))
+        for unit, part in zip(plan, parts, strict=True)
+    }
+    return Folded(measure.values([Measured.from_arrays(part) for part in parts], labels, *yardsticks), grid, made)
+
+
+def _arrays(store: Store, key: str) -> dict[str, Any]:
+    """The arrays of an `.npz` by name. Raises DataError if it is damaged."""
+    try:
+        with np.load(io.BytesIO(store.get(key)), allow_pickle=False) as file:
+            return dict(file)
+    except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{store.uri}/{key}: damaged ({error}); delete it and give the command again") from error
