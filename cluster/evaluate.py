@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster import figures, units
-from cluster.fold import Fold, Folded, Folder, Made
+from cluster.fold import Fold, Folded, Folder, Made, planned
 from cluster.metrics.frontier import near_frontier
 from cluster.metrics.measure import Yardstick
 from cluster.metrics.rows import Row
@@ -135,9 +135,9 @@ def _measured(job: _Job) -> tuple[list[list[Row]], list[Row]]:
 
 def _rows(job: _Job, weights: Sequence[Sequence[float]], images: int) -> list[list[Row]]:
     """The rows of images [0, `images`) of each series at its `weights`; what is there already is not made again."""
-    folds = [Fold(number, w, images) for number, curve in enumerate(weights) for w in curve]
+    folds = planned(weights, images, job.yardsticks)
     there = [{info.key for info in one.store.list("rows/")} for one in job.series]
-    left = [fold for fold in folds if fold.key(job.yardsticks) not in there[fold.series]]
+    left = [fold for fold in folds if fold.key not in there[fold.series]]
     _make_units(job, folds, left)
     if left:
         resources = dataclasses.replace(job.connect(), gpus=0.0)
@@ -147,7 +147,7 @@ def _rows(job: _Job, weights: Sequence[Sequence[float]], images: int) -> list[li
     found: list[list[Row]] = [[] for _ in job.series]
     for fold in folds:
         one = job.series[fold.series]
-        folded = Folded.read(one.store, fold.key(job.yardsticks))
+        folded = Folded.read(one.store, fold.key)
         found[fold.series].append(row := folded.row(one, fold, job.yardsticks))
         job.made.update({(fold.series, unit): took for unit, took in folded.made.items()})
         if folded.grid is not None:

@@ -38,11 +38,14 @@ class Fold:
     series: int
     w: float
     images: int
+    key: str  # where its result stands, below the store of the series
 
-    def key(self, yardsticks: Sequence[Yardstick]) -> str:
-        """Where its result stands, below the store of the series."""
-        decides = {"format": 1, "measured": measure.conditions(*yardsticks), "code": units.code_version(), "numpy": np.__version__}
-        return f"rows/w{self.w:g}-n{self.images}-{units.fingerprint(decides)}.npz"
+
+def planned(weights: Sequence[Sequence[float]], images: int, yardsticks: Sequence[Yardstick]) -> list[Fold]:
+    """The rows of images [0, `images`) of each series at its `weights`."""
+    decides = {"format": 1, "measured": measure.conditions(*yardsticks), "code": units.code_version(), "numpy": np.__version__}
+    name = units.fingerprint(decides)
+    return [Fold(series, w, images, f"rows/w{w:g}-n{images}-{name}.npz") for series, curve in enumerate(weights) for w in curve]
 
 
 @dataclass(frozen=True)
@@ -102,11 +105,11 @@ class Folder:
         self.series, self.yardsticks, self.threads = series, yardsticks, resources.threads
 
     def __call__(self, fold: Fold) -> None:
-        one, key = self.series[fold.series], fold.key(self.yardsticks)
-        if not one.store.exists(key):
+        one = self.series[fold.series]
+        if not one.store.exists(fold.key):
             with threadpool_limits(self.threads):
                 folded = _fold(one, fold, self.yardsticks)
-            one.store.put(key, folded.to_bytes())
+            one.store.put(fold.key, folded.to_bytes())
 
 
 def _fold(one: Series, fold: Fold, yardsticks: Sequence[Yardstick]) -> Folded:

@@ -34,7 +34,7 @@ class Jobs:
         return subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("drive_evaluate.py")), trouble, *overrides],
             cwd=place,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": self.address, "OMP_NUM_THREADS": "1"},
+            env=os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": self.address, "OMP_NUM_THREADS": str(actors)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

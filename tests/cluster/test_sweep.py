@@ -17,7 +17,7 @@ from cluster import evaluate as evaluation
 from cluster import fold, units
 from cluster import sweep as sweep_module
 from cluster.evaluate import evaluate
-from cluster.fold import Fold, Folded, Folder
+from cluster.fold import Folded, Folder, planned
 from cluster.inspect import inspect
 from cluster.metrics import moments
 from cluster.metrics.evaluator import fit_evaluator
@@ -303,12 +303,13 @@ def test_the_bits_of_a_row_do_not_depend_on_the_threads_that_blas_would_take(lab
     content = {"labels": labels, "images": np.zeros((20, 8, 8, 1), np.uint8), "device": "CPU", "seconds": 0.0, "evaluations": 1}
     np.savez(buffer := io.BytesIO(), **unit.to_arrays(), **content)
     one.store.put(Unit(0.5, 0, 600).key("npz"), buffer.getvalue())
-    asked, yardsticks = Fold(0, 0.5, 600), [Yardstick(judge, real)]
+    yardsticks = [Yardstick(judge, real)]
+    (asked,) = planned([[0.5]], 600, yardsticks)
     with threadpool_limits(1):
         expected = fold._fold(one, asked, yardsticks)
     with threadpool_limits(threads):
         Folder([one], yardsticks, Resources(1, 0))(asked)
-    assert Folded.read(one.store, asked.key(yardsticks)).values == expected.values
+    assert Folded.read(one.store, asked.key).values == expected.values
 
 
 @pytest.mark.parametrize("damaged", ["/units/w4/000000020-000000040.npz", "/rows/w4-n60"])
