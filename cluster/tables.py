@@ -11,7 +11,7 @@ from typing import Any
 
 from cluster.figures import Series, best_of, distance
 from cluster.metrics.frontier import Spread, common_scores, fid_at, over_seeds, spread
-from cluster.metrics.published import beside, rows_of, same_setting, why_not_beside
+from cluster.metrics.published import beside, rows_of, same_setting, sampled_otherwise, why_not_beside
 from cluster.metrics.rows import Row
 
 
@@ -203,9 +203,14 @@ def _published(ordered: Sequence[Row]) -> Table:
     reason, numbers = why_not_beside(ordered[0]), rows_of(ordered[0].dataset)
     if not numbers:
         return Table("", [], [], note=f"No published numbers stand here because {reason}.", grey=True)
+    note = "Printed by the papers named; each measured 50 000 images with Inception's features."
     if reason is None:
+        otherwise = [sampled_otherwise(row) for row in ordered if any(same_setting(row, number) for number in numbers)]
+        if words := [word for word in dict.fromkeys(otherwise) if word]:
+            note += f" The paper's own stand beside rows sampled alike only: {'; '.join(words)}."
         numbers = [number for number in numbers if number.w is None]
     else:
+        note = f"Not comparable with the rows above because {reason}. {note}"
         numbers = [number for number in numbers if number.w is None or any(same_setting(row, number) for row in ordered)]
 
     def cell(value: float | None) -> str:
@@ -214,9 +219,6 @@ def _published(ordered: Sequence[Row]) -> Table:
     lines = [
         [n.model, cell(n.w), cell(n.p_uncond), cell(n.steps), f"{n.fid:g}", cell(n.inception_score), n.source] for n in numbers
     ]
-    note = "Printed by the papers named; each measured 50 000 images with Inception's features."
-    if reason is not None:
-        note = f"Not comparable with the rows above because {reason}. " + note
     heads = ["model", "w", "p_uncond", "T", "FID", "IS", "source"]
     return Table(f"Published for {ordered[0].dataset}", heads, lines, note=note, grey=reason is not None)
 

@@ -289,6 +289,7 @@ def test_published_numbers_stand_beside_rows_measured_alike(tmp_path):
     [
         ({"n": 5000}, "they are of 50000 images and ours of 5000"),
         ({"extractor": "toys"}, "they are plain FIDs and ours is FID-toys"),
+        ({"reference_n": 500}, "our reference is of 500 images only, and its own bias adds to FID"),
     ],
 )
 @pytest.mark.usefixtures("words_only")
@@ -304,6 +305,25 @@ def test_published_numbers_are_grey_with_the_reason_where_conditions_differ(tmp_
     assert len(grey) == 1
     assert reason in grey[0]
     assert "2.93" in grey[0]
+
+
+@pytest.mark.usefixtures("words_only")
+def test_the_papers_own_numbers_are_left_out_with_the_reason_where_sampling_differs(tmp_path):
+    alike = [row for row in _paper() if row.p_uncond == 0.1]
+    fast = [replace(row, sampler="dpmpp_2m") for row in alike]
+    for name, rows in (("fast", fast), ("both", alike + fast)):
+        write_report(rows, {}, tmp_path / name, title="x", varying=("sampler",))
+    text = (tmp_path / "fast" / "table.md").read_text()
+    reason = "The paper's own stand beside rows sampled alike only: they are of Algorithm 2 and ours of the sampler dpmpp_2m."
+    assert "paper's FID" not in text
+    assert reason in text
+    section = text.split("## Published for imagenet64")[1]
+    assert "| ADM | - | - | - | 2.07 |" in section
+    assert "classifier-free guidance" not in section
+    text = (tmp_path / "both" / "table.md").read_text()
+    assert reason in text
+    lines = [line for line in text.split("##")[0].splitlines() if " | 0.3 | " in line]
+    assert [line.rsplit(" | ", 2)[1:] for line in lines] == [["3.03", "92.8 |"], ["-", "- |"]]
 
 
 @pytest.mark.usefixtures("words_only")
