@@ -13,6 +13,7 @@ from cluster.metrics import dinov2
 from cluster.metrics.dinov2 import VisionTransformer
 from cluster.metrics.evaluator import Evaluator, fit_evaluator
 from cluster.metrics.fid import frechet_distance
+from cluster.metrics.inception_score import inception_score
 from cluster.metrics.measure import Yardstick, values
 from cluster.metrics.moments import from_features
 from cluster.metrics.reference import from_npz
@@ -129,6 +130,29 @@ def test_images_sorted_by_class_are_dealt_so_that_every_split_holds_all_classes(
     assert by_class.fid == pytest.approx(in_turn.fid, rel=1e-5)  # float32 features of other batches
     mixed = Samples(FAKE, LABELS)
     assert mixed.dealt is mixed
+
+
+@pytest.mark.parametrize("rule", ["descending", "shuffled blocks", "two shards"])
+def test_class_blocks_in_any_order_are_dealt(rule):
+    """Of ten certain classes the score is 10, and 1 where each split holds one of them."""
+    classes = {
+        "descending": np.arange(10)[::-1].repeat(100),
+        "shuffled blocks": np.array([3, 7, 0, 9, 1, 8, 2, 6, 5, 4]).repeat(100),
+        "two shards": np.tile(np.arange(10).repeat(50), 2),
+    }[rule].astype(np.int64)
+    images = np.broadcast_to(classes.astype(np.uint8)[:, None, None, None], (1000, 1, 1, 1))
+    dealt = Samples(images, classes).dealt
+    assert dealt.labels is not None
+    assert np.array_equal(dealt.images[:, 0, 0, 0], dealt.labels)
+    assert sorted(dealt.labels) == sorted(classes)
+    assert inception_score(np.eye(10)[dealt.labels]).mean > 9  # 9.6: the splits of 100 are dealt, not balanced
+
+
+@pytest.mark.parametrize("labels", [np.arange(1000) % 10, *(np.random.default_rng(0).integers(0, k, 1000) for k in (10, 2))])
+def test_labels_that_are_not_in_blocks_keep_their_order(labels):
+    """Balanced ones, and random ones of ten classes and of two, of which half are like their neighbour."""
+    samples = Samples(np.zeros((1000, 1, 1, 1), np.uint8), labels.astype(np.int64))
+    assert samples.dealt is samples
 
 
 def test_class_folders_give_labels_and_lossy_files_are_said(tmp_path):
