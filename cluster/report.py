@@ -7,9 +7,10 @@ score, never at equal w. Published numbers stand beside ours where the condition
 Equal rows and grids give equal bytes, file by file: nothing here knows the date or the machine. What does depend on the machine or
 on interruptions (seconds, images/s, evaluations that were made twice) goes into `times.json` and `cost.md` and nowhere else.
 
-Files: report.json (rows, readable by `rows.from_json`), report.csv (every field of every row), table.md, fid_over_w.png,
-frontier.png (FID against IS, the paper's figure 4), samples.png (several w side by side), index.html (all of it in one file). One
-series also has samples_w<w>.png for each w; several have samples_1.png, samples_2.png, ... in their order, instead of samples.png.
+Files: report.json (rows, readable by `rows.from_json`), report.csv (every field of every row), screen.csv (the same of a first
+look, where there was one), table.md, fid_over_w.png, frontier.png (FID against IS, the paper's figure 4), samples.png (several w
+side by side), index.html (all of it in one file). One series also has samples_w<w>.png for each w; several have samples_1.png,
+samples_2.png, ... in their order, instead of samples.png. No table mixes n, and no CSV file.
 """
 
 import base64
@@ -65,12 +66,14 @@ def write_report(
     tables = tables_of(series, varying, looked, others, cost)
     files: dict[str, bytes] = {
         "report.json": _json(ordered, title, varying, series).encode(),
-        "report.csv": _csv([*screened, *ordered, *others]).encode(),
+        "report.csv": _csv([*ordered, *others]).encode(),
         "table.md": _markdown(title, tables).encode(),
         "fid_over_w.png": figures.curves(series),
     }
     matching = [number for number in rows_of(ordered[0].dataset) if why_not_beside(ordered[0]) is None and number.w is None]
     files["frontier.png"] = figures.frontier(series, others, matching)
+    if looked:
+        files["screen.csv"] = _csv(looked).encode()
     files |= _pictures(series, grids, classes)
     files["index.html"] = _page(files, title, tables).encode()
     seconds = dict(times or {})
@@ -80,7 +83,7 @@ def write_report(
     if times is not None or cost is not None:
         files["times.json"] = (json.dumps(dict(sorted(seconds.items())), indent=1, allow_nan=False) + "\n").encode()
     out_dir.mkdir(parents=True, exist_ok=True)
-    for old in out_dir.glob("samples*.png"):  # of other w, or of another number of series
+    for old in (*out_dir.glob("samples*.png"), *out_dir.glob("screen.csv")):  # of other w or series, of a report with a screen
         old.unlink()
     for name, data in files.items():
         (out_dir / name).write_bytes(data)

@@ -520,6 +520,13 @@ def test_the_screen_has_a_table_of_its_own_and_no_table_mixes_n(tmp_path):
     assert [line.split(" | ")[0] for line in full.splitlines() if re.match(r"\| \d", line)] == ["| 0.3", "| 0.75", "| 1"]
     assert len([line for line in screen.splitlines() if re.match(r"\| \d", line)]) == len(WEIGHTS)
     assert {row.n for row in from_json((tmp_path / "report.json").read_text())} == {5000}
+    for name, n, weights in (("report.csv", "5000", WEIGHTS[2:5]), ("screen.csv", "500", WEIGHTS)):
+        with open(tmp_path / name, newline="") as file:
+            lines = list(csv.DictReader(file))
+        assert [float(line["w"]) for line in lines] == weights
+        assert {line["n"] for line in lines} == {n}, "no CSV file mixes n either"
+    assert "screen.csv" not in [path.name for path in write_report(_rows(), {}, tmp_path, title="x")]
+    assert not (tmp_path / "screen.csv").exists(), "of another report"
     with pytest.raises(DataError, match="because n is"):
         write_report([*_rows()[2:5], *screened[:2]], {}, tmp_path, title="x")
 
