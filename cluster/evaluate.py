@@ -27,7 +27,7 @@ from cluster import figures, units
 from cluster.metrics.frontier import near_frontier
 from cluster.metrics.measure import Yardstick
 from cluster.metrics.rows import Row
-from cluster.report import write_report
+from cluster.report import check_others, read_others, write_report
 from cluster.session import Resources, progress, session
 from cluster.sweep import COLUMNS, Made, Series, Worker, fold, items, placed, trained_series, varying
 from cluster.tables import Cost
@@ -57,11 +57,12 @@ def evaluate(config: Config) -> Path:
         store.check()
     manifest = load_manifest(data)
     check_data(config, manifest)
-    found = trained_series(config, manifest)
+    found, others = trained_series(config, manifest), read_others(config.evaluate)
     with contextlib.ExitStack() as stack:
         # Where all is done already, Ray is not started.
         connect = functools.cache(lambda: stack.enter_context(session(config, config.cluster.actors)))
         yardsticks = yardsticks_of(config, data, manifest, connect)
+        check_others(others, yardsticks)
         job = _Job(config, placed(found, yardsticks), yardsticks, connect)
         rows, screened = _measured(job)
     flat = [row for curve in rows for row in curve]
@@ -75,6 +76,7 @@ def evaluate(config: Config) -> Path:
         classes=manifest.schema.class_names[:COLUMNS],
         varying=varying(config, [*screened, *flat]),
         screened=screened,
+        others=others,
         times={"job_seconds": time.monotonic() - began},
         cost=_cost(job, rows),
     )

@@ -29,10 +29,13 @@ from PIL import Image
 
 from cluster import figures
 from cluster.figures import COLOURS, GREY, INK, Series, best_of
+from cluster.metrics.features import read_object
+from cluster.metrics.measure import Yardstick, conditions
 from cluster.metrics.published import rows_of, why_not_beside
-from cluster.metrics.rows import Row, require_comparable, require_same_instrument, to_json
+from cluster.metrics.rows import Row, from_json, require_comparable, require_same_instrument, to_json
 from cluster.tables import Cost, Table, cost_in_seconds, key_of, label_of, names_of, tables_of
 from configs.errors import DataError
+from configs.schema import EvaluateConfig
 
 ROWS = 4  # of a sample grid, where a page shows several series
 
@@ -88,6 +91,29 @@ def write_report(
     for name, data in files.items():
         (out_dir / name).write_bytes(data)
     return [out_dir / name for name in files]
+
+
+def read_others(options: EvaluateConfig) -> list[Row]:
+    """The rows of `evaluate.others`, in their order. Raises DataError for files that hold none, and for rows of another n."""
+    remedy = "score the images first (freeguide score --json), or correct evaluate.others"
+    rows = [row for uri in options.others for row in from_json(read_object(uri, remedy).decode(errors="replace"), uri)]
+    _require_alike(rows, {"n": options.images})
+    return rows
+
+
+def check_others(others: Sequence[Row], yardsticks: Sequence[Yardstick]) -> None:
+    """Raise DataError unless the images behind `others` were measured with the same yardsticks as ours."""
+    _require_alike(others, {"dinov2": "", "dinov2_reference": ""} | conditions(*yardsticks))
+
+
+def _require_alike(others: Sequence[Row], instrument: Mapping[str, Any]) -> None:
+    for name, ours in instrument.items():
+        for row in others:
+            if getattr(row, name) != ours:
+                raise DataError(
+                    f"{name} of {row.run!r} in evaluate.others is {getattr(row, name)!r} and here it is {ours!r}; score them with "
+                    f"the same {name}, or leave them out"
+                )
 
 
 def _series(rows: list[Row], varying: Sequence[str]) -> list[Series]:

@@ -366,6 +366,7 @@ def _type_name(kind: Any) -> str:
     plain = {
         "list[int]": "a list of whole numbers",
         "list[float]": "a list of numbers",
+        "list[str]": "a list of texts",
         "dict[str, str]": "a mapping of names to texts",
         "dict[str, int]": "a mapping of names to whole numbers",
     }

@@ -142,6 +142,9 @@ class EvaluateConfig:
     reference: str = ""  # statistics of the real images, an .npz by path or URI; empty = measured on the data set
     dinov2: str = ""  # DINOv2's weights, path or URI, for FD-DINOv2 beside the rest; empty = without
     dinov2_reference: str = ""  # its statistics of the real images, an .npz by path or URI; empty = measured on the data set
+    others: list[str] = field(
+        default_factory=list
+    )  # rows of other models to show beside ours: what `score --json` wrote, path or URI
     dataset: str = ""  # name of the real images in tables (imagenet64, ...); empty = the last part of data.uri
     evaluator_epochs: int = 30  # epochs over the real data of the small evaluator network
     evaluator_seed: int = 0  # seed of the evaluator's weights and of its batches
