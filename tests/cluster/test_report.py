@@ -5,7 +5,7 @@ import csv
 import io
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -120,7 +120,7 @@ def test_every_condition_stands_in_the_caption_of_table_and_page(tmp_path):
 @pytest.mark.usefixtures("words_only")
 def test_columns_that_nobody_measured_are_left_out_and_gaps_are_dashes(tmp_path):
     rows = _rows(precision=None, recall=None)
-    rows[1] = replace(rows[1], kid=0.00125, kid_std=0.0001, fid_infinity=0.5)
+    rows[1] = replace(rows[1], kid=0.00125, fid_infinity=0.5)
     write_report(rows, {}, tmp_path, title="x")
     text = (tmp_path / "table.md").read_text()
     assert "| w | FID-fashion ↓ | IS ↑ | accuracy | KID × 1000 | FID-fashion ∞ | NFE |" in text
@@ -353,6 +353,11 @@ def test_seeds_are_summarised_by_mean_and_deviation(tmp_path):
     section = (tmp_path / "table.md").read_text().split("## Over sampling seeds")[1]
     assert "| w | FID-fashion | IS | accuracy | precision | recall | k |" in section
     assert "| 0.75 | 5.19 ± 1 | 8.57 ± 0 |" in section
+    more = [replace(row, kid=0.001 * row.seed, fid_infinity=1.0 + row.seed, sfid=2.0, fd_dinov2=3.0 + row.seed) for row in rows]
+    write_report(more, {}, tmp_path, title="x", varying=("seed",))
+    section = (tmp_path / "table.md").read_text().split("## Over sampling seeds")[1]
+    assert "| recall | KID × 1000 | FID-fashion ∞ | sFID | FD-DINOv2 | k |" in section
+    assert "| 1.00 ± 1 | 2.00 ± 1 | 2.00 ± 0 | 4.00 ± 1 | 3 |" in section
 
 
 @pytest.mark.usefixtures("words_only")
@@ -363,6 +368,30 @@ def test_the_spread_of_the_fid_stands_beside_it_and_is_explained(tmp_path):
     assert "by jackknife" in text
     write_report(_rows(), {}, tmp_path, title="x")
     assert "jackknife" not in (tmp_path / "table.md").read_text()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Surer(Row):
+    """A row that knows the spread of every distance."""
+
+    sfid_std: float | None = None
+    fd_dinov2_std: float | None = None
+
+
+@pytest.mark.usefixtures("words_only")
+def test_every_distance_stands_with_its_spread_where_the_row_has_one(tmp_path):
+    more = {"kid": 0.00125, "kid_std": 0.0001, "sfid": 7.5, "sfid_std": 0.25, "fd_dinov2": 120.0, "fd_dinov2_std": 1.5}
+    rows = [_Surer(**(asdict(row) | more)) for row in _rows()]
+    rows[0] = replace(rows[0], sfid_std=None, fd_dinov2_std=None, kid=26.1, kid_std=2.975)
+    write_report(rows, {}, tmp_path, title="x")
+    text = (tmp_path / "table.md").read_text()
+    assert "| KID × 1000 | sFID | FD-DINOv2 | NFE |" in text
+    assert "| 1.250 ± 0.1 | 7.50 ± 0.25 | 120.00 ± 1.5 | 128 |" in text
+    assert "| 26100.000 ± 3000 | 7.50 | 120.00 | 64 |" in text
+    assert "± after KID: standard deviation of one subset" in text
+    assert "± after sFID, FD-DINOv2: standard deviation over sets of n images" in text
+    write_report(_rows(), {}, tmp_path, title="x")
+    assert "± after" not in (tmp_path / "table.md").read_text()
 
 
 @pytest.mark.usefixtures("words_only")
