@@ -70,6 +70,7 @@ def score(
     extractor: str,
     extractor_hash: str = "",
     dinov2: str = "",
+    dinov2_hash: str = "",
     dinov2_reference: str = "",
     dataset: str = "",
     name: str = "",
@@ -81,7 +82,7 @@ def score(
     """Measure images and return their row.
 
     `samples`, `reference`, `extractor` and the two of DINOv2 are paths or URIs (see the module and `load_reference`), and
-    `extractor_hash` is the sha256 that the extractor has to have ("" = any).
+    `extractor_hash` and `dinov2_hash` are the sha256 that their weights have to have ("" = any).
     `dataset` names the reference's data, `name` (default: the samples' own) the row's run, `w` the guidance weight (0 = without)
     and `facts` what is known of the model, by the names of a Row's fields (p_uncond, steps, nfe, rounding, ...). Raises DataError
     for images, references or weights that cannot be used, StoreError where a store does not answer, ConfigError for unknown facts.
@@ -93,7 +94,7 @@ def score(
     yardstick = Yardstick(judge, load_reference(reference, judge, dataset, device))
     second = None
     if dinov2:
-        other = load_dinov2(dinov2)
+        other = load_dinov2(dinov2, dinov2_hash)
         second = Yardstick(other, load_reference(dinov2_reference, other, dataset, device))
     found = load_samples(samples, judge.channels)
     return score_samples(found, yardstick, second, name=name or samples, w=w, facts=facts, device=device, unit=unit)
@@ -220,6 +221,7 @@ def command(options: argparse.Namespace) -> None:
         extractor=options.extractor,
         extractor_hash=options.extractor_hash,
         dinov2=options.dinov2,
+        dinov2_hash=options.dinov2_hash,
         dinov2_reference=options.dinov2_reference,
         dataset=options.dataset,
         name=options.name,

@@ -53,7 +53,7 @@ def yardsticks_of(config: Config, data: Store, manifest: Manifest, connect: Conn
     given = load_judge(options.extractor, options.extractor_hash) if options.extractor else None
     found = [_yardstick(config, data, manifest, connect, given, options.extractor, options.reference)]
     if options.dinov2:
-        dinov2 = load_dinov2(options.dinov2)
+        dinov2 = load_dinov2(options.dinov2, options.dinov2_hash)
         found.append(_yardstick(config, data, manifest, connect, dinov2, options.dinov2, options.dinov2_reference))
     return found
 

@@ -232,6 +232,10 @@ def test_dinov2_stands_beside_the_rest_which_it_leaves_alone(place, judge, tmp_p
     a, b = (from_features(network.measure(images).features) for images in (REAL, FAKE))
     assert row.fd_dinov2 == frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
     assert row.dinov2 == network.hash
+    pinned = {"dinov2": weights, "dinov2_reference": real}
+    assert _score(place, "fake.npz", **pinned, dinov2_hash=network.hash) == row
+    with pytest.raises(DataError, match=f"has the hash {network.hash} and not {'c3' * 32}"):
+        _score(place, "fake.npz", **pinned, dinov2_hash="c3" * 32)
     without = {"fd_dinov2": None, "dinov2": "", "dinov2_reference": ""}
     assert {name: getattr(row, name) for name in row.__dataclass_fields__} | without == {
         name: getattr(plain, name) for name in plain.__dataclass_fields__
@@ -252,6 +256,7 @@ def test_the_command_prints_the_row_and_writes_it(place, tmp_path, capsys):
         extractor=str(place / "toys.safetensors"),
         extractor_hash="",
         dinov2="",
+        dinov2_hash="",
         dinov2_reference="",
         dataset="toys",
         name="theirs",

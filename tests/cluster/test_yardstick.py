@@ -255,6 +255,16 @@ def test_an_evaluation_has_fd_dinov2_beside_the_rest(
     assert row.extractor == "digits"
 
 
+def test_dinov2_is_pinned_by_its_hash_as_the_other_extractor_is(toys: str, find: Find, tiny_dinov2: str) -> None:
+    sha256, other = hashlib.sha256(Path(tiny_dinov2).read_bytes()).hexdigest(), "c3" * 32
+    _, second = find(toys, f"evaluate.dinov2={tiny_dinov2}", f"evaluate.dinov2_hash={sha256}")
+    assert second.extractor.hash == sha256
+    with pytest.raises(DataError, match=rf"has the hash {sha256} and not {other}; correct the path, or the hash"):
+        find(toys, f"evaluate.dinov2={tiny_dinov2}", f"evaluate.dinov2_hash={other}")
+    with pytest.raises(ConfigError, match=r"evaluate\.dinov2_hash=c3c3: a sha256 has 64 hexadecimal digits"):
+        find(toys, f"evaluate.dinov2={tiny_dinov2}", "evaluate.dinov2_hash=c3c3")
+
+
 def test_every_extractor_is_read_once(toys: str, find: Find, tiny_dinov2: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (own,) = find(toys)
     pinned = (f"evaluate.extractor={own.weights}", f"evaluate.dinov2={tiny_dinov2}")
@@ -281,8 +291,9 @@ def test_weights_that_are_missing_or_of_something_else_are_refused_in_a_sentence
         with pytest.raises(DataError, match=words) as error:
             find(toys, f"evaluate.{option}")
         assert "\n" not in str(error.value)
-    with pytest.raises(ConfigError, match="needs DINOv2's weights: set evaluate"):
-        find(toys, "evaluate.dinov2_reference=dinov2.npz")
+    for needless in ("dinov2_reference=dinov2.npz", f"dinov2_hash={'c3' * 32}"):
+        with pytest.raises(ConfigError, match="needs DINOv2's weights: set evaluate"):
+            find(toys, f"evaluate.{needless}")
 
 
 def test_a_reference_that_does_not_fit_is_refused_before_any_image_is_made(toys: str, find: Find, tmp_path: Path) -> None:
