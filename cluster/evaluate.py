@@ -121,7 +121,7 @@ class _Job:
 def _measured(job: _Job) -> tuple[list[list[Row]], list[Row]]:
     """The rows of each series, and those of the screen where there was one."""
     options = job.config.evaluate
-    warn_of_few(screen_images(options) or options.images, job.yardsticks)
+    warn_of_few(screen_images(options) or options.images, job.config.data.classes, job.yardsticks)
     weights = [sorted(options.w) for _ in job.series]
     screened: list[list[Row]] = []
     if few := screen_images(options):

@@ -315,12 +315,26 @@ def test_fewer_images_than_features_are_said_loudly_with_what_would_help(
     toys: str, find: Find, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = find(toys)
-    warn_of_few(65, found)
+    warn_of_few(65, 6, found)
     assert capsys.readouterr().err == ""
-    warn_of_few(64, found)
+    warn_of_few(64, 6, found)
     told = capsys.readouterr().err
     assert told.startswith("WARNING: 64 images for the 64 features of toys")
     assert "take more than 64 images, and 195 for FID-infinity beside it" in told
+
+
+def test_fewer_images_than_ten_for_each_class_are_said_for_the_sake_of_the_inception_score(
+    toys: str, find: Find, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = find(toys)
+    warn_of_few(1000, 100, found)
+    assert capsys.readouterr().err == ""
+    warn_of_few(999, 100, found)
+    told = capsys.readouterr().err
+    assert told.startswith(
+        "WARNING: 999 images of 100 classes: a split of the Inception score, a tenth of them, cannot hold all classes"
+    )
+    assert told.endswith("take 1000 images or more to compare it\n")
 
 
 def test_weights_that_are_there_already_are_not_fitted(toys: str, capsys: pytest.CaptureFixture[str]) -> None:
