@@ -12,7 +12,6 @@ import json
 import shutil
 import tempfile
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +28,10 @@ from configs.schema import Config
 from data_pipeline.manifest import NAME, Manifest, Schema, ShardIndex, build_manifest, load_manifest, save_manifest
 from data_pipeline.scan import scan
 from data_pipeline.shards import Sample, pack_shard
-from data_pipeline.store import FolderStore, Store, open_store
+from data_pipeline.store import FolderStore, Store, open_store, read_each
 from trainer.sampler import Sampler, image_labels
 
 NPZ = "samples.npz"
-READERS = 16  # indexes of finished shards read at a time
 
 
 def generate(config: Config) -> str:
@@ -95,9 +93,8 @@ class _Generate:
 
 
 def _indexes(store: Store, plan: list[Unit]) -> list[ShardIndex]:
-    """The index of every shard, in their order; several at a time, as 10^7 images have ten thousand of them."""
-    with ThreadPoolExecutor(READERS) as pool:
-        return list(pool.map(lambda unit: ShardIndex.from_bytes(store.get(unit.key("tar.npz"))), plan))
+    """The index of every shard, in their order: 10^7 images have ten thousand of them."""
+    return read_each(store, [unit.key("tar.npz") for unit in plan], lambda _, data: ShardIndex.from_bytes(data))
 
 
 def _check_disk(store: Store, schema: Schema, images: int) -> None:

@@ -34,7 +34,7 @@ from data_pipeline.decode import decode_image
 from data_pipeline.manifest import NAME, load_manifest
 from data_pipeline.scan import scan_all
 from data_pipeline.sources import EXTENSIONS
-from data_pipeline.store import open_store
+from data_pipeline.store import open_store, read_each
 from trainer.engine import choose_kernels
 
 LOSSY = {".jpg", ".jpeg", ".webp"}
@@ -184,18 +184,20 @@ def _from_files(folder: str, channels: int) -> Samples:
     keys = sorted(info.key for info in store.list() if Path(info.key).suffix.lower() in EXTENSIONS)
     if not keys:
         raise DataError(f"{folder} holds no images ({', '.join(sorted(EXTENSIONS))}) and no {NAME}; give the place of the samples")
-    images: list[NDArray[np.uint8]] = []
-    for key in keys:
+
+    def decoded(key: str, data: bytes) -> NDArray[np.uint8]:
         try:
-            image = decode_image(store.get(key), channels)
+            return decode_image(data, channels)
         except DataError as error:
             raise DataError(f"{folder}/{key}: {error}; leave it out or make it again") from None
-        if images and image.shape != images[0].shape:
+
+    images = read_each(store, keys, decoded)
+    for key, image in zip(keys, images, strict=True):
+        if image.shape != images[0].shape:
             raise DataError(
                 f"{folder}/{key} is {image.shape[1]} x {image.shape[0]} pixels and {keys[0]} is {images[0].shape[1]} x "
                 f"{images[0].shape[0]}; score images of one size"
             )
-        images.append(image)
     parents = [str(Path(key).parent) for key in keys]
     classes = {parent: number for number, parent in enumerate(sorted(set(parents)))}
     labels = np.array([classes[parent] for parent in parents], np.int64) if len(classes) > 1 else None

@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from configs.errors import ConfigError, DataError
 from data_pipeline.decode import encode_png
 from data_pipeline.manifest import Schema, build_manifest, save_manifest
 from data_pipeline.shards import Sample, pack_shard
-from data_pipeline.store import open_store
+from data_pipeline.store import READERS, FolderStore, open_store
 
 N = 240
 LABELS = np.arange(N, dtype=np.int64) % 2
@@ -170,6 +171,18 @@ def test_class_folders_give_labels_and_lossy_files_are_said(tmp_path):
     (tmp_path / "a" / "7.jpg").write_bytes(buffer.getvalue())
     assert load_samples(str(tmp_path), 1).lossy
     assert load_samples(str(tmp_path), 3).images.shape == (7, 8, 8, 3)
+
+
+def test_image_files_are_read_several_at_a_time_and_keep_their_order(place, monkeypatch):
+    get, together = FolderStore.get, threading.Barrier(READERS)
+
+    def slow(store, key):
+        if key.endswith(".png") and int(key[:4]) < READERS:
+            together.wait(60)  # for all of the first: one after the other, they would wait in vain
+        return get(store, key)
+
+    monkeypatch.setattr(FolderStore, "get", slow)
+    assert np.array_equal(load_samples(str(place / "png"), 1).images, FAKE)
 
 
 def test_lossy_files_say_so_in_the_row(judge, place):
