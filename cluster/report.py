@@ -5,7 +5,8 @@ Rows are sorted and checked first: all that share a table agree in every conditi
 score, never at equal w. Published numbers stand beside ours where the conditions match and are grey, with the reason, where not.
 
 Equal rows and grids give equal bytes, file by file: nothing here knows the date or the machine. What does depend on the machine or
-on interruptions (seconds, images/s, evaluations that were made twice) goes into `times.json` and `cost.md` and nowhere else.
+on interruptions (seconds, images/s, evaluations that were made twice) goes into `times.json` and `cost.md` and nowhere else; the page
+links the latter.
 
 Files: report.json (rows, readable by `rows.from_json`), report.csv (every field of every row), screen.csv (the same of a first
 look, where there was one), table.md, fid_over_w.png, frontier.png (FID against IS, the paper's figure 4), samples.png (several w
@@ -186,7 +187,8 @@ def _markdown(title: str, tables: Sequence[Table]) -> str:
                 lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in marked) + " |")
             parts.append("\n".join(lines))
         if table.note:
-            parts.append(f"*{table.note}*" if table.grey else table.note)
+            note = f"{table.note} [{table.file}]({table.file})." if table.file else table.note
+            parts.append(f"*{note}*" if table.grey else note)
     return "\n\n".join(parts) + "\n"
 
 
@@ -233,5 +235,6 @@ def _section(table: Table) -> str:
                 lines += f"<td{' class=best' if (i, column) in table.bold else side}>{html.escape(cell)}</td>"
         text += f"<table><tr>{lines}</tr></table>\n"
     if table.note:
-        text += f"<p>{html.escape(table.note)}</p>\n"
+        file = f' <a href="{table.file}">{table.file}</a>.' if table.file else ""
+        text += f"<p>{html.escape(table.note)}{file}</p>\n"
     return f"<section{' class=grey' if table.grey else ''}>\n{text}</section>\n"

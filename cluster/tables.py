@@ -37,6 +37,7 @@ class Table:
     bold: frozenset[tuple[int, int]] = frozenset()  # (line, column)
     note: str = ""
     grey: bool = False  # not comparable with the rest; the note says why
+    file: str = ""  # beside the report, with which the note ends
 
 
 def tables_of(
@@ -255,9 +256,9 @@ def _evaluations(cost: Cost) -> Table:
     ]
     note = (
         "The naive sweep measures every w of every series with the full n and runs both predictions at every step of every w > 0. "
-        "Seconds, and the evaluations that were counted, are in cost.md."
+        "Device-seconds, images per second and the evaluations that were counted are in"
     )
-    return Table("Cost", ["", "images", "network evaluations", "share"], lines, note=note)
+    return Table("Cost", ["", "images", "network evaluations", "share"], lines, note=note, file="cost.md")
 
 
 def cost_in_seconds(cost: Cost) -> str:

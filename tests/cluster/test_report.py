@@ -407,8 +407,11 @@ def test_costs_that_depend_on_the_machine_stay_out_of_the_report(tmp_path):
     assert "| network evaluations, counted | 62,000 |" in seconds
     assert "| share of a naive sweep | 62.0% |" in seconds
     assert "| device-seconds of a naive sweep at this speed | 80.6 |" in seconds
+    assert "| images per device-second | 20 |" in seconds
     assert {name: two[name] for name in one} == one
-    text = one["table.md"].decode()
+    text, page = one["table.md"].decode(), one["index.html"].decode()
+    assert "Device-seconds, images per second and the evaluations that were counted are in [cost.md](cost.md)." in text
+    assert 'the evaluations that were counted are in <a href="cost.md">cost.md</a>.</p>' in page
     assert "| this sweep | 1,000 | 60,000 | 60% |" in text
     assert "| every w by itself | 2,000 | 100,000 | 100% |" in text
 
