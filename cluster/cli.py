@@ -144,6 +144,7 @@ def _add_score(command: argparse.ArgumentParser) -> None:
     command.add_argument("--extractor-hash", default="", help="the sha256 that those weights have to have")
     command.add_argument("--reference", required=True, help="the real images: a data set with a manifest, or an .npz of statistics")
     command.add_argument("--dinov2", default="", help="DINOv2 weights, for FD-DINOv2 beside the rest")
+    command.add_argument("--dinov2-hash", default="", help="the sha256 that those weights have to have")
     command.add_argument("--dinov2-reference", default="", help="DINOv2 statistics of the real images")
     command.add_argument("--dataset", default="", help="name of the data set, as tables call it")
     command.add_argument("--name", default="", help="name of the row")

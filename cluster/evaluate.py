@@ -28,7 +28,7 @@ from cluster.fold import Fold, Folded, Folder, Made, planned
 from cluster.metrics.frontier import near_frontier
 from cluster.metrics.measure import Yardstick
 from cluster.metrics.rows import Row
-from cluster.report import write_report
+from cluster.report import check_others, read_others, write_report
 from cluster.session import Resources, progress, session
 from cluster.sweep import COLUMNS, Series, Trained, Worker, items, placed, trained_series, varying
 from cluster.tables import Cost
@@ -58,11 +58,12 @@ def evaluate(config: Config) -> Path:
         store.check()
     manifest = load_manifest(data)
     check_data(config, manifest)
-    found = trained_series(config, manifest)
+    found, others = trained_series(config, manifest), read_others(config.evaluate)
     with contextlib.ExitStack() as stack:
         # Where all is done already, Ray is not started.
         connect = functools.cache(lambda: stack.enter_context(session(config, config.cluster.actors)))
         yardsticks = yardsticks_of(config, data, manifest, connect)
+        check_others(others, yardsticks)
         job = _Job(config, found, placed(found, yardsticks), yardsticks, connect)
         rows, screened = _measured(job)
     flat = [row for curve in rows for row in curve]
@@ -76,6 +77,7 @@ def evaluate(config: Config) -> Path:
         classes=manifest.schema.class_names[:COLUMNS],
         varying=varying(config, [*screened, *flat]),
         screened=screened,
+        others=others,
         times={"job_seconds": time.monotonic() - began},
         cost=_cost(job, rows),
     )
@@ -121,7 +123,7 @@ class _Job:
 def _measured(job: _Job) -> tuple[list[list[Row]], list[Row]]:
     """The rows of each series, and those of the screen where there was one."""
     options = job.config.evaluate
-    warn_of_few(screen_images(options) or options.images, job.yardsticks)
+    warn_of_few(screen_images(options) or options.images, job.config.data.classes, job.yardsticks)
     weights = [sorted(options.w) for _ in job.series]
     screened: list[list[Row]] = []
     if few := screen_images(options):

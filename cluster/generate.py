@@ -3,7 +3,7 @@
 A work unit is one shard. The set is a data set like any other, so it can be trained on. Image i is the sample with key i; it
 depends on i and on what the manifest's `source` says (run, checkpoint, seed, w and every other option), never on the worker that
 made it. The `.npz` (uint8 NHWC `arr_0`, labels `arr_1`) is what the ADM evaluator reads. No process ever holds the whole set: the
-driver needs 60 bytes per image for the manifest, and the `.npz` its own size on the disk of TMPDIR.
+driver needs 60 bytes per image for the manifest, and the `.npz` its own size on the disk of TMPDIR (and again in a run's folder).
 """
 
 import dataclasses
@@ -12,7 +12,6 @@ import json
 import shutil
 import tempfile
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +27,10 @@ from configs.schema import Config
 from data_pipeline.manifest import NAME, Manifest, Schema, ShardIndex, build_manifest, load_manifest, save_manifest
 from data_pipeline.scan import scan
 from data_pipeline.shards import Sample, pack_shard
-from data_pipeline.store import Store, open_store
+from data_pipeline.store import FolderStore, Store, open_store, read_each
 from trainer.sampler import image_labels
 
 NPZ = "samples.npz"
-READERS = 16  # indexes of finished shards read at a time
 
 
 def generate(config: Config) -> str:
@@ -57,7 +55,7 @@ def generate(config: Config) -> str:
     plan = units.split([options.w], options.images, options.unit)
     wanted = options.npz and not store.exists(NPZ)
     if wanted:
-        _check_disk(schema, options.images)
+        _check_disk(store, schema, options.images)
     if not store.exists(NAME):
         if todo := units.missing(store, plan, "tar.npz"):
             one.keep()
@@ -68,6 +66,7 @@ def generate(config: Config) -> str:
         source = json.dumps({"run": run.uri, "step": step} | conditions, sort_keys=True)
         save_manifest(store, build_manifest(schema, _indexes(store, plan), source))
     if wanted:
+        _check_disk(store, schema, options.images)  # again, as the shards took hours and room
         write_npz(store, load_manifest(store))
     files = f"{NAME} and {NPZ}" if options.npz else NAME
     print(f"{options.images} images at w={options.w:g}: {len(plan)} shards, {files} in {store.uri}")
@@ -94,35 +93,55 @@ class _Generate:
 
 
 def _indexes(store: Store, plan: list[Unit]) -> list[ShardIndex]:
-    """The index of every shard, in their order; several at a time, as 10^7 images have ten thousand of them."""
-    with ThreadPoolExecutor(READERS) as pool:
-        return list(pool.map(lambda unit: ShardIndex.from_bytes(store.get(unit.key("tar.npz"))), plan))
+    """The index of every shard, in their order: 10^7 images have ten thousand of them."""
+    return read_each(store, [unit.key("tar.npz") for unit in plan], lambda _, data: ShardIndex.from_bytes(data))
 
 
-def _check_disk(schema: Schema, images: int) -> None:
-    size, folder = images * int(np.prod(schema.shape)) * np.dtype(schema.dtype).itemsize, tempfile.gettempdir()
-    free = shutil.disk_usage(folder).free
-    if size > free:
-        raise ConfigError(
-            f"{NPZ} of {images} images takes {size / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free; set TMPDIR to a larger "
-            "disk, or generate.npz=false for shards only"
-        )
+def _check_disk(store: Store, schema: Schema, images: int) -> None:
+    """Raises ConfigError where the `.npz` would not fit into TMPDIR and, where that is a folder, into the store."""
+    size = images * int(np.prod(schema.shape)) * np.dtype(schema.dtype).itemsize
+    places = [Path(tempfile.gettempdir()), *([store.folder] if isinstance(store, FolderStore) else [])]
+    disks = [_disk_of(place) for place in places]
+    for place, (device, free) in zip(places, disks, strict=True):
+        needed = size * [other for other, _ in disks].count(device)
+        if needed > free:
+            twice = ", twice its size as it is made and kept on one disk," if needed > size else ""
+            raise ConfigError(
+                f"{NPZ} of {images} images takes {needed / 1e9:.1f} GB{twice} and {place} has {free / 1e9:.1f} GB free; make room, "
+                "set TMPDIR to a larger disk, or generate.npz=false for shards only"
+            )
+
+
+def _disk_of(place: Path) -> tuple[int, int]:
+    """The number of the disk that a folder is on, or will be on, and its free bytes."""
+    there = next(folder for folder in (place, *place.parents) if folder.exists())
+    return there.stat().st_dev, shutil.disk_usage(there).free
 
 
 def write_npz(store: Store, manifest: Manifest) -> None:
-    """The whole set as `samples.npz`, image by image: `arr_0` uint8 (N, H, W, C) or float (N, C, H, W), `arr_1` int64 (N,)."""
+    """The whole set as `samples.npz`, by way of the disk of TMPDIR. Raises ConfigError where that refuses it, and cleans it up."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="freeguide-npz-") as folder:
+            _write_arrays(Path(folder) / NPZ, store, manifest)
+            store.put_file(NPZ, Path(folder) / NPZ)
+    except OSError as error:
+        raise ConfigError(
+            f"{NPZ} could not be written in {tempfile.gettempdir()} ({error.strerror or error}); make room there or set TMPDIR to "
+            "a larger disk, then give the same command again: the shards are kept"
+        ) from error
+
+
+def _write_arrays(path: Path, store: Store, manifest: Manifest) -> None:
+    """The `.npz`, image by image: `arr_0` uint8 (N, H, W, C) or float (N, C, H, W), `arr_1` int64 (N,)."""
     schema = manifest.schema
     labels = np.empty(manifest.samples, np.int64)
     images = progress(scan(store, manifest), manifest.samples, f"{NPZ}: image")
-    with tempfile.TemporaryDirectory(prefix="freeguide-npz-") as folder:
-        path = Path(folder) / NPZ
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-            with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as out:
-                header = {"descr": np.dtype(schema.dtype).str, "fortran_order": False, "shape": (manifest.samples, *schema.shape)}
-                np.lib.format.write_array_header_2_0(out, header)
-                for i, (values, label) in enumerate(images):
-                    out.write(values.tobytes())
-                    labels[i] = label
-            with archive.open(zipfile.ZipInfo("arr_1.npy"), "w", force_zip64=True) as out:
-                np.lib.format.write_array(out, labels, allow_pickle=False)
-        store.put_file(NPZ, path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as out:
+            header = {"descr": np.dtype(schema.dtype).str, "fortran_order": False, "shape": (manifest.samples, *schema.shape)}
+            np.lib.format.write_array_header_2_0(out, header)
+            for i, (values, label) in enumerate(images):
+                out.write(values.tobytes())
+                labels[i] = label
+        with archive.open(zipfile.ZipInfo("arr_1.npy"), "w", force_zip64=True) as out:
+            np.lib.format.write_array(out, labels, allow_pickle=False)

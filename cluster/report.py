@@ -5,11 +5,13 @@ Rows are sorted and checked first: all that share a table agree in every conditi
 score, never at equal w. Published numbers stand beside ours where the conditions match and are grey, with the reason, where not.
 
 Equal rows and grids give equal bytes, file by file: nothing here knows the date or the machine. What does depend on the machine or
-on interruptions (seconds, images/s, evaluations that were made twice) goes into `times.json` and `cost.md` and nowhere else.
+on interruptions (seconds, images/s, evaluations that were made twice) goes into `times.json` and `cost.md` and nowhere else; the
+page links the latter.
 
-Files: report.json (rows, readable by `rows.from_json`), report.csv (every field of every row), table.md, fid_over_w.png,
-frontier.png (FID against IS, the paper's figure 4), samples.png (several w side by side), index.html (all of it in one file). One
-series also has samples_w<w>.png for each w; several have samples_1.png, samples_2.png, ... in their order, instead of samples.png.
+Files: report.json (rows, readable by `rows.from_json`), report.csv (every field of every row), screen.csv (the same of a first
+look, where there was one), table.md, fid_over_w.png, frontier.png (FID against IS, the paper's figure 4), samples.png (several w
+side by side), index.html (all of it in one file). One series also has samples_w<w>.png for each w; several have samples_1.png,
+samples_2.png, ... in their order, instead of samples.png. No table mixes n, and no CSV file.
 """
 
 import base64
@@ -28,10 +30,13 @@ from PIL import Image
 
 from cluster import figures
 from cluster.figures import COLOURS, GREY, INK, Series, best_of
+from cluster.metrics.features import read_object
+from cluster.metrics.measure import Yardstick, conditions
 from cluster.metrics.published import rows_of, why_not_beside
-from cluster.metrics.rows import Row, require_comparable, require_same_instrument, to_json
+from cluster.metrics.rows import Row, from_json, require_comparable, require_same_instrument, to_json
 from cluster.tables import Cost, Table, cost_in_seconds, key_of, label_of, names_of, tables_of
 from configs.errors import DataError
+from configs.schema import EvaluateConfig
 
 ROWS = 4  # of a sample grid, where a page shows several series
 
@@ -65,12 +70,14 @@ def write_report(
     tables = tables_of(series, varying, looked, others, cost)
     files: dict[str, bytes] = {
         "report.json": _json(ordered, title, varying, series).encode(),
-        "report.csv": _csv([*screened, *ordered, *others]).encode(),
+        "report.csv": _csv([*ordered, *others]).encode(),
         "table.md": _markdown(title, tables).encode(),
         "fid_over_w.png": figures.curves(series),
     }
     matching = [number for number in rows_of(ordered[0].dataset) if why_not_beside(ordered[0]) is None and number.w is None]
     files["frontier.png"] = figures.frontier(series, others, matching)
+    if looked:
+        files["screen.csv"] = _csv(looked).encode()
     files |= _pictures(series, grids, classes)
     files["index.html"] = _page(files, title, tables).encode()
     seconds = dict(times or {})
@@ -80,11 +87,34 @@ def write_report(
     if times is not None or cost is not None:
         files["times.json"] = (json.dumps(dict(sorted(seconds.items())), indent=1, allow_nan=False) + "\n").encode()
     out_dir.mkdir(parents=True, exist_ok=True)
-    for old in out_dir.glob("samples*.png"):  # of other w, or of another number of series
+    for old in (*out_dir.glob("samples*.png"), *out_dir.glob("screen.csv")):  # of other w or series, of a report with a screen
         old.unlink()
     for name, data in files.items():
         (out_dir / name).write_bytes(data)
     return [out_dir / name for name in files]
+
+
+def read_others(options: EvaluateConfig) -> list[Row]:
+    """The rows of `evaluate.others`, in their order. Raises DataError for files that hold none, and for rows of another n."""
+    remedy = "score the images first (freeguide score --json), or correct evaluate.others"
+    rows = [row for uri in options.others for row in from_json(read_object(uri, remedy).decode(errors="replace"), uri)]
+    _require_alike(rows, {"n": options.images})
+    return rows
+
+
+def check_others(others: Sequence[Row], yardsticks: Sequence[Yardstick]) -> None:
+    """Raise DataError unless the images behind `others` were measured with the same yardsticks as ours."""
+    _require_alike(others, {"dinov2": "", "dinov2_reference": ""} | conditions(*yardsticks))
+
+
+def _require_alike(others: Sequence[Row], instrument: Mapping[str, Any]) -> None:
+    for name, ours in instrument.items():
+        for row in others:
+            if getattr(row, name) != ours:
+                raise DataError(
+                    f"{name} of {row.run!r} in evaluate.others is {getattr(row, name)!r} and here it is {ours!r}; score them with "
+                    f"the same {name}, or leave them out"
+                )
 
 
 def _series(rows: list[Row], varying: Sequence[str]) -> list[Series]:
@@ -157,7 +187,8 @@ def _markdown(title: str, tables: Sequence[Table]) -> str:
                 lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in marked) + " |")
             parts.append("\n".join(lines))
         if table.note:
-            parts.append(f"*{table.note}*" if table.grey else table.note)
+            note = f"{table.note} [{table.file}]({table.file})." if table.file else table.note
+            parts.append(f"*{note}*" if table.grey else note)
     return "\n\n".join(parts) + "\n"
 
 
@@ -204,5 +235,6 @@ def _section(table: Table) -> str:
                 lines += f"<td{' class=best' if (i, column) in table.bold else side}>{html.escape(cell)}</td>"
         text += f"<table><tr>{lines}</tr></table>\n"
     if table.note:
-        text += f"<p>{html.escape(table.note)}</p>\n"
+        file = f' <a href="{table.file}">{table.file}</a>.' if table.file else ""
+        text += f"<p>{html.escape(table.note)}{file}</p>\n"
     return f"<section{' class=grey' if table.grey else ''}>\n{text}</section>\n"

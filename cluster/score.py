@@ -5,8 +5,8 @@
 SAMPLES is an `.npz` (`arr_0` uint8 NHWC, `arr_1` labels where known: what ADM and others publish), a folder of images of one size,
 or shards with a manifest. What their maker did not state (steps, v, rounding) stands in the row as not known.
 
-The Inception score needs every split to hold all classes. Files keep their order, as ADM's evaluator does; images that are sorted
-by class, as folders are, are dealt in one fixed permutation first.
+The Inception score needs every split to hold all classes. Files keep their order, as ADM's evaluator does; images that come in
+blocks of one class, as folders do, are dealt in one fixed permutation first.
 """
 
 import argparse
@@ -34,11 +34,11 @@ from data_pipeline.decode import decode_image
 from data_pipeline.manifest import NAME, load_manifest
 from data_pipeline.scan import scan_all
 from data_pipeline.sources import EXTENSIONS
-from data_pipeline.store import open_store
+from data_pipeline.store import open_store, read_each
 from trainer.engine import choose_kernels
 
 LOSSY = {".jpg", ".jpeg", ".webp"}
-DEAL = 20220726  # seed of the permutation for images sorted by class
+DEAL = 20220726  # seed of the permutation for images in blocks of one class
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,9 +49,15 @@ class Samples:
 
     @property
     def dealt(self) -> "Samples":
-        """In a fixed random order if they are sorted by class, else as they are."""
+        """In a fixed random order if they come in blocks of one class, else as they are.
+
+        In blocks, labels change from one image to the next less than half as often as in a random order of them.
+        """
         labels = self.labels
-        if labels is None or len(labels) < 2 or labels[0] == labels[-1] or (np.diff(labels) < 0).any():
+        if labels is None or len(labels) < 2:
+            return self
+        shares = np.unique(labels, return_counts=True)[1] / len(labels)
+        if np.mean(labels[1:] != labels[:-1]) >= (1.0 - np.sum(shares**2)) / 2.0:
             return self
         order = np.random.default_rng(DEAL).permutation(len(labels))
         return Samples(self.images[order], labels[order], self.lossy)
@@ -64,6 +70,7 @@ def score(
     extractor: str,
     extractor_hash: str = "",
     dinov2: str = "",
+    dinov2_hash: str = "",
     dinov2_reference: str = "",
     dataset: str = "",
     name: str = "",
@@ -75,7 +82,7 @@ def score(
     """Measure images and return their row.
 
     `samples`, `reference`, `extractor` and the two of DINOv2 are paths or URIs (see the module and `load_reference`), and
-    `extractor_hash` is the sha256 that the extractor has to have ("" = any).
+    `extractor_hash` and `dinov2_hash` are the sha256 that their weights have to have ("" = any).
     `dataset` names the reference's data, `name` (default: the samples' own) the row's run, `w` the guidance weight (0 = without)
     and `facts` what is known of the model, by the names of a Row's fields (p_uncond, steps, nfe, rounding, ...). Raises DataError
     for images, references or weights that cannot be used, StoreError where a store does not answer, ConfigError for unknown facts.
@@ -87,7 +94,7 @@ def score(
     yardstick = Yardstick(judge, load_reference(reference, judge, dataset, device))
     second = None
     if dinov2:
-        other = load_dinov2(dinov2)
+        other = load_dinov2(dinov2, dinov2_hash)
         second = Yardstick(other, load_reference(dinov2_reference, other, dataset, device))
     found = load_samples(samples, judge.channels)
     return score_samples(found, yardstick, second, name=name or samples, w=w, facts=facts, device=device, unit=unit)
@@ -177,18 +184,20 @@ def _from_files(folder: str, channels: int) -> Samples:
     keys = sorted(info.key for info in store.list() if Path(info.key).suffix.lower() in EXTENSIONS)
     if not keys:
         raise DataError(f"{folder} holds no images ({', '.join(sorted(EXTENSIONS))}) and no {NAME}; give the place of the samples")
-    images: list[NDArray[np.uint8]] = []
-    for key in keys:
+
+    def decoded(key: str, data: bytes) -> NDArray[np.uint8]:
         try:
-            image = decode_image(store.get(key), channels)
+            return decode_image(data, channels)
         except DataError as error:
             raise DataError(f"{folder}/{key}: {error}; leave it out or make it again") from None
-        if images and image.shape != images[0].shape:
+
+    images = read_each(store, keys, decoded)
+    for key, image in zip(keys, images, strict=True):
+        if image.shape != images[0].shape:
             raise DataError(
                 f"{folder}/{key} is {image.shape[1]} x {image.shape[0]} pixels and {keys[0]} is {images[0].shape[1]} x "
                 f"{images[0].shape[0]}; score images of one size"
             )
-        images.append(image)
     parents = [str(Path(key).parent) for key in keys]
     classes = {parent: number for number, parent in enumerate(sorted(set(parents)))}
     labels = np.array([classes[parent] for parent in parents], np.int64) if len(classes) > 1 else None
@@ -214,6 +223,7 @@ def command(options: argparse.Namespace) -> None:
         extractor=options.extractor,
         extractor_hash=options.extractor_hash,
         dinov2=options.dinov2,
+        dinov2_hash=options.dinov2_hash,
         dinov2_reference=options.dinov2_reference,
         dataset=options.dataset,
         name=options.name,

@@ -7,11 +7,12 @@ images, published numbers, and the cost. Each is made of rows alone; `cluster.re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from cluster.figures import Series, best_of, distance
 from cluster.metrics.frontier import Spread, common_scores, fid_at, over_seeds, spread
-from cluster.metrics.published import beside, rows_of, same_setting, why_not_beside
+from cluster.metrics.published import beside, rows_of, same_setting, sampled_otherwise, why_not_beside
 from cluster.metrics.rows import Row
 
 
@@ -36,6 +37,7 @@ class Table:
     bold: frozenset[tuple[int, int]] = frozenset()  # (line, column)
     note: str = ""
     grey: bool = False  # not comparable with the rest; the note says why
+    file: str = ""  # beside the report, with which the note ends
 
 
 def tables_of(
@@ -98,32 +100,55 @@ def _metrics(ordered: Sequence[Row], varying: Sequence[str]) -> Table:
             cells.append(" / ".join(f"{number.inception_score:g}" for number in numbers if number.inception_score) or "-")
         lines.append(cells)
     bold = frozenset((line, len(names) + 1) for line, row in enumerate(ordered) if row in best)
-    return Table("", heads, lines, bold, _caption(ordered[0], varying))
+    return Table("", heads, lines, bold, _caption(ordered, varying))
+
+
+_SCALES = {"kid": 1000}
+_FORMS: dict[str, Callable[[float], str]] = {
+    **dict.fromkeys(("accuracy", "precision", "recall", "kid"), "{:.3f}".format),
+    "inception_score": "{:.2f}".format,
+    "nfe": str,
+}
+
+
+def _heads(fid_name: str) -> dict[str, str]:
+    """What tables call the values of a row, by their fields, in the order of the columns."""
+    return {
+        "fid": fid_name,
+        "inception_score": "IS",
+        "accuracy": "accuracy",
+        "precision": "precision",
+        "recall": "recall",
+        "kid": "KID × 1000",
+        "fid_infinity": f"{fid_name} ∞",
+        "sfid": "sFID",
+        "fd_dinov2": "FD-DINOv2",
+    }
 
 
 def _columns(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], str]]]:
-    """Heads and forms of the values that at least one row has."""
+    """Heads and forms of the values that at least one row has, each with its spread where the row has one."""
+    heads = _heads(rows[0].fid_name)
+    heads |= {"fid": f"{heads['fid']} ↓", "inception_score": "IS ↑", "nfe": "NFE"}
+    measured = {field: head for field, head in heads.items() if any(getattr(row, field) is not None for row in rows)}
+    return [(head, partial(_cell, field)) for field, head in measured.items()]
 
-    def number(name: str, form: Callable[[float], str]) -> Callable[[Row], str]:
-        return lambda row: "-" if getattr(row, name) is None else form(getattr(row, name))
 
-    def with_spread(row: Row) -> str:
-        return distance(row.fid) + ("" if row.fid_std is None else f" ± {row.fid_std:.2g}")
+def _cell(field: str, row: Row) -> str:
+    value, std, scale = getattr(row, field), _spread_of(row, field), _SCALES.get(field, 1)
+    if value is None:
+        return "-"
+    spread = "" if std is None else f" ± {std:.2f}" if field == "inception_score" else f" ± {_deviation(scale * std)}"
+    return _FORMS.get(field, distance)(scale * value) + spread
 
-    name = rows[0].fid_name
-    columns: list[tuple[str, str, Callable[[Row], str]]] = [
-        (f"{name} ↓", "fid", with_spread),
-        ("IS ↑", "inception_score", lambda row: f"{row.inception_score:.2f} ± {row.inception_score_std:.2f}"),
-        ("accuracy", "accuracy", number("accuracy", "{:.3f}".format)),
-        ("precision", "precision", number("precision", "{:.3f}".format)),
-        ("recall", "recall", number("recall", "{:.3f}".format)),
-        ("KID × 1000", "kid", number("kid", lambda kid: f"{1000 * kid:.3f}")),
-        (f"{name} ∞", "fid_infinity", number("fid_infinity", distance)),
-        ("sFID", "sfid", number("sfid", distance)),
-        ("FD-DINOv2", "fd_dinov2", number("fd_dinov2", distance)),
-        ("NFE", "nfe", number("nfe", str)),
-    ]
-    return [(head, form) for head, field, form in columns if any(getattr(row, field) is not None for row in rows)]
+
+def _spread_of(row: Row, field: str) -> float | None:
+    return getattr(row, f"{field}_std", None)
+
+
+def _deviation(value: float) -> str:
+    """Two significant digits, without an exponent up to a million."""
+    return f"{float(f'{value:.2g}'):g}"
 
 
 def _matched(groups: Sequence[tuple[str, list[list[Row]]]], repeats: str = "") -> list[Table]:
@@ -172,11 +197,10 @@ def _repeated(series: list[Series], name: str, varying: Sequence[str], screened:
     ]
     if not rows or max(map(len, groups.values())) < 2:
         return []
-    columns = [("fid", firsts[0].fid_name), ("inception_score", "IS"), *((n, n) for n in ("accuracy", "precision", "recall"))]
-    shown = [(field, head) for field, head in columns if all(field in found.values for _, found in rows)]
+    shown = [(f, head) for f, head in _heads(firsts[0].fid_name).items() if all(f in found.values for _, found in rows)]
     lines = []
     for first, found in rows:
-        values = [_with_deviation(found.values[field]) for field, _ in shown]
+        values = [_with_deviation(found.values[field], _SCALES.get(field, 1)) for field, _ in shown]
         lines.append([*map(plain, key_of(first, names)), f"{found.w:g}", *values, str(found.values["fid"].k)])
     what = {"seed": "sampling seeds", "run": "runs"}[name]
     note = f"Mean ± standard deviation of one value (denominator k - 1) over k {what}; never the best of them."
@@ -187,8 +211,9 @@ def _repeated(series: list[Series], name: str, varying: Sequence[str], screened:
     return tables + (_matched(list(zip(labels, groups.values(), strict=True)), what) if len(groups) > 1 else [])
 
 
-def _with_deviation(value: Spread) -> str:
-    return distance(value.mean) if value.std is None else f"{distance(value.mean)} ± {value.std:.2g}"
+def _with_deviation(value: Spread, scale: int = 1) -> str:
+    mean = distance(scale * value.mean)
+    return mean if value.std is None else f"{mean} ± {_deviation(scale * value.std)}"
 
 
 def _others(others: Sequence[Row]) -> Table:
@@ -203,9 +228,14 @@ def _published(ordered: Sequence[Row]) -> Table:
     reason, numbers = why_not_beside(ordered[0]), rows_of(ordered[0].dataset)
     if not numbers:
         return Table("", [], [], note=f"No published numbers stand here because {reason}.", grey=True)
+    note = "Printed by the papers named; each measured 50 000 images with Inception's features."
     if reason is None:
+        otherwise = [sampled_otherwise(row) for row in ordered if any(same_setting(row, number) for number in numbers)]
+        if words := [word for word in dict.fromkeys(otherwise) if word]:
+            note += f" The paper's own stand beside rows sampled alike only: {'; '.join(words)}."
         numbers = [number for number in numbers if number.w is None]
     else:
+        note = f"Not comparable with the rows above because {reason}. {note}"
         numbers = [number for number in numbers if number.w is None or any(same_setting(row, number) for row in ordered)]
 
     def cell(value: float | None) -> str:
@@ -214,9 +244,6 @@ def _published(ordered: Sequence[Row]) -> Table:
     lines = [
         [n.model, cell(n.w), cell(n.p_uncond), cell(n.steps), f"{n.fid:g}", cell(n.inception_score), n.source] for n in numbers
     ]
-    note = "Printed by the papers named; each measured 50 000 images with Inception's features."
-    if reason is not None:
-        note = f"Not comparable with the rows above because {reason}. " + note
     heads = ["model", "w", "p_uncond", "T", "FID", "IS", "source"]
     return Table(f"Published for {ordered[0].dataset}", heads, lines, note=note, grey=reason is not None)
 
@@ -229,9 +256,9 @@ def _evaluations(cost: Cost) -> Table:
     ]
     note = (
         "The naive sweep measures every w of every series with the full n and runs both predictions at every step of every w > 0. "
-        "Seconds, and the evaluations that were counted, are in cost.md."
+        "Device-seconds, images per second and the evaluations that were counted are in"
     )
-    return Table("Cost", ["", "images", "network evaluations", "share"], lines, note=note)
+    return Table("Cost", ["", "images", "network evaluations", "share"], lines, note=note, file="cost.md")
 
 
 def cost_in_seconds(cost: Cost) -> str:
@@ -281,8 +308,9 @@ def plain(value: Any) -> str:
     return "not known" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _caption(row: Row, varying: Sequence[str]) -> str:
-    """Every condition that all rows share, in words."""
+def _caption(ordered: Sequence[Row], varying: Sequence[str]) -> str:
+    """Every condition that all rows share, in words, and what stands after ±."""
+    row = ordered[0]
     clip = {True: "x clipped to [-1, 1]", False: "x not clipped", None: "clipping of x not known"}
     said = {
         "run": f"run {row.run}",
@@ -308,8 +336,11 @@ def _caption(row: Row, varying: Sequence[str]) -> str:
     if row.dinov2:
         measured += f"; DINOv2 ({row.dinov2[:12]}) against its reference ({row.dinov2_reference[:12]})"
     words = [f"{model}; {measured}."]
-    if row.fid_std is not None:
-        words.append(f"± after {row.fid_name}: standard deviation over sets of n images of one network, by jackknife.")
+    surer = [field for field in ("fid", "sfid", "fd_dinov2", "kid") if any(_spread_of(row, field) is not None for row in ordered)]
+    if names := [_heads(row.fid_name)[field] for field in surer if field != "kid"]:
+        words.append(f"± after {', '.join(names)}: standard deviation over sets of n images of one network, by jackknife.")
+    if "kid" in surer:
+        words.append("± after KID: standard deviation of one subset of the images; the mean of them is surer.")
     if row.fid_name != "FID":
         words.append(f"{row.fid_name} is the Fréchet distance of these features and compares with no other FID.")
     return " ".join(words)

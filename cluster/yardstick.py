@@ -53,7 +53,7 @@ def yardsticks_of(config: Config, data: Store, manifest: Manifest, connect: Conn
     given = load_judge(options.extractor, options.extractor_hash) if options.extractor else None
     found = [_yardstick(config, data, manifest, connect, given, options.extractor, options.reference)]
     if options.dinov2:
-        dinov2 = load_dinov2(options.dinov2)
+        dinov2 = load_dinov2(options.dinov2, options.dinov2_hash)
         found.append(_yardstick(config, data, manifest, connect, dinov2, options.dinov2, options.dinov2_reference))
     return found
 
@@ -83,8 +83,17 @@ def dataset_name(config: Config) -> str:
     return config.evaluate.dataset or Path(config.data.uri).name
 
 
-def warn_of_few(images: int, yardsticks: list[Yardstick]) -> None:
-    """One line on standard error for each yardstick whose features are as many as the images, or more."""
+def warn_of_few(images: int, classes: int, yardsticks: list[Yardstick]) -> None:
+    """One line on standard error for each yardstick whose features are as many as the images, or more, and one where a split of
+    the Inception score, of which there are 10, has fewer images than classes.
+    """
+    if images < 10 * classes:
+        print(
+            f"WARNING: {images} images of {classes} classes: a split of the Inception score, a tenth of them, cannot hold "
+            f"all classes and scores low; take {10 * classes} images or more to compare it",
+            file=sys.stderr,
+            flush=True,
+        )
     for each in yardsticks:
         d = each.extractor.width
         if images <= d:

@@ -292,14 +292,18 @@ def _sampling_checks(config: Config, command: str) -> Checks:
         f"sampling.interval={interval}: two log-SNRs, the lower one first, or an empty list",
     )
     options = config.evaluate
-    yield (
-        options.dinov2 != "" or options.dinov2_reference == "",
-        f"evaluate.dinov2_reference={options.dinov2_reference} needs DINOv2's weights: set evaluate.dinov2 to their path",
-    )
-    yield (
-        re.fullmatch(r"|[0-9a-f]{64}", options.extractor_hash) is not None,
-        f"evaluate.extractor_hash={options.extractor_hash}: a sha256 has 64 hexadecimal digits, in lower case",
-    )
+    for name in ("dinov2_reference", "dinov2_hash"):
+        given = getattr(options, name)
+        yield (
+            options.dinov2 != "" or given == "",
+            f"evaluate.{name}={given} needs DINOv2's weights: set evaluate.dinov2 to their path",
+        )
+    for name in ("extractor_hash", "dinov2_hash"):
+        given = getattr(options, name)
+        yield (
+            re.fullmatch(r"|[0-9a-f]{64}", given) is not None,
+            f"evaluate.{name}={given}: a sha256 has 64 hexadecimal digits, in lower case",
+        )
     yield (
         command != "fit-evaluator" or options.extractor == "",
         f"evaluate.extractor={options.extractor} names weights that are there already: leave it out to fit an evaluator",
@@ -366,6 +370,7 @@ def _type_name(kind: Any) -> str:
     plain = {
         "list[int]": "a list of whole numbers",
         "list[float]": "a list of numbers",
+        "list[str]": "a list of texts",
         "dict[str, str]": "a mapping of names to texts",
         "dict[str, int]": "a mapping of names to whole numbers",
     }

@@ -141,7 +141,11 @@ class EvaluateConfig:
     extractor_hash: str = ""  # sha256 that the feature network has to have, as `fit-evaluator` prints it; empty = any
     reference: str = ""  # statistics of the real images, an .npz by path or URI; empty = measured on the data set
     dinov2: str = ""  # DINOv2's weights, path or URI, for FD-DINOv2 beside the rest; empty = without
+    dinov2_hash: str = ""  # sha256 that DINOv2's weights have to have, as rows name it; empty = any
     dinov2_reference: str = ""  # its statistics of the real images, an .npz by path or URI; empty = measured on the data set
+    others: list[str] = field(
+        default_factory=list
+    )  # rows of other models to show beside ours: what `score --json` wrote, path or URI
     dataset: str = ""  # name of the real images in tables (imagenet64, ...); empty = the last part of data.uri
     evaluator_epochs: int = 30  # epochs over the real data of the small evaluator network
     evaluator_seed: int = 0  # seed of the evaluator's weights and of its batches

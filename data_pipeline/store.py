@@ -14,15 +14,19 @@ import urllib.parse
 import urllib.request
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from configs.errors import StoreError
 
 AGAIN = "prepare or index the data again"
 TEMP = ".tmp-"  # names of unfinished files in a folder
+READERS = 16  # objects that `read_each` reads at a time
+
+T = TypeVar("T")
 
 
 class MissingObject(StoreError):
@@ -171,6 +175,12 @@ def open_store(uri: str, retry: Retry | None = None) -> Store:
     if not uri:
         raise StoreError("A location is empty; give s3://bucket/prefix or a folder.")
     return FolderStore(Path(uri))
+
+
+def read_each(store: Store, keys: Sequence[str], made: Callable[[str, bytes], T]) -> list[T]:
+    """`made(key, object)` of each key, in their order. Several at a time, as reading thousands of small ones is mostly waiting."""
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(pool.map(lambda key: made(key, store.get(key)), keys))
 
 
 def create_bucket(uri: str) -> None:

@@ -13,7 +13,8 @@ import numpy as np
 
 from cluster.metrics.rows import Row, require_comparable
 
-_REPEATED = ("fid", "inception_score", "accuracy", "precision", "recall")  # values whose spread over seeds is told
+# Values whose spread over seeds is told.
+_REPEATED = ("fid", "inception_score", "accuracy", "precision", "recall", "kid", "fid_infinity", "sfid", "fd_dinov2")
 
 
 def fid_at(rows: Sequence[Row], inception_score: float) -> float | None:

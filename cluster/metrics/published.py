@@ -1,8 +1,8 @@
 """Numbers that papers printed for class-conditional ImageNet, each with its source.
 
 They are other people's measurements: Inception's FID and IS of 50 000 samples, against reference statistics that the papers do not
-all name. So they may stand beside a row only where the row is a plain FID of as many images on the same data set, and the reader
-is told why where it is not.
+all name. So they may stand beside a row only where the row is a plain FID of as many images on the same data set, against as many
+real ones or more; the paper's own only where it was sampled as the paper samples. The reader is told why where it was not.
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from cluster.metrics.rows import Row
 
 IMAGES = 50_000  # samples behind every number here
 CFG = "Ho & Salimans 2022 (arXiv 2207.12598)"
+SAMPLER, V = "ancestral", {"imagenet64": 0.3, "imagenet128": 0.2}  # what the paper samples with: Algorithm 2 and its v
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,21 @@ def why_not_beside(row: Row) -> str | None:
         return f"they are plain FIDs and ours is {row.fid_name}"
     if row.n != IMAGES:
         return f"they are of {IMAGES} images and ours of {row.n}"
+    if 0 < row.reference_n < IMAGES:
+        return f"our reference is of {row.reference_n} images only, and its own bias adds to FID"
     return None
+
+
+def sampled_otherwise(row: Row) -> str | None:
+    """Why the paper's own numbers may not stand in the line of `row`, whatever its setting; None where they may.
+
+    What a row does not say (the sampler of other people's images) is not taken for the paper's.
+    """
+    if row.sampler != SAMPLER:
+        return f"they are of Algorithm 2 and ours of the sampler {row.sampler}"
+    if row.v != V[row.dataset]:
+        return f"they have v = {V[row.dataset]:g} and ours v = {'not known' if row.v is None else f'{row.v:g}'}"
+    return f"ours have {row.options}" if row.options else None
 
 
 def same_setting(row: Row, number: Published) -> bool:
@@ -50,8 +65,8 @@ def same_setting(row: Row, number: Published) -> bool:
 
 
 def beside(row: Row, number: Published) -> bool:
-    """Whether `number` may stand in the line of `row`: the same setting, and measured alike."""
-    return same_setting(row, number) and why_not_beside(row) is None
+    """Whether `number` may stand in the line of `row`: the same setting, and measured and sampled alike."""
+    return same_setting(row, number) and why_not_beside(row) is None and sampled_otherwise(row) is None
 
 
 _TABLE_1 = """

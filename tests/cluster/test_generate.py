@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import tracemalloc
@@ -17,6 +18,7 @@ import torch
 import webdataset
 import yaml
 
+from cluster import generate as generation
 from cluster import units
 from cluster.generate import NPZ, _check_disk, _Generate, generate, write_npz
 from cluster.metrics.images import to_uint8
@@ -166,9 +168,55 @@ def test_an_average_that_was_not_kept_and_other_images_are_refused(config: Confi
         generate(replace(config, data=replace(config.data, image_size=16)))
 
 
-def test_a_disk_that_is_too_small_is_said_before_a_single_image() -> None:
-    with pytest.raises(ConfigError, match=r"takes 12288000\.0 GB and .* set TMPDIR to a larger disk, or generate\.npz=false"):
-        _check_disk(Schema(64, 3, 10), 10**12)
+def test_a_disk_that_is_too_small_is_said_before_a_single_image(tmp_path: Path) -> None:
+    for uri, size in (("s3://lab/x", "12288000.0"), (f"{tmp_path}/not/yet", "24576000.0")):
+        with pytest.raises(ConfigError, match=rf"takes {size} GB.*set TMPDIR to a larger disk, or generate\.npz=false"):
+            _check_disk(open_store(uri), Schema(64, 3, 10), 10**12)
+
+
+@pytest.mark.parametrize(("same", "free", "fits"), [(True, 250, True), (True, 150, False), (False, 150, True), (False, 50, False)])
+def test_the_npz_needs_twice_its_size_where_its_way_and_its_place_are_one_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same: bool, free: int, fits: bool
+) -> None:
+    monkeypatch.setattr("cluster.generate._disk_of", lambda folder: (same or folder == tmp_path, free))
+    if fits:
+        _check_disk(open_store(str(tmp_path)), Schema(10, 1, 2), 1)
+    else:
+        with pytest.raises(ConfigError, match="set TMPDIR to a larger disk"):
+            _check_disk(open_store(str(tmp_path)), Schema(10, 1, 2), 1)
+
+
+def test_a_disk_that_fills_while_the_npz_is_written_loses_nothing(
+    config: Config, made: list[Unit], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    temp, checked = tmp_path / "tmp", list[int]()
+    temp.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temp))
+    monkeypatch.setattr("cluster.generate._check_disk", lambda *_: checked.append(len(made)))
+    write = generation.write_npz
+
+    def on_a_full_disk(*arguments: object) -> None:
+        """A file may grow to 500 bytes: less than the ten images, and the kernel refuses the rest as it does on a full disk."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
+        try:
+            write(*arguments)  # type: ignore[arg-type]
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    monkeypatch.setattr(generation, "write_npz", on_a_full_disk)
+    with pytest.raises(
+        ConfigError, match=rf"{NPZ} could not be written in {temp} \(File too large\); .* same command again"
+    ) as error:
+        generate(config)
+    assert "\n" not in str(error.value)
+    assert checked == [0, 3], "once before the first image, and again when the shards had taken their room"
+    assert list(temp.iterdir()) == []
+    monkeypatch.setattr(generation, "write_npz", write)
+    made.clear()
+    store = open_store(generate(config))
+    assert made == []
+    assert len(np.load(Path(store.uri, NPZ), allow_pickle=False)["arr_0"]) == 10
 
 
 def test_the_npz_is_written_without_holding_the_images(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import csv
 import io
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -120,7 +120,7 @@ def test_every_condition_stands_in_the_caption_of_table_and_page(tmp_path):
 @pytest.mark.usefixtures("words_only")
 def test_columns_that_nobody_measured_are_left_out_and_gaps_are_dashes(tmp_path):
     rows = _rows(precision=None, recall=None)
-    rows[1] = replace(rows[1], kid=0.00125, kid_std=0.0001, fid_infinity=0.5)
+    rows[1] = replace(rows[1], kid=0.00125, fid_infinity=0.5)
     write_report(rows, {}, tmp_path, title="x")
     text = (tmp_path / "table.md").read_text()
     assert "| w | FID-fashion ↓ | IS ↑ | accuracy | KID × 1000 | FID-fashion ∞ | NFE |" in text
@@ -289,6 +289,7 @@ def test_published_numbers_stand_beside_rows_measured_alike(tmp_path):
     [
         ({"n": 5000}, "they are of 50000 images and ours of 5000"),
         ({"extractor": "toys"}, "they are plain FIDs and ours is FID-toys"),
+        ({"reference_n": 500}, "our reference is of 500 images only, and its own bias adds to FID"),
     ],
 )
 @pytest.mark.usefixtures("words_only")
@@ -304,6 +305,25 @@ def test_published_numbers_are_grey_with_the_reason_where_conditions_differ(tmp_
     assert len(grey) == 1
     assert reason in grey[0]
     assert "2.93" in grey[0]
+
+
+@pytest.mark.usefixtures("words_only")
+def test_the_papers_own_numbers_are_left_out_with_the_reason_where_sampling_differs(tmp_path):
+    alike = [row for row in _paper() if row.p_uncond == 0.1]
+    fast = [replace(row, sampler="dpmpp_2m") for row in alike]
+    for name, rows in (("fast", fast), ("both", alike + fast)):
+        write_report(rows, {}, tmp_path / name, title="x", varying=("sampler",))
+    text = (tmp_path / "fast" / "table.md").read_text()
+    reason = "The paper's own stand beside rows sampled alike only: they are of Algorithm 2 and ours of the sampler dpmpp_2m."
+    assert "paper's FID" not in text
+    assert reason in text
+    section = text.split("## Published for imagenet64")[1]
+    assert "| ADM | - | - | - | 2.07 |" in section
+    assert "classifier-free guidance" not in section
+    text = (tmp_path / "both" / "table.md").read_text()
+    assert reason in text
+    lines = [line for line in text.split("##")[0].splitlines() if " | 0.3 | " in line]
+    assert [line.rsplit(" | ", 2)[1:] for line in lines] == [["3.03", "92.8 |"], ["-", "- |"]]
 
 
 @pytest.mark.usefixtures("words_only")
@@ -333,6 +353,11 @@ def test_seeds_are_summarised_by_mean_and_deviation(tmp_path):
     section = (tmp_path / "table.md").read_text().split("## Over sampling seeds")[1]
     assert "| w | FID-fashion | IS | accuracy | precision | recall | k |" in section
     assert "| 0.75 | 5.19 ± 1 | 8.57 ± 0 |" in section
+    more = [replace(row, kid=0.001 * row.seed, fid_infinity=1.0 + row.seed, sfid=2.0, fd_dinov2=3.0 + row.seed) for row in rows]
+    write_report(more, {}, tmp_path, title="x", varying=("seed",))
+    section = (tmp_path / "table.md").read_text().split("## Over sampling seeds")[1]
+    assert "| recall | KID × 1000 | FID-fashion ∞ | sFID | FD-DINOv2 | k |" in section
+    assert "| 1.00 ± 1 | 2.00 ± 1 | 2.00 ± 0 | 4.00 ± 1 | 3 |" in section
 
 
 @pytest.mark.usefixtures("words_only")
@@ -343,6 +368,30 @@ def test_the_spread_of_the_fid_stands_beside_it_and_is_explained(tmp_path):
     assert "by jackknife" in text
     write_report(_rows(), {}, tmp_path, title="x")
     assert "jackknife" not in (tmp_path / "table.md").read_text()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Surer(Row):
+    """A row that knows the spread of every distance."""
+
+    sfid_std: float | None = None
+    fd_dinov2_std: float | None = None
+
+
+@pytest.mark.usefixtures("words_only")
+def test_every_distance_stands_with_its_spread_where_the_row_has_one(tmp_path):
+    more = {"kid": 0.00125, "kid_std": 0.0001, "sfid": 7.5, "sfid_std": 0.25, "fd_dinov2": 120.0, "fd_dinov2_std": 1.5}
+    rows = [_Surer(**(asdict(row) | more)) for row in _rows()]
+    rows[0] = replace(rows[0], sfid_std=None, fd_dinov2_std=None, kid=26.1, kid_std=2.975)
+    write_report(rows, {}, tmp_path, title="x")
+    text = (tmp_path / "table.md").read_text()
+    assert "| KID × 1000 | sFID | FD-DINOv2 | NFE |" in text
+    assert "| 1.250 ± 0.1 | 7.50 ± 0.25 | 120.00 ± 1.5 | 128 |" in text
+    assert "| 26100.000 ± 3000 | 7.50 | 120.00 | 64 |" in text
+    assert "± after KID: standard deviation of one subset" in text
+    assert "± after sFID, FD-DINOv2: standard deviation over sets of n images" in text
+    write_report(_rows(), {}, tmp_path, title="x")
+    assert "± after" not in (tmp_path / "table.md").read_text()
 
 
 @pytest.mark.usefixtures("words_only")
@@ -358,8 +407,11 @@ def test_costs_that_depend_on_the_machine_stay_out_of_the_report(tmp_path):
     assert "| network evaluations, counted | 62,000 |" in seconds
     assert "| share of a naive sweep | 62.0% |" in seconds
     assert "| device-seconds of a naive sweep at this speed | 80.6 |" in seconds
+    assert "| images per device-second | 20 |" in seconds
     assert {name: two[name] for name in one} == one
-    text = one["table.md"].decode()
+    text, page = one["table.md"].decode(), one["index.html"].decode()
+    assert "Device-seconds, images per second and the evaluations that were counted are in [cost.md](cost.md)." in text
+    assert 'the evaluations that were counted are in <a href="cost.md">cost.md</a>.</p>' in page
     assert "| this sweep | 1,000 | 60,000 | 60% |" in text
     assert "| every w by itself | 2,000 | 100,000 | 100% |" in text
 
@@ -500,6 +552,13 @@ def test_the_screen_has_a_table_of_its_own_and_no_table_mixes_n(tmp_path):
     assert [line.split(" | ")[0] for line in full.splitlines() if re.match(r"\| \d", line)] == ["| 0.3", "| 0.75", "| 1"]
     assert len([line for line in screen.splitlines() if re.match(r"\| \d", line)]) == len(WEIGHTS)
     assert {row.n for row in from_json((tmp_path / "report.json").read_text())} == {5000}
+    for name, n, weights in (("report.csv", "5000", WEIGHTS[2:5]), ("screen.csv", "500", WEIGHTS)):
+        with open(tmp_path / name, newline="") as file:
+            lines = list(csv.DictReader(file))
+        assert [float(line["w"]) for line in lines] == weights
+        assert {line["n"] for line in lines} == {n}, "no CSV file mixes n either"
+    assert "screen.csv" not in [path.name for path in write_report(_rows(), {}, tmp_path, title="x")]
+    assert not (tmp_path / "screen.csv").exists(), "of another report"
     with pytest.raises(DataError, match="because n is"):
         write_report([*_rows()[2:5], *screened[:2]], {}, tmp_path, title="x")
 

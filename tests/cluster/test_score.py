@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from cluster.metrics import dinov2
 from cluster.metrics.dinov2 import VisionTransformer
 from cluster.metrics.evaluator import Evaluator, fit_evaluator
 from cluster.metrics.fid import frechet_distance
+from cluster.metrics.inception_score import inception_score
 from cluster.metrics.measure import Yardstick, values
 from cluster.metrics.moments import from_features
 from cluster.metrics.reference import from_npz
@@ -22,7 +24,7 @@ from configs.errors import ConfigError, DataError
 from data_pipeline.decode import encode_png
 from data_pipeline.manifest import Schema, build_manifest, save_manifest
 from data_pipeline.shards import Sample, pack_shard
-from data_pipeline.store import open_store
+from data_pipeline.store import READERS, FolderStore, open_store
 
 N = 240
 LABELS = np.arange(N, dtype=np.int64) % 2
@@ -131,6 +133,29 @@ def test_images_sorted_by_class_are_dealt_so_that_every_split_holds_all_classes(
     assert mixed.dealt is mixed
 
 
+@pytest.mark.parametrize("rule", ["descending", "shuffled blocks", "two shards"])
+def test_class_blocks_in_any_order_are_dealt(rule):
+    """Of ten certain classes the score is 10, and 1 where each split holds one of them."""
+    classes = {
+        "descending": np.arange(10)[::-1].repeat(100),
+        "shuffled blocks": np.array([3, 7, 0, 9, 1, 8, 2, 6, 5, 4]).repeat(100),
+        "two shards": np.tile(np.arange(10).repeat(50), 2),
+    }[rule].astype(np.int64)
+    images = np.broadcast_to(classes.astype(np.uint8)[:, None, None, None], (1000, 1, 1, 1))
+    dealt = Samples(images, classes).dealt
+    assert dealt.labels is not None
+    assert np.array_equal(dealt.images[:, 0, 0, 0], dealt.labels)
+    assert sorted(dealt.labels) == sorted(classes)
+    assert inception_score(np.eye(10)[dealt.labels]).mean > 9  # 9.6: the splits of 100 are dealt, not balanced
+
+
+@pytest.mark.parametrize("labels", [np.arange(1000) % 10, *(np.random.default_rng(0).integers(0, k, 1000) for k in (10, 2))])
+def test_labels_that_are_not_in_blocks_keep_their_order(labels):
+    """Balanced ones, and random ones of ten classes and of two, of which half are like their neighbour."""
+    samples = Samples(np.zeros((1000, 1, 1, 1), np.uint8), labels.astype(np.int64))
+    assert samples.dealt is samples
+
+
 def test_class_folders_give_labels_and_lossy_files_are_said(tmp_path):
     for i in range(6):
         folder = tmp_path / ("b", "a")[i % 2]
@@ -146,6 +171,18 @@ def test_class_folders_give_labels_and_lossy_files_are_said(tmp_path):
     (tmp_path / "a" / "7.jpg").write_bytes(buffer.getvalue())
     assert load_samples(str(tmp_path), 1).lossy
     assert load_samples(str(tmp_path), 3).images.shape == (7, 8, 8, 3)
+
+
+def test_image_files_are_read_several_at_a_time_and_keep_their_order(place, monkeypatch):
+    get, together = FolderStore.get, threading.Barrier(READERS)
+
+    def slow(store, key):
+        if key.endswith(".png") and int(key[:4]) < READERS:
+            together.wait(60)  # for all of the first: one after the other, they would wait in vain
+        return get(store, key)
+
+    monkeypatch.setattr(FolderStore, "get", slow)
+    assert np.array_equal(load_samples(str(place / "png"), 1).images, FAKE)
 
 
 def test_lossy_files_say_so_in_the_row(judge, place):
@@ -209,6 +246,10 @@ def test_dinov2_stands_beside_the_rest_which_it_leaves_alone(place, judge, tmp_p
     assert row.fd_dinov2 == frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
     assert row.fd_dinov2_std is not None
     assert row.dinov2 == network.hash
+    pinned = {"dinov2": weights, "dinov2_reference": real}
+    assert _score(place, "fake.npz", **pinned, dinov2_hash=network.hash) == row
+    with pytest.raises(DataError, match=f"has the hash {network.hash} and not {'c3' * 32}"):
+        _score(place, "fake.npz", **pinned, dinov2_hash="c3" * 32)
     without = {"fd_dinov2": None, "fd_dinov2_std": None, "dinov2": "", "dinov2_reference": ""}
     assert {name: getattr(row, name) for name in row.__dataclass_fields__} | without == {
         name: getattr(plain, name) for name in plain.__dataclass_fields__
@@ -229,6 +270,7 @@ def test_the_command_prints_the_row_and_writes_it(place, tmp_path, capsys):
         extractor=str(place / "toys.safetensors"),
         extractor_hash="",
         dinov2="",
+        dinov2_hash="",
         dinov2_reference="",
         dataset="toys",
         name="theirs",

@@ -1,5 +1,6 @@
 """The evaluation without Ray: what series there are, what is made of them, what is shared, screened and shown."""
 
+import csv
 import io
 import json
 from dataclasses import replace
@@ -25,7 +26,8 @@ from cluster.metrics.features import Measured, load_extractor
 from cluster.metrics.images import to_uint8
 from cluster.metrics.measure import Yardstick
 from cluster.metrics.reference import Reference, Statistics
-from cluster.metrics.rows import Row, from_json
+from cluster.metrics.rows import Row, from_json, to_json
+from cluster.score import score
 from cluster.session import Resources
 from cluster.sweep import Item, Series, Worker, items, trained_series
 from cluster.units import Unit
@@ -378,6 +380,52 @@ def test_series_are_called_by_their_p_uncond_and_any_sweep_finds_the_units_there
     assert {info.key.removeprefix(place) for info in home.list(place)} == {path.name for path in folder.iterdir()}
     made.clear()
     evaluate(small(lab, tmp_path / "report", over(run=runs)))
+    assert made == []
+
+
+def _scored(lab: Path, file: Path, images: int, dataset: str = "data") -> str:
+    """Where the row of another model's images stands, as `freeguide score --json` writes it."""
+    noise = np.random.default_rng(1).integers(0, 256, (images, 8, 8, 1), np.uint8)
+    np.savez(file.with_suffix(".npz"), noise)
+    measured = {"reference": f"{lab}/reference.npz", "extractor": f"{lab}/evaluator.safetensors", "dataset": dataset}
+    file.write_text(to_json([score(str(file.with_suffix(".npz")), **measured, name="noise")]))
+    return str(file)
+
+
+def test_other_models_that_were_scored_stand_in_the_report_without_a_new_unit(
+    lab: Path, runs: list[str], tmp_path: Path, made: list[Item]
+) -> None:
+    alone = report(evaluate(small(lab, runs[0])))
+    made.clear()
+    other = _scored(lab, tmp_path / "noise.json", 60)
+    folder = evaluate(small(lab, runs[0], f"evaluate.others=[{other}]"))
+    assert made == []
+    (row,) = from_json(Path(other).read_text())
+    section = (folder / "table.md").read_text().split("## Other models, measured here")[1]
+    assert f"| noise | {row.fid:.2f} |" in section
+    assert "noise" in (folder / "index.html").read_text()
+    assert report(folder)["report.json"] == alone["report.json"]
+    with open(folder / "report.csv", newline="") as file:
+        assert [line["run"] for line in csv.DictReader(file)] == ["digits"] * 3 + ["noise"]
+
+
+def test_other_models_that_cannot_stand_there_are_refused_before_any_work(
+    lab: Path, runs: list[str], tmp_path: Path, made: list[Item]
+) -> None:
+    (tmp_path / "text.json").write_text("hello")
+    (row,) = from_json(Path(_scored(lab, tmp_path / "noise.json", 60)).read_text())
+    (tmp_path / "more.json").write_text(to_json([replace(row, dinov2="a1" * 32)]))
+    found = {
+        str(tmp_path / "more.json"): r"dinov2 of 'noise' in evaluate\.others is 'a1a1.*' and here it is ''",
+        str(tmp_path / "none.json"): r"none\.json does not exist; score the images first .* or correct evaluate\.others",
+        str(tmp_path / "text.json"): r"text\.json does not hold metric rows",
+        _scored(lab, tmp_path / "few.json", 40): r"n of 'noise' in evaluate\.others is 40 and here it is 60; score .* the same n",
+        _scored(lab, tmp_path / "named.json", 60, "x"): r"dataset of 'noise' in evaluate\.others is 'x' and here it is 'data'",
+    }
+    for uri, words in found.items():
+        with pytest.raises(DataError, match=words) as error:
+            evaluate(small(lab, runs[0], f"evaluate.others=[{uri}]"))
+        assert "\n" not in str(error.value)
     assert made == []
 
 

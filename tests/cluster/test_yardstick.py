@@ -255,6 +255,16 @@ def test_an_evaluation_has_fd_dinov2_beside_the_rest(
     assert row.extractor == "digits"
 
 
+def test_dinov2_is_pinned_by_its_hash_as_the_other_extractor_is(toys: str, find: Find, tiny_dinov2: str) -> None:
+    sha256, other = hashlib.sha256(Path(tiny_dinov2).read_bytes()).hexdigest(), "c3" * 32
+    _, second = find(toys, f"evaluate.dinov2={tiny_dinov2}", f"evaluate.dinov2_hash={sha256}")
+    assert second.extractor.hash == sha256
+    with pytest.raises(DataError, match=rf"has the hash {sha256} and not {other}; correct the path, or the hash"):
+        find(toys, f"evaluate.dinov2={tiny_dinov2}", f"evaluate.dinov2_hash={other}")
+    with pytest.raises(ConfigError, match=r"evaluate\.dinov2_hash=c3c3: a sha256 has 64 hexadecimal digits"):
+        find(toys, f"evaluate.dinov2={tiny_dinov2}", "evaluate.dinov2_hash=c3c3")
+
+
 def test_every_extractor_is_read_once(toys: str, find: Find, tiny_dinov2: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (own,) = find(toys)
     pinned = (f"evaluate.extractor={own.weights}", f"evaluate.dinov2={tiny_dinov2}")
@@ -281,8 +291,9 @@ def test_weights_that_are_missing_or_of_something_else_are_refused_in_a_sentence
         with pytest.raises(DataError, match=words) as error:
             find(toys, f"evaluate.{option}")
         assert "\n" not in str(error.value)
-    with pytest.raises(ConfigError, match="needs DINOv2's weights: set evaluate"):
-        find(toys, "evaluate.dinov2_reference=dinov2.npz")
+    for needless in ("dinov2_reference=dinov2.npz", f"dinov2_hash={'c3' * 32}"):
+        with pytest.raises(ConfigError, match="needs DINOv2's weights: set evaluate"):
+            find(toys, f"evaluate.{needless}")
 
 
 def test_a_reference_that_does_not_fit_is_refused_before_any_image_is_made(toys: str, find: Find, tmp_path: Path) -> None:
@@ -304,12 +315,26 @@ def test_fewer_images_than_features_are_said_loudly_with_what_would_help(
     toys: str, find: Find, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = find(toys)
-    warn_of_few(65, found)
+    warn_of_few(65, 6, found)
     assert capsys.readouterr().err == ""
-    warn_of_few(64, found)
+    warn_of_few(64, 6, found)
     told = capsys.readouterr().err
     assert told.startswith("WARNING: 64 images for the 64 features of toys")
     assert "take more than 64 images, and 195 for FID-infinity beside it" in told
+
+
+def test_fewer_images_than_ten_for_each_class_are_said_for_the_sake_of_the_inception_score(
+    toys: str, find: Find, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = find(toys)
+    warn_of_few(1000, 100, found)
+    assert capsys.readouterr().err == ""
+    warn_of_few(999, 100, found)
+    told = capsys.readouterr().err
+    assert told.startswith(
+        "WARNING: 999 images of 100 classes: a split of the Inception score, a tenth of them, cannot hold all classes"
+    )
+    assert told.endswith("take 1000 images or more to compare it\n")
 
 
 def test_weights_that_are_there_already_are_not_fitted(toys: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,6 +71,7 @@ def test_every_option_is_explained_beside_it() -> None:
         ("train.steps=many", ["train.steps takes a whole number, not 'many'"]),
         ("train.lr=fast", ["train.lr takes a number"]),
         ("model.channel_mult=[a]", ["model.channel_mult takes a list of whole numbers"]),
+        ("evaluate.others=one.json", ["evaluate.others takes a list of texts, not 'one.json'"]),
         ("data.flip=7up", ["data.flip takes true or false"]),
         ("train=5", ["train is a group", "train.steps"]),
         ("train.zero_stage=4", ["train.zero_stage=4", "0, 1, 2, 3"]),

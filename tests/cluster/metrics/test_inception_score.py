@@ -66,3 +66,9 @@ def test_what_are_not_probabilities_is_refused():
         class_accuracy(np.eye(2), np.array([0]))
     with pytest.raises(DataError, match="do not fit 2 classes"):
         class_accuracy(np.eye(2), np.array([0, 2]))
+
+
+@pytest.mark.parametrize(("n", "score"), [(1000, 100.0), (500, 50.0)])
+def test_a_split_that_cannot_hold_every_class_has_a_lower_score(n, score):
+    """Certain predictions of 100 balanced classes: ten splits of 100 images hold all of them, of 50 images half of them."""
+    assert inception_score(np.eye(100)[np.arange(n) % 100]).mean == pytest.approx(score, rel=1e-12)

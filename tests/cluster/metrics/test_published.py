@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.metrics.published import PUBLISHED, beside, rows_of, same_setting, why_not_beside
+from cluster.metrics.published import PUBLISHED, beside, rows_of, same_setting, sampled_otherwise, why_not_beside
 from cluster.metrics.rows import INCEPTION, Row
 
 OURS = Row(
@@ -23,7 +23,9 @@ OURS = Row(
     labels="random",
     run="ours",
     p_uncond=0.1,
+    sampler="ancestral",
     steps=256,
+    v=0.3,
     code_version="x",
 )
 
@@ -64,7 +66,7 @@ def test_every_number_has_a_source_and_the_other_models_are_those_of_the_tables(
 
 def test_the_same_setting_is_found_where_the_paper_states_it():
     assert [(n.fid, n.inception_score) for n in PUBLISHED if beside(OURS, n)] == [(1.55, 66.11)]
-    large = replace(OURS, dataset="imagenet128", w=0.3, steps=128)
+    large = replace(OURS, dataset="imagenet128", w=0.3, steps=128, v=0.2)
     assert [n.fid for n in PUBLISHED if beside(large, n)] == [3.04]
     assert not [n for n in PUBLISHED if beside(replace(large, steps=64), n)]
     assert not [n for n in PUBLISHED if beside(replace(OURS, w=0.15), n)]
@@ -77,6 +79,7 @@ def test_the_same_setting_is_found_where_the_paper_states_it():
         ({"dataset": ""}, "the reference names no data set"),
         ({"extractor": "digits"}, "they are plain FIDs and ours is FID-digits"),
         ({"n": 10_000}, "they are of 50000 images and ours of 10000"),
+        ({"reference_n": 10_000}, "our reference is of 10000 images only, and its own bias adds to FID"),
     ],
 )
 def test_nothing_stands_beside_a_row_measured_otherwise_and_the_reason_is_said(change, reason):
@@ -86,3 +89,27 @@ def test_nothing_stands_beside_a_row_measured_otherwise_and_the_reason_is_said(c
     assert why_not_beside(OURS) is None
     if "dataset" not in change:
         assert [n.fid for n in PUBLISHED if same_setting(row, n)] == [1.55]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"sampler": "dpmpp_2m"}, "they are of Algorithm 2 and ours of the sampler dpmpp_2m"),
+        ({"sampler": "not known"}, "they are of Algorithm 2 and ours of the sampler not known"),
+        ({"v": 0.2}, "they have v = 0.3 and ours v = 0.2"),
+        ({"v": None}, "they have v = 0.3 and ours v = not known"),
+        ({"options": "interval=[-2.13, 2.55]"}, "ours have interval=[-2.13, 2.55]"),
+        ({"options": "precision=bf16"}, "ours have precision=bf16"),
+    ],
+)
+def test_the_papers_numbers_stand_in_no_line_that_was_sampled_otherwise(change, words):
+    row = replace(OURS, **change)
+    assert not [n for n in PUBLISHED if beside(row, n)]
+    assert sampled_otherwise(row) == words
+    assert why_not_beside(row) is None, "other models still compare"
+    assert sampled_otherwise(replace(OURS, dataset="imagenet128")) == "they have v = 0.2 and ours v = 0.3"
+    assert sampled_otherwise(OURS) is None
+
+
+def test_a_reference_whose_file_does_not_say_its_number_is_taken_for_the_papers():
+    assert [n.fid for n in PUBLISHED if beside(replace(OURS, reference_n=0), n)] == [1.55]
