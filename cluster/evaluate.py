@@ -81,11 +81,13 @@ def evaluate(config: Config) -> Path:
         times={"job_seconds": time.monotonic() - began},
         cost=_cost(job, rows),
     )
-    for info in home.list(f"{place}/report/"):  # an earlier one may have had more files
-        home.delete(info.key)
-    for path in written:
-        home.put(f"{place}/report/{path.name}", path.read_bytes())
+    keys = {f"{place}/report/{path.name}": path for path in written}
+    for key, path in keys.items():
+        home.put(key, path.read_bytes())
     home.put(LATEST, json.dumps({"report": f"{place}/report/"}).encode())
+    for info in home.list(f"{place}/report/"):
+        if info.key not in keys:  # of an earlier report, which had more files
+            home.delete(info.key)
     for one, curve in zip(job.series, rows, strict=True):
         _show(one, curve, job.grids)
     print((folder / "table.md").read_text())
