@@ -73,6 +73,7 @@ def test_an_actors_error_reaches_the_user_as_its_own_sentence(ray_head: tuple[st
     assert driver.stdout.splitlines()[-1] == "unit 20 is refused; leave it out."
 
 
+@pytest.mark.slow
 def test_a_unit_that_ends_every_actor_ends_the_job_with_a_sentence(ray_head: tuple[str, str], tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     driver = drive(ray_head[0], store, [0.0], [-20], [])
