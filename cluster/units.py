@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar, cast
 
 import ray
+import torch
 from ray.exceptions import RayActorError
 
 from cluster.session import ROOT, Resources
@@ -123,6 +124,9 @@ class _Actor:
             self._work(self._units[int(row["unit"])])
         except UserError as error:  # as data: Ray would wrap it, log its traceback and drop its type
             return row | {"error": str(error)}
+        except torch.OutOfMemoryError as error:
+            found = str(error).split(". ")[0]
+            return row | {"error": f"the GPU's memory is too small for a work unit ({found}); lower sampling.batch"}
         return row | {"error": ""}
 
 

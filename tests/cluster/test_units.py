@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from ray.cluster_utils import Cluster
 
 from cluster import units
@@ -108,6 +109,15 @@ def test_no_thread_that_holds_references_outlives_a_job(monkeypatch: pytest.Monk
         assert list(units.run([10, 11, 12], lambda: print, config, Resources(1, 0))) == [10, 11, 12]
     assert left.is_set()
     assert not holders[0].is_alive()
+
+
+def test_a_gpu_that_is_too_small_is_told_what_to_lower(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(unit: Unit) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 80 GiB")
+
+    monkeypatch.setattr(units.ray, "get", lambda job: job)
+    found = units._Actor((lambda: work, [Unit(0.0, 0, 1)]))({"unit": 0})
+    assert found["error"] == "the GPU's memory is too small for a work unit (CUDA out of memory); lower sampling.batch"
 
 
 def test_what_an_actor_cannot_load_reaches_the_user_as_a_sentence_too(monkeypatch: pytest.MonkeyPatch) -> None:
