@@ -5,8 +5,8 @@ Rows are sorted and checked first: all that share a table agree in every conditi
 score, never at equal w. Published numbers stand beside ours where the conditions match and are grey, with the reason, where not.
 
 Equal rows and grids give equal bytes, file by file: nothing here knows the date or the machine. What does depend on the machine or
-on interruptions (seconds, images/s, evaluations that were made twice) goes into `times.json` and `cost.md` and nowhere else; the page
-links the latter.
+on interruptions (seconds, images/s, evaluations that were made twice) goes into `times.json` and `cost.md` and nowhere else; the
+page links the latter.
 
 Files: report.json (rows, readable by `rows.from_json`), report.csv (every field of every row), screen.csv (the same of a first
 look, where there was one), table.md, fid_over_w.png, frontier.png (FID against IS, the paper's figure 4), samples.png (several w
