@@ -143,9 +143,7 @@ class EvaluateConfig:
     dinov2: str = ""  # DINOv2's weights, path or URI, for FD-DINOv2 beside the rest; empty = without
     dinov2_hash: str = ""  # sha256 that DINOv2's weights have to have, as rows name it; empty = any
     dinov2_reference: str = ""  # its statistics of the real images, an .npz by path or URI; empty = measured on the data set
-    others: list[str] = field(
-        default_factory=list
-    )  # rows of other models to show beside ours: what `score --json` wrote, path or URI
+    others: list[str] = field(default_factory=list)  # rows of other models for the report: what `score --json` wrote, paths or URIs
     dataset: str = ""  # name of the real images in tables (imagenet64, ...); empty = the last part of data.uri
     evaluator_epochs: int = 30  # epochs over the real data of the small evaluator network
     evaluator_seed: int = 0  # seed of the evaluator's weights and of its batches

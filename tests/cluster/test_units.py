@@ -65,7 +65,8 @@ def test_units_survive_the_death_of_their_actors_and_are_published_once(ray_head
     assert json.loads(driver.stdout.splitlines()[-1]) == [[u.w, u.first, u.last] for u in plan]
     assert units.missing(store, plan, "npz") == []
     assert {info.key for info in store.list("died/")} == {"died/10", "died/30"}
-    assert len(store.list("made/")) == len(plan)
+    made = {info.key.rsplit("-", 1)[0] for info in store.list("made/")}  # without the process: Ray may lose more actors under load
+    assert made == {f"made/{unit.w:g}-{unit.first}" for unit in plan}
 
 
 def test_an_actors_error_reaches_the_user_as_its_own_sentence(ray_head: tuple[str, str], tmp_path: Path) -> None:
