@@ -5,7 +5,7 @@ import csv
 import io
 import json
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -370,18 +370,10 @@ def test_the_spread_of_the_fid_stands_beside_it_and_is_explained(tmp_path):
     assert "jackknife" not in (tmp_path / "table.md").read_text()
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Surer(Row):
-    """A row that knows the spread of every distance."""
-
-    sfid_std: float | None = None
-    fd_dinov2_std: float | None = None
-
-
 @pytest.mark.usefixtures("words_only")
 def test_every_distance_stands_with_its_spread_where_the_row_has_one(tmp_path):
     more = {"kid": 0.00125, "kid_std": 0.0001, "sfid": 7.5, "sfid_std": 0.25, "fd_dinov2": 120.0, "fd_dinov2_std": 1.5}
-    rows = [_Surer(**(asdict(row) | more)) for row in _rows()]
+    rows = [replace(row, **more) for row in _rows()]
     rows[0] = replace(rows[0], sfid_std=None, fd_dinov2_std=None, kid=26.1, kid_std=2.975)
     write_report(rows, {}, tmp_path, title="x")
     text = (tmp_path / "table.md").read_text()
