@@ -32,6 +32,7 @@ from trainer.engine import KINDS, Engine, Fragment
 FORMAT = 1
 EMA = "ema"
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
+_MANIFEST = "/manifest.json"
 _READ = 32 * 2**20  # bytes of one ranged read at most, unless one piece is larger
 _KEPT = "a training keeps its newest checkpoints only: name one of those, or have train.keep_every keep more"
 _log = logging.getLogger("freeguide.checkpoint")
@@ -370,15 +371,33 @@ def describe(store: Store) -> dict[str, Any]:
 def discard(store: Store, after: int) -> None:
     """Let the checkpoints and snapshots of the steps after `after` exist no more: what they had learnt is undone."""
     for kind in (CHECKPOINTS, SNAPSHOTS):
-        for key in manifests(store, kind):
-            if key.split("/")[1] > folder_of(after, kind).split("/")[1]:
-                store.delete(key)
+        delete(store, [key for step, keys in contents(store, kind).items() if step > after for key in keys])
+
+
+def delete(store: Store, keys: Iterable[str]) -> None:
+    """Delete these objects, manifests first: from there on their checkpoints do not exist."""
+    for key in sorted(keys, key=lambda key: not key.endswith(_MANIFEST)):
+        store.delete(key)
 
 
 def folder_of(step: int, kind: str = CHECKPOINTS) -> str:
     return f"{kind}/step-{step:08d}"
 
 
+def manifest_of(step: int, kind: str = CHECKPOINTS) -> str:
+    return f"{folder_of(step, kind)}{_MANIFEST}"
+
+
+def contents(store: Store, kind: str = CHECKPOINTS) -> dict[int, list[str]]:
+    """The keys in the folder of each step, whether its checkpoint is whole or not. Names that are not ours belong to no step."""
+    found: dict[int, list[str]] = {}
+    for info in store.list(f"{kind}/"):
+        digits = info.key.split("/")[1].removeprefix("step-")
+        if digits.isdecimal():
+            found.setdefault(int(digits), []).append(info.key)
+    return found
+
+
 def manifests(store: Store, kind: str = CHECKPOINTS) -> list[str]:
     """Keys of all manifests, newest first."""
-    return sorted((info.key for info in store.list(f"{kind}/") if info.key.endswith("/manifest.json")), reverse=True)
+    return sorted((info.key for info in store.list(f"{kind}/") if info.key.endswith(_MANIFEST)), reverse=True)

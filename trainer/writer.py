@@ -27,7 +27,7 @@ from torch import Tensor
 from configs.errors import StoreError
 from configs.schema import TrainConfig
 from data_pipeline.store import Store
-from trainer.checkpoint import CHECKPOINTS, FORMAT, SNAPSHOTS, folder_of, manifests
+from trainer.checkpoint import CHECKPOINTS, FORMAT, SNAPSHOTS, contents, delete, folder_of, manifest_of
 from trainer.ema import Ema
 from trainer.engine import KINDS, Engine, Fragment
 
@@ -71,13 +71,18 @@ class File:
 class Writer:
     """Writes the checkpoints of a run, and beside them the snapshots of its power-function averages, which are never deleted.
 
+    The training goes on from `start`: what stands after that step, and was not saved since, is none of its past.
+
     `error` and `uploaded` (the step whose files of this rank are in the store) are what the ranks agree on.
     """
 
-    def __init__(self, store: Store, engine: Engine, ema: Ema, identity: dict[str, Any], config: TrainConfig) -> None:
+    def __init__(
+        self, store: Store, engine: Engine, ema: Ema, identity: dict[str, Any], config: TrainConfig, start: int = 0
+    ) -> None:
         self.error = ""
         self.uploaded = 0
         self._store, self._engine, self._identity, self._config = store, engine, identity, config
+        self._start, self._saved = start, set[int]()
         self._pending = 0  # the step whose checkpoint does not exist yet
         self._facts: dict[str, Any] = {}
         self._thread: threading.Thread | None = None
@@ -152,25 +157,32 @@ class Writer:
             "identity": self._identity,
             "shapes": engine.shapes,
         }
+        named = set()
         for i, file in reversed(list(enumerate(self._files))):  # the checkpoint last: it lists the files of the snapshot too
             files = [note for rank in notes for note in rank[i:]]
-            self._store.put(f"{folder_of(step, file.name)}/manifest.json", json.dumps(manifest | {"files": files}).encode())
-        for rank in range(engine.world_size):
-            self._store.delete(_note_key(step, rank))
-        self._delete_older(step)
+            key = manifest_of(step, file.name)
+            self._store.put(key, json.dumps(manifest | {"files": files}).encode())
+            named |= {key, *(file["key"] for file in files)}
+        self._saved.add(step)
+        try:
+            self._sweep(step, named)
+        except StoreError as error:  # the checkpoint exists: what is left over costs room only
+            _log.warning("%s; what the run needs no longer is deleted after the next save", error)
 
-    def _delete_older(self, step: int) -> None:
-        """Delete all but the newest checkpoints and those that stay for good, and what interrupted saves have left behind."""
+    def _sweep(self, step: int, named: set[str]) -> None:
+        """Delete what the run needs no longer up to `step`, whose objects are `named`: what interrupted saves have left behind,
+        checkpoints that the training has gone past and not gone on from, and all but the newest ones and those that stay for good.
+
+        Checkpoints of later steps are left as they are, to be looked at, until their step comes.
+        """
         every, keep = self._config.keep_every, self._config.keep_checkpoints
-        whole = manifests(self._store)
-        kept = {key for i, key in enumerate(whole) if i < keep or (every and _step_of(key) % every == 0)}
-        for key in whole:
-            if key not in kept:
-                self._store.delete(key)  # first the manifest: from here on the checkpoint does not exist
-        folders = {key.rsplit("/", 1)[0] for key in kept}
-        for info in self._store.list(f"{CHECKPOINTS}/"):
-            if info.key.rsplit("/", 1)[0] not in folders and _step_of(info.key) < step:
-                self._store.delete(info.key)
+        for kind in (CHECKPOINTS, SNAPSHOTS):
+            found = {at: keys for at, keys in contents(self._store, kind).items() if at <= step}
+            past = [at for at, keys in found.items() if manifest_of(at, kind) in keys and (at <= self._start or at in self._saved)]
+            newest = past if kind == SNAPSHOTS else sorted(past)[-keep:]
+            kept = {*newest, *(at for at in past if every and at % every == 0)} - {step}
+            held = named | {key for at in kept for key in found[at] if not _is_note(key)}
+            delete(self._store, [key for keys in found.values() for key in keys if key not in held])
 
     # --- around the thread ---
 
@@ -200,7 +212,5 @@ def _note_key(step: int, rank: int) -> str:
     return f"{folder_of(step)}/rank-{rank:05d}.json"
 
 
-def _step_of(key: str) -> int:
-    """The step in "checkpoints/step-00000500/...", or a step that never comes for a name that is not ours."""
-    digits = key.split("/")[1].removeprefix("step-")
-    return int(digits) if digits.isdecimal() else 2**63
+def _is_note(key: str) -> bool:
+    return "/rank-" in key and key.endswith(".json")

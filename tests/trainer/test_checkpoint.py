@@ -53,8 +53,11 @@ class Training:
         self.engine, self.store, self.train = engine, store, train
         self.generator = torch.Generator().manual_seed(1)
         self.ema = Ema(engine, profiles(train))
-        self.writer = Writer(store, engine, self.ema, IDENTITY, train)
-        self.step = 0
+        self._begin(0)
+
+    def _begin(self, step: int) -> None:
+        self.step = step
+        self.writer = Writer(self.store, self.engine, self.ema, IDENTITY, self.train, step)
 
     def move(self, steps: int = 1) -> None:
         for _ in range(steps):
@@ -78,7 +81,8 @@ class Training:
 
     def resume(self) -> int:
         found = checkpoint.resume(self.store, self.engine, self.ema, IDENTITY)
-        return found.step if found else 0
+        self._begin(found.step if found else 0)
+        return self.step
 
 
 @pytest.fixture
@@ -118,6 +122,7 @@ def test_a_run_can_go_back_before_a_step_and_what_came_after_exists_no_more(trai
     checkpoint.discard(training.store, after=2)
     assert checkpoint.find(training.store).step == 2
     assert [snapshot.step for snapshot in checkpoint.newest(training.store, checkpoint.SNAPSHOTS)] == [2, 1]
+    assert not [info.key for info in training.store.list() if "step-00000003" in info.key]
 
 
 def test_a_rank_file_is_a_safetensors_file_that_others_can_read(training: Training) -> None:
@@ -302,7 +307,6 @@ def test_a_save_interrupted_at_any_put_leaves_the_checkpoint_before_it(engine: E
         broken.writer.finish()
     assert whole.resume() == 1
     assert same(before, whole.state())
-    whole.step = 1
     whole.save()
     assert whole.resume() == 2
 
@@ -394,11 +398,76 @@ def test_the_newest_and_every_nth_checkpoint_stay(engine: Engine, tmp_path: Path
     assert {p.name for p in (tmp_path / "checkpoints").rglob("*") if p.is_file()} == {"manifest.json", "rank-00000.safetensors"}
 
 
-def test_what_an_interrupted_save_left_behind_is_swept_by_the_next(training: Training) -> None:
-    training.store.put("checkpoints/step-00000001/rank-00007.safetensors", b"left behind")
-    training.step = 1
+def test_what_interrupted_saves_left_behind_is_swept_by_the_next(training: Training) -> None:
     training.save()
-    assert not training.store.list("checkpoints/step-00000001/")
+    before = {info.key for info in training.store.list()}
+    for kind in ("checkpoints", "snapshots"):
+        for step in (2, 3, 4):
+            training.store.put(f"{kind}/step-{step:08d}/rank-00007.safetensors", b"left behind")
+    training.store.put("checkpoints/notes.txt", b"a user's own")
+    training.save(2)
+    after = {info.key for info in training.store.list()} - before
+    assert "checkpoints/notes.txt" in after
+    assert not [key for key in after if "step-00000002" in key]
+    assert sorted(key for key in after if "rank-00007" in key) == [  # their step may still come
+        "checkpoints/step-00000004/rank-00007.safetensors",
+        "snapshots/step-00000004/rank-00007.safetensors",
+    ]
+
+
+def test_damaged_checkpoints_of_later_steps_cost_no_good_one_and_stay_until_their_step_is_passed(
+    engine: Engine, tmp_path: Path
+) -> None:
+    many, store = copy.copy(TRAIN), FolderStore(tmp_path)
+    many.keep_checkpoints = 3
+    before = Training(engine, store, many)
+    for step in (90, 100, 110):
+        before.save(step - before.step)
+    for step in (100, 110):
+        garbage(Path(), tmp_path / f"checkpoints/step-{step:08d}/manifest.json")
+    training = Training(engine, store)  # keeps two
+    assert training.resume() == 90
+
+    def standing() -> tuple[list[int], int]:
+        state = checkpoint.describe(store)
+        return state["checkpoints"], len(state["damaged"])
+
+    training.save(5)
+    assert standing() == ([90, 95], 2)
+    training.save(10)
+    assert standing() == ([95, 105], 1)
+    assert not store.list("checkpoints/step-00000100/")
+    training.save(5)
+    assert standing() == ([105, 110], 0)
+
+
+class Undeletable(FolderStore):
+    """A store that lets nothing be deleted while `locked`."""
+
+    locked = True
+
+    def delete(self, key: str) -> None:
+        if self.locked:
+            raise StoreError(f"{key}: may not be deleted")
+        super().delete(key)
+
+
+def test_old_checkpoints_that_cannot_be_deleted_are_a_warning_and_go_with_the_next_save(
+    engine: Engine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Undeletable(tmp_path)
+    training = Training(engine, store)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            training.save()
+    assert "may not be deleted" in caplog.text
+    assert "the next save" in caplog.text
+    assert [found.step for found in checkpoint.newest(store)] == [3, 2, 1]
+    store.locked = False
+    training.save()
+    assert [found.step for found in checkpoint.newest(store)] == [4, 3]
+    assert {path.parent.name for path in (tmp_path / "checkpoints").rglob("*.*")} == {"step-00000003", "step-00000004"}
+    assert not list(tmp_path.rglob("rank-*.json"))
 
 
 def test_describe_tells_where_a_run_stands(training: Training) -> None:
