@@ -33,6 +33,7 @@ FORMAT = 1
 EMA = "ema"
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
 _MANIFEST = "/manifest.json"
+_LISTINGS = 10  # of a run that deletes what was listed before it can be read
 _READ = 32 * 2**20  # bytes of one ranged read at most, unless one piece is larger
 _KEPT = "a training keeps its newest checkpoints only: name one of those, or have train.keep_every keep more"
 _log = logging.getLogger("freeguide.checkpoint")
@@ -75,15 +76,46 @@ class Checkpoint:
         return sorted({piece.kind for piece in self.pieces} - set(KINDS))
 
 
+def survey(store: Store, kind: str = CHECKPOINTS) -> Iterator[Checkpoint | CheckpointError]:
+    """The checkpoints (or SNAPSHOTS) of a run, newest first: each as its manifest says, or what is wrong with it.
+
+    A run that goes on deletes older ones, which are passed over. Where all that were listed may have gone, it has saved newer ones
+    before, and they are listed again. Raises CheckpointError for a run that is always faster.
+    """
+    seen: set[str] = set()
+    for _ in range(_LISTINGS):
+        whole = gone = False
+        for key in manifests(store, kind):
+            if key in seen:
+                continue
+            seen.add(key)
+            try:
+                yield read_manifest(store, key)
+                whole = True
+            except MissingObject:
+                gone = True
+            except CheckpointError as error:
+                yield error
+        if whole or not gone:
+            return
+    raise CheckpointError(
+        f"{store.uri}: its {kind} were deleted before they could be read, {_LISTINGS} times in a row; "
+        f"have train.keep_checkpoints keep more"
+    )
+
+
 def newest(store: Store, kind: str = CHECKPOINTS) -> Iterator[Checkpoint]:
-    """The checkpoints (or SNAPSHOTS) of a run, newest first, leaving out damaged ones with a warning that names what is wrong."""
-    for key in manifests(store, kind):
-        try:
-            yield read_manifest(store, key)
-        except MissingObject:
-            continue  # deleted since it was listed: the run goes on, and keeps its newest ones only
-        except CheckpointError as error:
-            _log.warning("%s; trying the one before it", error)
+    """Those of `survey` that are whole."""
+    for found in survey(store, kind):
+        yield from _whole(found)
+
+
+def _whole(found: Checkpoint | CheckpointError) -> Iterator[Checkpoint]:
+    """`found`, or a warning that names what is wrong with it."""
+    if isinstance(found, Checkpoint):
+        yield found
+    else:
+        _log.warning("%s; trying the one before it", found)
 
 
 def find(store: Store, step: int = 0) -> Checkpoint:
@@ -188,8 +220,11 @@ def resume(store: Store, engine: Engine, ema: Ema, identity: dict[str, Any], bef
 
 def candidates(store: Store) -> Iterator[Checkpoint]:
     """The checkpoints that a run can go on from, newest first. Raises CheckpointError where there are some, and none is left."""
-    yield from newest(store)
-    if count := len(manifests(store)):
+    count = 0
+    for found in survey(store):
+        count += 1
+        yield from _whole(found)
+    if count:
         raise CheckpointError(
             f"{store.uri}: none of its {count} checkpoints can be used; "
             f"restore one, or delete {store.uri}/{CHECKPOINTS} to begin anew"
@@ -342,13 +377,9 @@ def check_averages(store: Store, checkpoint: Checkpoint, names: list[str]) -> No
 def describe(store: Store) -> dict[str, Any]:
     """Where a run stands, from its manifests alone: its checkpoints, what the newest whole one says, and what is damaged."""
     steps, damaged, last = [], [], None
-    for key in manifests(store):
-        try:
-            found = read_manifest(store, key)
-        except MissingObject:
-            continue
-        except CheckpointError as error:
-            damaged.append(str(error))
+    for found in survey(store):
+        if isinstance(found, CheckpointError):
+            damaged.append(str(found))
             continue
         last = last or found
         steps.append(found.step)

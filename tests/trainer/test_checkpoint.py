@@ -5,6 +5,7 @@ import json
 import logging
 import pickle
 import resource
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -540,6 +541,59 @@ def test_weights_that_the_training_deletes_while_they_are_read_say_so(outrun: Ou
 def test_a_step_without_a_checkpoint_is_refused_with_those_there_are(outrun: Outrun) -> None:
     with pytest.raises(CheckpointError, match=r"no whole checkpoint of step 1, only of 2, 3; .*train.keep_every"):
         checkpoint.find(outrun, 1)
+
+
+class Replaced(FolderStore):
+    """A store in which, as the manifest of step 1 is read, a training that keeps one checkpoint saves step 2 and deletes step 1."""
+
+    def get(self, key: str) -> bytes:
+        if key == "checkpoints/step-00000001/manifest.json" and (aside := self.folder / "aside").exists():
+            aside.rename(self.folder / "checkpoints/step-00000002")
+            shutil.rmtree(self.folder / "checkpoints/step-00000001")
+        return super().get(key)
+
+
+@pytest.fixture
+def replaced(training: Training) -> Replaced:
+    for _ in range(2):
+        training.save()
+    folder = training.store.folder
+    (folder / "checkpoints/step-00000002").rename(folder / "aside")
+    return Replaced(folder)
+
+
+@pytest.mark.parametrize("read", [checkpoint.find, lambda store: next(checkpoint.candidates(store))])
+def test_a_newer_checkpoint_is_found_where_all_that_were_listed_have_gone(
+    replaced: Replaced, read: Callable[[FolderStore], checkpoint.Checkpoint]
+) -> None:
+    assert read(replaced).step == 2
+
+
+def test_describe_tells_of_the_newer_checkpoint_where_all_that_were_listed_have_gone(replaced: Replaced) -> None:
+    state = checkpoint.describe(replaced)
+    assert (state["checkpoints"], state["step"], state["damaged"]) == ([2], 2, [])
+
+
+class Stale(FolderStore):
+    """A store whose every listing names one more manifest, `names` at most, and none of them can be read."""
+
+    listed, names = 0, 10**6
+
+    def list(self, prefix: str = "") -> list[ObjectInfo]:
+        self.listed += 1
+        steps = range(1, min(self.listed, self.names) + 1)
+        return [ObjectInfo(f"{prefix}step-{step:08d}/manifest.json", 1, "") for step in steps]
+
+
+def test_a_reader_that_is_outrun_again_and_again_says_so(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"deleted before they could be read.*train.keep_checkpoints"):
+        checkpoint.find(Stale(tmp_path))
+
+
+def test_a_listing_that_names_what_has_long_gone_is_no_checkpoint(tmp_path: Path) -> None:
+    store = Stale(tmp_path)
+    store.names = 1
+    assert checkpoint.describe(store)["checkpoints"] == []
 
 
 # --- averages after training ---
