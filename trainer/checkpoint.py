@@ -5,8 +5,10 @@ piece of one flattened parameter. `manifest.json` is written last and lists ever
 bytes stand, CRC-32), so a checkpoint without a manifest does not exist, and a reader takes the pieces that overlap what it
 needs by ranged reads, without conversion and without pickle.
 
-    checkpoints/step-00000500/rank-00000.safetensors ... rank-00007.safetensors, manifest.json
+    checkpoints/step-00000500/rank-00000-9f86d081884c.safetensors ... rank-00007-..., manifest.json
     snapshots/step-00000500/...      the power-function averages alone: they stay when the checkpoint goes
+
+Readers take the names of files from the manifest. They end with the first digits of the content's SHA-256: none ever changes.
 
 There is one resume mechanism: every start looks for the newest checkpoint that is whole. `trainer.writer` writes them.
 """
@@ -32,7 +34,7 @@ from trainer.engine import KINDS, Engine, Fragment
 FORMAT = 1
 EMA = "ema"
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
-_MANIFEST = "/manifest.json"
+MANIFEST = "/manifest.json"
 _LISTINGS = 10  # of a run that deletes what was listed before it can be read
 _READ = 32 * 2**20  # bytes of one ranged read at most, unless one piece is larger
 _KEPT = "a training keeps its newest checkpoints only: name one of those, or have train.keep_every keep more"
@@ -399,24 +401,12 @@ def describe(store: Store) -> dict[str, Any]:
     return state
 
 
-def discard(store: Store, after: int) -> None:
-    """Let the checkpoints and snapshots of the steps after `after` exist no more: what they had learnt is undone."""
-    for kind in (CHECKPOINTS, SNAPSHOTS):
-        delete(store, [key for step, keys in contents(store, kind).items() if step > after for key in keys])
-
-
-def delete(store: Store, keys: Iterable[str]) -> None:
-    """Delete these objects, manifests first: from there on their checkpoints do not exist."""
-    for key in sorted(keys, key=lambda key: not key.endswith(_MANIFEST)):
-        store.delete(key)
-
-
 def folder_of(step: int, kind: str = CHECKPOINTS) -> str:
     return f"{kind}/step-{step:08d}"
 
 
 def manifest_of(step: int, kind: str = CHECKPOINTS) -> str:
-    return f"{folder_of(step, kind)}{_MANIFEST}"
+    return f"{folder_of(step, kind)}{MANIFEST}"
 
 
 def contents(store: Store, kind: str = CHECKPOINTS) -> dict[int, list[str]]:
@@ -431,4 +421,4 @@ def contents(store: Store, kind: str = CHECKPOINTS) -> dict[int, list[str]]:
 
 def manifests(store: Store, kind: str = CHECKPOINTS) -> list[str]:
     """Keys of all manifests, newest first."""
-    return sorted((info.key for info in store.list(f"{kind}/") if info.key.endswith(_MANIFEST)), reverse=True)
+    return sorted((info.key for info in store.list(f"{kind}/") if info.key.endswith(MANIFEST)), reverse=True)

@@ -103,6 +103,7 @@ def run_steps(run: Run, start: int, terminated: Terminated) -> None:
     """The steps themselves, from `start` to `train.steps`."""
     config, options, engine = run.config, run.config.train, run.engine
     if engine.rank == 0:
+        run.writer.claim()
         run.store.put("config.yaml", to_yaml(config).encode())
         print(f"{'resuming from' if start else 'starting at'} step {start} of {options.steps}", flush=True)
     agreement = Agreement(3)
@@ -160,7 +161,7 @@ def go_back(run: Run, done: int, first_bad: int) -> None:
     for update in range(found.step + 1, done + 1):
         run.ema.update(update)
     if run.engine.rank == 0:
-        checkpoint.discard(run.store, after=found.step)
+        run.writer.discard(after=found.step)
     run.incidents.undo(found.step, done)
 
 

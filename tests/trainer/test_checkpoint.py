@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import pickle
+import re
 import resource
 import shutil
 import threading
@@ -19,8 +20,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from configs.errors import CheckpointError, StoreError
+from configs.load import load_config
 from configs.schema import TrainConfig
-from data_pipeline.store import FolderStore, ObjectInfo
+from data_pipeline.store import FolderStore, ObjectInfo, open_store
 from trainer import checkpoint
 from trainer.ema import Ema, profiles
 from trainer.engine import KINDS, Engine, join_process_group
@@ -59,6 +61,7 @@ class Training:
     def _begin(self, step: int) -> None:
         self.step = step
         self.writer = Writer(self.store, self.engine, self.ema, IDENTITY, self.train, step)
+        self.writer.claim()
 
     def move(self, steps: int = 1) -> None:
         for _ in range(steps):
@@ -91,6 +94,11 @@ def training(engine: Engine, tmp_path: Path) -> Training:
     return Training(engine, FolderStore(tmp_path / "run"))
 
 
+def rank_file(folder: Path) -> Path:
+    (found,) = folder.glob("rank-00000-*.safetensors")
+    return found
+
+
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
@@ -120,7 +128,7 @@ def test_a_run_can_go_back_before_a_step_and_what_came_after_exists_no_more(trai
     assert found is not None
     assert found.step == 2
     assert same(good, training.state())
-    checkpoint.discard(training.store, after=2)
+    training.writer.discard(after=2)
     assert checkpoint.find(training.store).step == 2
     assert [snapshot.step for snapshot in checkpoint.newest(training.store, checkpoint.SNAPSHOTS)] == [2, 1]
     assert not [info.key for info in training.store.list() if "step-00000003" in info.key]
@@ -128,8 +136,7 @@ def test_a_run_can_go_back_before_a_step_and_what_came_after_exists_no_more(trai
 
 def test_a_rank_file_is_a_safetensors_file_that_others_can_read(training: Training) -> None:
     training.save()
-    data = training.store.get("checkpoints/step-00000001/rank-00000.safetensors")
-    tensors = safetensors.torch.load(data)
+    tensors = safetensors.torch.load(rank_file(training.store.folder / "checkpoints/step-00000001").read_bytes())
     for f in training.engine.fragments:
         assert torch.equal(tensors[f"exp_avg|{f.name}|0"], training.engine.values(f, "exp_avg"))
     assert len(tensors) == len(training.engine.fragments) * (len(KINDS) + 2)
@@ -158,7 +165,7 @@ def missing(rank: Path, manifest: Path) -> None:
 
 def swapped(rank: Path, manifest: Path) -> None:
     """The file of another step: of the right size, and a whole file in itself."""
-    rank.write_bytes((rank.parent.parent / "step-00000002" / rank.name).read_bytes())
+    rank.write_bytes(rank_file(rank.parent.parent / "step-00000002").read_bytes())
 
 
 def pickled_rank(rank: Path, manifest: Path) -> None:
@@ -220,7 +227,7 @@ def test_a_damaged_newest_checkpoint_falls_back_loudly(
     before = training.state()
     training.save()
     folder = training.store.folder / "checkpoints" / "step-00000003"
-    damage(folder / "rank-00000.safetensors", folder / "manifest.json")
+    damage(rank_file(folder), folder / "manifest.json")
     with caplog.at_level(logging.WARNING):
         assert training.resume() == 2
     assert same(before, training.state())
@@ -294,9 +301,9 @@ class FailingStore(FolderStore):
         return super().put(key, data)
 
 
-@pytest.mark.parametrize("k", range(1, 6))
+@pytest.mark.parametrize("k", range(2, 7))
 def test_a_save_interrupted_at_any_put_leaves_the_checkpoint_before_it(engine: Engine, tmp_path: Path, k: int) -> None:
-    # Two files, a note, two manifests.
+    # After the claim on the run: two files, a note, two manifests.
     whole = Training(engine, FolderStore(tmp_path))
     whole.save()
     before = whole.state()
@@ -312,10 +319,10 @@ def test_a_save_interrupted_at_any_put_leaves_the_checkpoint_before_it(engine: E
     assert whole.resume() == 2
 
 
-def test_five_puts_make_a_checkpoint(engine: Engine, tmp_path: Path) -> None:
+def test_a_claim_and_five_puts_make_a_checkpoint(engine: Engine, tmp_path: Path) -> None:
     store = FailingStore(tmp_path, 99)
     Training(engine, store).save()
-    assert store.puts == 5
+    assert store.puts == 6
 
 
 def test_a_full_disk_while_saving_leaves_the_checkpoint_before_it(training: Training) -> None:
@@ -334,15 +341,115 @@ def test_a_full_disk_while_saving_leaves_the_checkpoint_before_it(training: Trai
     assert same(before, training.state())
 
 
+# --- two trainings on one run ---
+
+TAKEN = r"another training .*process \d+ on .* has taken over this run; stop one of the two, or name another run=URI"
+
+
+def test_a_training_whose_run_another_has_taken_over_ends_and_leaves_the_others_checkpoints_whole(
+    training: Training,
+) -> None:
+    training.save()
+    other = Training(training.engine, training.store)
+    assert other.resume() == 1
+    other.save()
+    saved = other.state()
+    training.move()
+    training.writer.start(training.step, [])
+    with pytest.raises(CheckpointError, match=TAKEN):
+        training.writer.finish()
+    with pytest.raises(CheckpointError, match=TAKEN):
+        training.writer.discard(after=1)
+    other.move()
+    assert other.resume() == 2
+    assert same(saved, other.state())
+
+
+def test_files_that_two_trainings_save_at_one_step_do_not_mix(training: Training) -> None:
+    """Both upload before either publishes: the one that has the run publishes its own, and sweeps what the other left."""
+    training.save()
+    other = Training(training.engine, training.store)
+    assert other.resume() == 1
+    for each in (other, training):
+        each.move()
+        each.writer.start(2, [])
+        each.writer._join()
+        if each is other:
+            saved = other.state()
+    other.writer.finish()
+    with pytest.raises(CheckpointError, match=TAKEN):
+        training.writer.finish()
+    folder = training.store.folder / "checkpoints/step-00000002"
+    assert set(folder.iterdir()) == {folder / "manifest.json", rank_file(folder)}
+    assert other.resume() == 2
+    assert same(saved, other.state())
+
+
+def test_a_training_that_is_taken_over_while_it_publishes_deletes_nothing(engine: Engine, tmp_path: Path) -> None:
+    class TakenOver(FolderStore):
+        """Another training claims the run as the third checkpoint comes to be."""
+
+        def put(self, key: str, data: bytes) -> str:
+            etag = super().put(key, data)
+            if key == "checkpoints/step-00000003/manifest.json":
+                super().put("writer.txt", b"another: process 1 on a node")
+            return etag
+
+    training = Training(engine, TakenOver(tmp_path))
+    training.save()
+    training.save()
+    with pytest.raises(CheckpointError, match=TAKEN):
+        training.save()
+    assert [found.step for found in checkpoint.newest(training.store)] == [3, 2, 1]
+
+
+def test_a_run_whose_claim_was_deleted_goes_on(training: Training) -> None:
+    training.store.delete("writer.txt")
+    training.save()
+    assert checkpoint.find(training.store).step == 1
+
+
+@torch.no_grad()
+def test_the_same_training_writes_the_same_manifest(engine: Engine, tmp_path: Path) -> None:
+    """Whoever wrote it and however often: the name of an evaluation's results follows from it."""
+    begun = [(values, values.clone()) for kind in KINDS for f in engine.fragments for values in [engine.values(f, kind)]]
+    manifests = []
+    for run in ("1", "2"):
+        for live, values in begun:
+            live.copy_(values)
+        training = Training(engine, FolderStore(tmp_path / run))
+        training.save()
+        manifests.append(checkpoint.find(training.store).sha256)
+    assert manifests[0] == manifests[1]
+
+
+@pytest.mark.slow
+def test_all_ranks_of_a_training_whose_run_is_taken_over_end_with_the_sentence(
+    tiny: Callable[..., Path], launch: Callable[..., Any]
+) -> None:
+    path = tiny("taken", train={"steps": 100_000, "checkpoint_every": 5})
+    store = open_store(load_config(path).run)
+    ended: list[Any] = []
+    ranks = threading.Thread(target=lambda: ended.extend(launch(2, path, check=False)))
+    ranks.start()
+    while not checkpoint.describe(store)["checkpoints"]:
+        assert ranks.is_alive()
+        ranks.join(0.1)
+    store.put("writer.txt", b"another: process 1 on a node")
+    ranks.join()
+    assert [re.search(TAKEN, rank.stdout) is not None and rank.returncode for rank in ended] == [1, 1], ended
+
+
 # --- off the step ---
 
 
 class SlowStore(FolderStore):
-    """A folder whose puts wait until they are let through."""
+    """A folder whose puts wait while it is not open."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.open = threading.Event()
+        self.open.set()
 
     def put(self, key: str, data: bytes) -> str:
         assert self.open.wait(60)
@@ -352,6 +459,7 @@ class SlowStore(FolderStore):
 def test_training_goes_on_while_a_checkpoint_of_its_past_is_written(engine: Engine, tmp_path: Path) -> None:
     store = SlowStore(tmp_path)
     training = Training(engine, store)
+    store.open.clear()
     training.move()
     saved = training.state()
     training.writer.start(1, [])
@@ -377,7 +485,7 @@ def test_the_boundary_after_the_upload_publishes(training: Training) -> None:
 
 
 def test_a_failed_save_is_reported_at_the_next_boundary(engine: Engine, tmp_path: Path) -> None:
-    training = Training(engine, FailingStore(tmp_path, 1))
+    training = Training(engine, FailingStore(tmp_path, 2))
     training.move()
     training.writer.start(1, [])
     training.writer._join()
@@ -396,7 +504,9 @@ def test_the_newest_and_every_nth_checkpoint_stay(engine: Engine, tmp_path: Path
     for _ in range(9):
         training.save()
     assert sorted(c.step for c in checkpoint.newest(training.store)) == [4, 8, 9]
-    assert {p.name for p in (tmp_path / "checkpoints").rglob("*") if p.is_file()} == {"manifest.json", "rank-00000.safetensors"}
+    for step in (4, 8, 9):
+        folder = tmp_path / f"checkpoints/step-{step:08d}"
+        assert set(folder.iterdir()) == {folder / "manifest.json", rank_file(folder)}
 
 
 def test_what_interrupted_saves_left_behind_is_swept_by_the_next(training: Training) -> None:
@@ -490,8 +600,8 @@ class Outrun(FolderStore):
 
     def _lose(self, call: str, key: str) -> None:
         if call == self.call and "step-00000002" in key:
-            for name in ("manifest.json", "rank-00000.safetensors"):  # in the order in which a training deletes them
-                (self.folder / "checkpoints/step-00000002" / name).unlink(missing_ok=True)
+            for path in sorted((self.folder / "checkpoints/step-00000002").iterdir()):  # the manifest first, as a training does
+                path.unlink()
 
     def get(self, key: str) -> bytes:
         self._lose("get", key)
