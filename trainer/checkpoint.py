@@ -2,8 +2,8 @@
 
 Each rank writes one safetensors file with the values it owns: fp32 weights, AdamW's moments, the averages; each tensor is a
 piece of one flattened parameter. `manifest.json` is written last and lists every piece (kind, parameter, offset, where its
-bytes stand, CRC-32), so a checkpoint without a manifest does not exist, and a reader takes the pieces that overlap what it
-needs by ranged reads, without conversion and without pickle.
+bytes stand, CRC-32) under a checksum of its own, so a checkpoint without a manifest does not exist, and a reader takes the pieces
+that overlap what it needs by ranged reads, without conversion and without pickle.
 
     checkpoints/step-00000500/rank-00000-9f86d081884c.safetensors ... rank-00007-..., manifest.json
     snapshots/step-00000500/...      the power-function averages alone: they stay when the checkpoint goes
@@ -145,6 +145,9 @@ def read_manifest(store: Store, key: str) -> Checkpoint:
             raise CheckpointError(
                 f"{place}: checkpoint format {manifest['format']}, this version reads {FORMAT}; use the version that wrote it"
             )
+        stated = manifest.pop("sha256", None)  # older manifests have none
+        if stated is not None and stated != _checksum(manifest):
+            raise ValueError("its checksum does not fit")
         found = Checkpoint(
             key=key,
             sha256=hashlib.sha256(data).hexdigest(),
@@ -174,6 +177,15 @@ def read_manifest(store: Store, key: str) -> Checkpoint:
                 f"{store.uri}/{file}: has {present.get(file, 'no')} bytes, its checkpoint says {size}; delete this checkpoint"
             )
     return found
+
+
+def sealed(manifest: dict[str, Any]) -> bytes:
+    """A manifest as it is stored: with the SHA-256 of the rest of it."""
+    return json.dumps(manifest | {"sha256": _checksum(manifest)}).encode()
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _check_places(checkpoint: Checkpoint) -> None:

@@ -34,7 +34,7 @@ from torch import Tensor
 from configs.errors import CheckpointError, StoreError, UserError
 from configs.schema import TrainConfig
 from data_pipeline.store import MissingObject, Store
-from trainer.checkpoint import CHECKPOINTS, FORMAT, MANIFEST, SNAPSHOTS, contents, folder_of, manifest_of
+from trainer.checkpoint import CHECKPOINTS, FORMAT, MANIFEST, SNAPSHOTS, contents, folder_of, manifest_of, sealed
 from trainer.ema import Ema
 from trainer.engine import KINDS, Engine, Fragment
 
@@ -189,7 +189,7 @@ class Writer:
         for i, file in reversed(list(enumerate(self._files))):  # the checkpoint last: it lists the files of the snapshot too
             files = [note for rank in notes for note in rank[i:]]
             key = manifest_of(step, file.name)
-            self._store.put(key, json.dumps(manifest | {"files": files}).encode())
+            self._store.put(key, sealed(manifest | {"files": files}))
             named |= {key, *(file["key"] for file in files)}
         self._saved.add(step)
         try:

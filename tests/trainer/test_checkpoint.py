@@ -188,10 +188,14 @@ def wrong_type(rank: Path, manifest: Path) -> None:
     manifest.write_text('["not", "a", "checkpoint"]')
 
 
-def edited(change: Callable[[dict[str, Any]], None]) -> Callable[[Path, Path], None]:
+def edited(change: Callable[[dict[str, Any]], None], summed: bool = True) -> Callable[[Path, Path], None]:
+    """`change` of a manifest's content, whose checksum stays as it was; or not `summed`: there is none, as in older manifests."""
+
     def damage(rank: Path, manifest: Path) -> None:
         content = json.loads(manifest.read_text())
         change(content)
+        if not summed:
+            del content["sha256"]
         manifest.write_text(json.dumps(content))
 
     damage.__name__ = change.__name__
@@ -210,13 +214,23 @@ def has_a_piece_too_long(content: dict[str, Any]) -> None:
     content["files"][0]["pieces"][0][3] = 10**12
 
 
+def has_other_adam_steps(content: dict[str, Any]) -> None:
+    content["adam_steps"] += 1
+
+
+def has_pieces_of_swapped_kinds(content: dict[str, Any]) -> None:
+    one, other = (next(p for p in content["files"][0]["pieces"] if p[0] == kind) for kind in ("exp_avg", "exp_avg_sq"))
+    one[0], other[0] = other[0], one[0]
+
+
 class _Bomb:
     def __reduce__(self) -> tuple[Any, ...]:
         return (pytest.fail, ("a pickle was opened",))
 
 
 DAMAGES = [truncated, flipped, missing, swapped, pickled_rank, pickled_manifest, garbage, half, wrong_type]
-DAMAGES += [edited(change) for change in (names_a_file_outside, lacks_a_piece, has_a_piece_too_long)]
+DAMAGES += [edited(change, summed=False) for change in (names_a_file_outside, lacks_a_piece, has_a_piece_too_long)]
+DAMAGES += [edited(change) for change in (has_other_adam_steps, has_pieces_of_swapped_kinds)]
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda d: d.__name__)
@@ -251,6 +265,15 @@ def test_an_unknown_format_is_named(training: Training) -> None:
     edited(lambda content: content.update(format=99))(Path(), training.store.folder / "checkpoints/step-00000001/manifest.json")
     with pytest.raises(CheckpointError, match="format 99"):
         checkpoint.read_manifest(training.store, "checkpoints/step-00000001/manifest.json")
+
+
+def test_a_manifest_without_a_checksum_is_readable(training: Training) -> None:
+    training.save()
+    before = training.state()
+    edited(lambda content: None, summed=False)(Path(), training.store.folder / "checkpoints/step-00000001/manifest.json")
+    training.move()
+    assert training.resume() == 1
+    assert same(before, training.state())
 
 
 # --- another run ---
