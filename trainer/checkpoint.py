@@ -35,6 +35,7 @@ FORMAT = 1
 EMA = "ema"
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
 MANIFEST = "/manifest.json"
+_UNRECORDED = ["train.ema_decay"]  # what the identity in older manifests does not say
 _LISTINGS = 10  # of a run that deletes what was listed before it can be read
 _READ = 32 * 2**20  # bytes of one ranged read at most, unless one piece is larger
 _KEPT = "a training keeps its newest checkpoints only: name one of those, or have train.keep_every keep more"
@@ -362,7 +363,7 @@ def check_identity(store: Store, checkpoint: Checkpoint, identity: dict[str, Any
     """Raises CheckpointError, naming the first difference, if the run was started with something else."""
     for name in sorted(identity.keys() | checkpoint.identity.keys()):
         then, now = checkpoint.identity.get(name), identity.get(name)
-        if then != now:
+        if then != now and (name in checkpoint.identity or name not in _UNRECORDED):
             raise CheckpointError(
                 f"{store.uri}: this run was started with {name}={then}, now it is {now}; put it back or name another run=URI"
             )

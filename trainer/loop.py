@@ -238,13 +238,17 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def run_identity(config: Config, manifest: Manifest, order: Order) -> dict[str, Any]:
-    """What may not change while a run goes on: network, data and their order, noise, batch. Anything else may."""
+    """What may not change while a run goes on: network, data and their order, noise, batch, average. Anything else may.
+
+    The names of the other averages say what they are (`trainer.ema.profiles`).
+    """
     return {
         "data.fingerprint": manifest.fingerprint,
         "data.flip": config.data.flip,
         **({} if manifest.schema.dtype == "uint8" else {"data.latent_scale": config.data.latent_scale}),
         "seed": config.seed,
         "train.global_batch": config.train.global_batch,
+        "train.ema_decay": config.train.ema_decay,
         "order": order.to_dict(),
         **{f"model.{name}": getattr(config.model, name) for name in network_options(config.model)},
         **{f"diffusion.{name}": value for name, value in vars(config.diffusion).items()},

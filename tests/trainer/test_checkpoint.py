@@ -1,6 +1,7 @@
 """Checkpoints exist whole or not at all, and whatever is wrong with one is found before a weight is touched."""
 
 import copy
+import dataclasses
 import json
 import logging
 import pickle
@@ -22,10 +23,13 @@ from torch import Tensor
 from configs.errors import CheckpointError, StoreError
 from configs.load import load_config
 from configs.schema import TrainConfig
+from data_pipeline.manifest import load_manifest
+from data_pipeline.order import Order
 from data_pipeline.store import FolderStore, ObjectInfo, open_store
 from trainer import checkpoint
 from trainer.ema import Ema, profiles
 from trainer.engine import KINDS, Engine, join_process_group
+from trainer.loop import run_identity
 from trainer.writer import Writer
 
 IDENTITY = {"seed": 0, "data.fingerprint": "abc"}
@@ -285,6 +289,24 @@ def test_another_identity_is_refused_by_name(training: Training) -> None:
     with pytest.raises(CheckpointError, match=r"seed=0, now it is 1"):
         checkpoint.resume(training.store, training.engine, training.ema, IDENTITY | {"seed": 1})
     assert same(before, training.state())
+
+
+def test_another_decay_of_the_average_is_refused_by_name(training: Training, tiny: Callable[..., Path]) -> None:
+    def identity(decay: float) -> dict[str, Any]:
+        config = load_config(tiny("decay", train={"ema_decay": decay}))
+        manifest = load_manifest(open_store(config.data.uri))
+        return run_identity(config, manifest, Order.choose(manifest, config.train.global_batch, config.seed))
+
+    training.save()
+    found = dataclasses.replace(checkpoint.find(training.store), identity=identity(0.9))
+    checkpoint.check_identity(training.store, found, identity(0.9))
+    with pytest.raises(CheckpointError, match=r"train\.ema_decay=0\.9, now it is 0\.99; put it back or name another run=URI"):
+        checkpoint.check_identity(training.store, found, identity(0.99))
+
+
+def test_a_run_from_before_its_decay_was_recorded_goes_on(training: Training) -> None:
+    training.save()
+    assert checkpoint.resume(training.store, training.engine, training.ema, IDENTITY | {"train.ema_decay": 0.9}) is not None
 
 
 def test_another_network_is_refused_by_the_name_of_its_parameter(training: Training) -> None:
