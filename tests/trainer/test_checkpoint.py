@@ -598,13 +598,14 @@ def test_damaged_checkpoints_of_later_steps_cost_no_good_one_and_stay_until_thei
 
 
 class Undeletable(FolderStore):
-    """A store that lets nothing be deleted while `locked`."""
+    """A store that lets no more than `allowed` objects be deleted."""
 
-    locked = True
+    allowed = 0
 
     def delete(self, key: str) -> None:
-        if self.locked:
+        if not self.allowed:
             raise StoreError(f"{key}: may not be deleted")
+        self.allowed -= 1
         super().delete(key)
 
 
@@ -619,7 +620,7 @@ def test_old_checkpoints_that_cannot_be_deleted_are_a_warning_and_go_with_the_ne
     assert "may not be deleted" in caplog.text
     assert "the next save" in caplog.text
     assert [found.step for found in checkpoint.newest(store)] == [3, 2, 1]
-    store.locked = False
+    store.allowed = 99
     training.save()
     assert [found.step for found in checkpoint.newest(store)] == [4, 3]
     assert {path.parent.name for path in (tmp_path / "checkpoints").rglob("*.*")} == {"step-00000003", "step-00000004"}
@@ -636,6 +637,19 @@ def test_describe_tells_where_a_run_stands(training: Training) -> None:
     assert "step-00000003" in state["damaged"][0]
     assert state["averages"] == ["ema", "half_life_40", "sigma_rel_0.05", "sigma_rel_0.1"]
     assert (state["snapshots"], state["identity"]) == (3, IDENTITY)
+
+
+@pytest.mark.parametrize("k", range(4))
+def test_deleting_that_is_interrupted_leaves_no_damaged_checkpoint(engine: Engine, tmp_path: Path, k: int) -> None:
+    store = Undeletable(tmp_path)
+    training = Training(engine, store)
+    store.allowed = 2
+    training.save()
+    training.save()
+    store.allowed = k  # of a manifest, a file and a note
+    training.save()
+    state = checkpoint.describe(store)
+    assert (state["checkpoints"], state["damaged"]) == ([2, 3] if k else [1, 2, 3], [])
 
 
 class Outrun(FolderStore):
