@@ -282,13 +282,15 @@ class FolderStore(Store):
 
     def list(self, prefix: str = "") -> list[ObjectInfo]:
         found = []
-        for folder, _, names in os.walk(self.folder):
+        for folder, below, names in os.walk(self.folder):
+            here = Path(folder).relative_to(self.folder)
+            places = {name: f"{(here / name).as_posix()}/" for name in below}
+            below[:] = [name for name, place in places.items() if place.startswith(prefix) or prefix.startswith(place)]
             for name in names:
-                path = Path(folder, name)
-                key = path.relative_to(self.folder).as_posix()
+                key = (here / name).as_posix()
                 if not name.startswith(TEMP) and key.startswith(prefix):
                     with contextlib.suppress(FileNotFoundError):  # deleted by someone else in the meantime
-                        found.append(ObjectInfo(key, size := path.stat().st_size, str(size)))
+                        found.append(ObjectInfo(key, size := (self.folder / key).stat().st_size, str(size)))
         return sorted(found, key=lambda info: info.key)
 
     def delete(self, key: str) -> None:

@@ -2,11 +2,13 @@
 
 Each rank writes one safetensors file with the values it owns: fp32 weights, AdamW's moments, the averages; each tensor is a
 piece of one flattened parameter. `manifest.json` is written last and lists every piece (kind, parameter, offset, where its
-bytes stand, CRC-32), so a checkpoint without a manifest does not exist, and a reader takes the pieces that overlap what it
-needs by ranged reads, without conversion and without pickle.
+bytes stand, CRC-32) under a checksum of its own, so a checkpoint without a manifest does not exist, and a reader takes the pieces
+that overlap what it needs by ranged reads, without conversion and without pickle.
 
-    checkpoints/step-00000500/rank-00000.safetensors ... rank-00007.safetensors, manifest.json
+    checkpoints/step-00000500/rank-00000-9f86d081884c.safetensors ... rank-00007-..., manifest.json
     snapshots/step-00000500/...      the power-function averages alone: they stay when the checkpoint goes
+
+Readers take the names of files from the manifest. They end with the first digits of the content's SHA-256: none ever changes.
 
 There is one resume mechanism: every start looks for the newest checkpoint that is whole. `trainer.writer` writes them.
 """
@@ -32,6 +34,9 @@ from trainer.engine import KINDS, Engine, Fragment
 FORMAT = 1
 EMA = "ema"
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
+MANIFEST = "/manifest.json"
+_UNRECORDED = ["train.ema_decay"]  # what the identity in older manifests does not say
+_LISTINGS = 10  # of a run that deletes what was listed before it can be read
 _READ = 32 * 2**20  # bytes of one ranged read at most, unless one piece is larger
 _KEPT = "a training keeps its newest checkpoints only: name one of those, or have train.keep_every keep more"
 _log = logging.getLogger("freeguide.checkpoint")
@@ -74,15 +79,46 @@ class Checkpoint:
         return sorted({piece.kind for piece in self.pieces} - set(KINDS))
 
 
+def survey(store: Store, kind: str = CHECKPOINTS) -> Iterator[Checkpoint | CheckpointError]:
+    """The checkpoints (or SNAPSHOTS) of a run, newest first: each as its manifest says, or what is wrong with it.
+
+    A run that goes on deletes older ones, which are passed over. Where all that were listed may have gone, it has saved newer ones
+    before, and they are listed again. Raises CheckpointError for a run that is always faster.
+    """
+    seen: set[str] = set()
+    for _ in range(_LISTINGS):
+        whole = gone = False
+        for key in manifests(store, kind):
+            if key in seen:
+                continue
+            seen.add(key)
+            try:
+                yield read_manifest(store, key)
+                whole = True
+            except MissingObject:
+                gone = True
+            except CheckpointError as error:
+                yield error
+        if whole or not gone:
+            return
+    raise CheckpointError(
+        f"{store.uri}: its {kind} were deleted before they could be read, {_LISTINGS} times in a row; "
+        f"have train.keep_checkpoints keep more"
+    )
+
+
 def newest(store: Store, kind: str = CHECKPOINTS) -> Iterator[Checkpoint]:
-    """The checkpoints (or SNAPSHOTS) of a run, newest first, leaving out damaged ones with a warning that names what is wrong."""
-    for key in manifests(store, kind):
-        try:
-            yield read_manifest(store, key)
-        except MissingObject:
-            continue  # deleted since it was listed: the run goes on, and keeps its newest ones only
-        except CheckpointError as error:
-            _log.warning("%s; trying the one before it", error)
+    """Those of `survey` that are whole."""
+    for found in survey(store, kind):
+        yield from _whole(found)
+
+
+def _whole(found: Checkpoint | CheckpointError) -> Iterator[Checkpoint]:
+    """`found`, or a warning that names what is wrong with it."""
+    if isinstance(found, Checkpoint):
+        yield found
+    else:
+        _log.warning("%s; trying the one before it", found)
 
 
 def find(store: Store, step: int = 0) -> Checkpoint:
@@ -110,6 +146,9 @@ def read_manifest(store: Store, key: str) -> Checkpoint:
             raise CheckpointError(
                 f"{place}: checkpoint format {manifest['format']}, this version reads {FORMAT}; use the version that wrote it"
             )
+        stated = manifest.pop("sha256", None)  # older manifests have none
+        if stated is not None and stated != _checksum(manifest):
+            raise ValueError("its checksum does not fit")
         found = Checkpoint(
             key=key,
             sha256=hashlib.sha256(data).hexdigest(),
@@ -139,6 +178,15 @@ def read_manifest(store: Store, key: str) -> Checkpoint:
                 f"{store.uri}/{file}: has {present.get(file, 'no')} bytes, its checkpoint says {size}; delete this checkpoint"
             )
     return found
+
+
+def sealed(manifest: dict[str, Any]) -> bytes:
+    """A manifest as it is stored: with the SHA-256 of the rest of it."""
+    return json.dumps(manifest | {"sha256": _checksum(manifest)}).encode()
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _check_places(checkpoint: Checkpoint) -> None:
@@ -187,8 +235,11 @@ def resume(store: Store, engine: Engine, ema: Ema, identity: dict[str, Any], bef
 
 def candidates(store: Store) -> Iterator[Checkpoint]:
     """The checkpoints that a run can go on from, newest first. Raises CheckpointError where there are some, and none is left."""
-    yield from newest(store)
-    if count := len(manifests(store)):
+    count = 0
+    for found in survey(store):
+        count += 1
+        yield from _whole(found)
+    if count:
         raise CheckpointError(
             f"{store.uri}: none of its {count} checkpoints can be used; "
             f"restore one, or delete {store.uri}/{CHECKPOINTS} to begin anew"
@@ -312,7 +363,7 @@ def check_identity(store: Store, checkpoint: Checkpoint, identity: dict[str, Any
     """Raises CheckpointError, naming the first difference, if the run was started with something else."""
     for name in sorted(identity.keys() | checkpoint.identity.keys()):
         then, now = checkpoint.identity.get(name), identity.get(name)
-        if then != now:
+        if then != now and (name in checkpoint.identity or name not in _UNRECORDED):
             raise CheckpointError(
                 f"{store.uri}: this run was started with {name}={then}, now it is {now}; put it back or name another run=URI"
             )
@@ -341,13 +392,9 @@ def check_averages(store: Store, checkpoint: Checkpoint, names: list[str]) -> No
 def describe(store: Store) -> dict[str, Any]:
     """Where a run stands, from its manifests alone: its checkpoints, what the newest whole one says, and what is damaged."""
     steps, damaged, last = [], [], None
-    for key in manifests(store):
-        try:
-            found = read_manifest(store, key)
-        except MissingObject:
-            continue
-        except CheckpointError as error:
-            damaged.append(str(error))
+    for found in survey(store):
+        if isinstance(found, CheckpointError):
+            damaged.append(str(found))
             continue
         last = last or found
         steps.append(found.step)
@@ -367,18 +414,24 @@ def describe(store: Store) -> dict[str, Any]:
     return state
 
 
-def discard(store: Store, after: int) -> None:
-    """Let the checkpoints and snapshots of the steps after `after` exist no more: what they had learnt is undone."""
-    for kind in (CHECKPOINTS, SNAPSHOTS):
-        for key in manifests(store, kind):
-            if key.split("/")[1] > folder_of(after, kind).split("/")[1]:
-                store.delete(key)
-
-
 def folder_of(step: int, kind: str = CHECKPOINTS) -> str:
     return f"{kind}/step-{step:08d}"
 
 
+def manifest_of(step: int, kind: str = CHECKPOINTS) -> str:
+    return f"{folder_of(step, kind)}{MANIFEST}"
+
+
+def contents(store: Store, kind: str = CHECKPOINTS) -> dict[int, list[str]]:
+    """The keys in the folder of each step, whether its checkpoint is whole or not. Names that are not ours belong to no step."""
+    found: dict[int, list[str]] = {}
+    for info in store.list(f"{kind}/"):
+        digits = info.key.split("/")[1].removeprefix("step-")
+        if digits.isdecimal():
+            found.setdefault(int(digits), []).append(info.key)
+    return found
+
+
 def manifests(store: Store, kind: str = CHECKPOINTS) -> list[str]:
     """Keys of all manifests, newest first."""
-    return sorted((info.key for info in store.list(f"{kind}/") if info.key.endswith("/manifest.json")), reverse=True)
+    return sorted((info.key for info in store.list(f"{kind}/") if info.key.endswith(MANIFEST)), reverse=True)

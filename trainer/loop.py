@@ -94,7 +94,7 @@ def assemble(config: Config) -> tuple[Run, int]:
         data=config.data,
     )
     telemetry = Telemetry(config, store, engine.device, start, forward_flops(config.model, **images))
-    writer = Writer(store, engine, ema, identity, config.train)
+    writer = Writer(store, engine, ema, identity, config.train, start)
     incidents = Incidents(store, order, found.bad_steps if found else [], config.train, found.undone if found else 0)
     return Run(config, store, engine, ema, reader, telemetry, writer, incidents, identity), start
 
@@ -103,6 +103,7 @@ def run_steps(run: Run, start: int, terminated: Terminated) -> None:
     """The steps themselves, from `start` to `train.steps`."""
     config, options, engine = run.config, run.config.train, run.engine
     if engine.rank == 0:
+        run.writer.claim()
         run.store.put("config.yaml", to_yaml(config).encode())
         print(f"{'resuming from' if start else 'starting at'} step {start} of {options.steps}", flush=True)
     agreement = Agreement(3)
@@ -160,7 +161,7 @@ def go_back(run: Run, done: int, first_bad: int) -> None:
     for update in range(found.step + 1, done + 1):
         run.ema.update(update)
     if run.engine.rank == 0:
-        checkpoint.discard(run.store, after=found.step)
+        run.writer.discard(after=found.step)
     run.incidents.undo(found.step, done)
 
 
@@ -237,13 +238,17 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def run_identity(config: Config, manifest: Manifest, order: Order) -> dict[str, Any]:
-    """What may not change while a run goes on: network, data and their order, noise, batch. Anything else may."""
+    """What may not change while a run goes on: network, data and their order, noise, batch, average. Anything else may.
+
+    The names of the other averages say what they are (`trainer.ema.profiles`).
+    """
     return {
         "data.fingerprint": manifest.fingerprint,
         "data.flip": config.data.flip,
         **({} if manifest.schema.dtype == "uint8" else {"data.latent_scale": config.data.latent_scale}),
         "seed": config.seed,
         "train.global_batch": config.train.global_batch,
+        "train.ema_decay": config.train.ema_decay,
         "order": order.to_dict(),
         **{f"model.{name}": getattr(config.model, name) for name in network_options(config.model)},
         **{f"diffusion.{name}": value for name, value in vars(config.diffusion).items()},

@@ -5,6 +5,10 @@
     all ranks         some steps later the ranks agree that all of them have uploaded                      (`Writer.boundary`)
     rank 0's thread   read the notes and write the manifest, which makes the checkpoint exist; delete older ones
 
+Two trainings may be given one run: the same command twice, a worker that was thought dead. The later one claims the run with an
+object that holds its token; the earlier one looks there before it publishes and before it deletes, and ends. Until then neither
+touches what is the other's: the name of a file follows from its content, that of a note from the token.
+
 Threads never take part in a collective: two threads that interleave collectives of one group in different orders on two ranks
 stop for ever. What the ranks have to agree on travels with the training loop's own exchange (`trainer.failures.Agreement`); the
 rest goes through the store. A failed upload is known at the next step boundary, on every rank.
@@ -13,6 +17,9 @@ rest goes through the store. A failed upload is known at the next step boundary,
 import hashlib
 import json
 import logging
+import os
+import platform
+import secrets
 import struct
 import threading
 import time
@@ -24,13 +31,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from configs.errors import StoreError
+from configs.errors import CheckpointError, StoreError, UserError
 from configs.schema import TrainConfig
-from data_pipeline.store import Store
-from trainer.checkpoint import CHECKPOINTS, FORMAT, SNAPSHOTS, folder_of, manifests
+from data_pipeline.store import MissingObject, Store
+from trainer.checkpoint import CHECKPOINTS, FORMAT, MANIFEST, SNAPSHOTS, contents, folder_of, manifest_of, sealed
 from trainer.ema import Ema
 from trainer.engine import KINDS, Engine, Fragment
 
+CLAIM = "writer.txt"  # in a run: which training has it
 _log = logging.getLogger("freeguide.checkpoint")
 
 
@@ -61,23 +69,33 @@ class File:
         for view, live in zip(self._views, self._live, strict=True):
             view.copy_(live)
 
-    def note(self, key: str) -> dict[str, Any]:
+    def note(self, step: int, rank: int) -> dict[str, Any]:
         """What the manifest has to know: key, size, SHA-256, and [kind, name, offset, numel, begin, crc32] of every tensor."""
         whole = memoryview(self.data)
+        sha256 = hashlib.sha256(whole).hexdigest()
+        key = f"{folder_of(step, self.name)}/rank-{rank:05d}-{sha256[:12]}.safetensors"
         pieces = [[*piece, zlib.crc32(whole[piece[4] : piece[4] + 4 * piece[3]])] for piece in self._pieces]
-        return {"key": key, "bytes": len(self.data), "sha256": hashlib.sha256(whole).hexdigest(), "pieces": pieces}
+        return {"key": key, "bytes": len(self.data), "sha256": sha256, "pieces": pieces}
 
 
 class Writer:
     """Writes the checkpoints of a run, and beside them the snapshots of its power-function averages, which are never deleted.
 
+    The training goes on from `start`: what stands after that step, and was not saved since, is none of its past.
+
     `error` and `uploaded` (the step whose files of this rank are in the store) are what the ranks agree on.
     """
 
-    def __init__(self, store: Store, engine: Engine, ema: Ema, identity: dict[str, Any], config: TrainConfig) -> None:
-        self.error = ""
+    def __init__(
+        self, store: Store, engine: Engine, ema: Ema, identity: dict[str, Any], config: TrainConfig, start: int = 0
+    ) -> None:
+        self.error: UserError | None = None
         self.uploaded = 0
         self._store, self._engine, self._identity, self._config = store, engine, identity, config
+        self._start, self._saved = start, set[int]()
+        token = [secrets.token_hex(4)]
+        dist.broadcast_object_list(token)
+        self._token = token[0]
         self._pending = 0  # the step whose checkpoint does not exist yet
         self._facts: dict[str, Any] = {}
         self._thread: threading.Thread | None = None
@@ -90,11 +108,15 @@ class Writer:
         if power:
             self._files.append(File(SNAPSHOTS, [(name, f, values) for name in power for f, values in averages[name]]))
 
+    def claim(self) -> None:
+        """Take the run from any other training that may still write there. Rank 0 calls it before the first step."""
+        self._store.put(CLAIM, self._claim())
+
     def start(self, step: int, bad_steps: list[int], undone: int = 0) -> float:
         """Begin the checkpoint of `step`; all ranks call it together. Returns the seconds for which the training stood still.
 
         `bad_steps` and `undone` are those of `trainer.failures.Incidents`.
-        It first waits for the checkpoint before, where that is still on its way. Raises StoreError as `finish` does.
+        It first waits for the checkpoint before, where that is still on its way. Raises as `finish` does.
         """
         began = time.perf_counter()
         self.finish()
@@ -108,7 +130,7 @@ class Writer:
     def boundary(self, uploaded: int, failed: bool) -> None:
         """At a step boundary, with what the ranks agree on: the last step that all have uploaded, and whether one has failed.
 
-        Raises StoreError on every rank where one has.
+        Raises as `finish` does where one has.
         """
         if failed:
             self._raise_if_any()
@@ -118,7 +140,10 @@ class Writer:
             self._run(self._publish)
 
     def finish(self) -> None:
-        """Wait until the checkpoint under way exists; all ranks call it together. Raises StoreError on every rank if it cannot."""
+        """Wait until the checkpoint under way exists; all ranks call it together.
+
+        Raises on every rank StoreError if it cannot be saved, CheckpointError if another training has taken over the run.
+        """
         if not self._pending:
             return
         self._join()
@@ -129,21 +154,29 @@ class Writer:
         self._raise_if_any()
         self._pending, self._publishing = 0, False
 
+    def discard(self, after: int) -> None:
+        """Let the checkpoints and snapshots of the steps after `after` exist no more: what they had learnt is undone.
+
+        Rank 0 calls it, while no checkpoint is under way. Raises CheckpointError if another training has taken over the run.
+        """
+        found = [contents(self._store, kind) for kind in (CHECKPOINTS, SNAPSHOTS)]
+        self._delete([key for folders in found for step, keys in folders.items() if step > after for key in keys])
+
     # --- in the thread ---
 
     def _upload(self) -> None:
         rank, step = self._engine.rank, self._pending
         notes = []
         for file in self._files:
-            key = f"{folder_of(step, file.name)}/rank-{rank:05d}.safetensors"
-            notes.append(file.note(key))
-            self._store.put(key, file.data)  # type: ignore[arg-type]  # a bytearray serves as bytes in every store
-        self._store.put(_note_key(step, rank), json.dumps(notes).encode())
+            notes.append(file.note(step, rank))
+            self._store.put(notes[-1]["key"], file.data)  # type: ignore[arg-type]  # a bytearray serves as bytes in every store
+        self._store.put(self._note_key(rank), json.dumps(notes).encode())
         self.uploaded = step
 
     def _publish(self) -> None:
         engine, step = self._engine, self._pending
-        notes = [json.loads(self._store.get(_note_key(step, rank))) for rank in range(engine.world_size)]
+        self._check_claim()  # first of all: who has taken over sweeps notes
+        notes = [json.loads(self._store.get(self._note_key(rank))) for rank in range(engine.world_size)]
         manifest = {
             "format": FORMAT,
             **self._facts,
@@ -152,25 +185,58 @@ class Writer:
             "identity": self._identity,
             "shapes": engine.shapes,
         }
+        named = set()
         for i, file in reversed(list(enumerate(self._files))):  # the checkpoint last: it lists the files of the snapshot too
             files = [note for rank in notes for note in rank[i:]]
-            self._store.put(f"{folder_of(step, file.name)}/manifest.json", json.dumps(manifest | {"files": files}).encode())
-        for rank in range(engine.world_size):
-            self._store.delete(_note_key(step, rank))
-        self._delete_older(step)
+            key = manifest_of(step, file.name)
+            self._store.put(key, sealed(manifest | {"files": files}))
+            named |= {key, *(file["key"] for file in files)}
+        self._saved.add(step)
+        try:
+            self._sweep(step, named)
+        except StoreError as error:  # the checkpoint exists: what is left over costs room only
+            _log.warning("%s; what the run needs no longer is deleted after the next save", error)
 
-    def _delete_older(self, step: int) -> None:
-        """Delete all but the newest checkpoints and those that stay for good, and what interrupted saves have left behind."""
+    def _sweep(self, step: int, named: set[str]) -> None:
+        """Delete what the run needs no longer up to `step`, whose objects are `named`: what interrupted saves have left behind,
+        checkpoints that the training has gone past and not gone on from, and all but the newest ones and those that stay for good.
+
+        Checkpoints of later steps are left as they are, to be looked at, until their step comes.
+        """
         every, keep = self._config.keep_every, self._config.keep_checkpoints
-        whole = manifests(self._store)
-        kept = {key for i, key in enumerate(whole) if i < keep or (every and _step_of(key) % every == 0)}
-        for key in whole:
-            if key not in kept:
-                self._store.delete(key)  # first the manifest: from here on the checkpoint does not exist
-        folders = {key.rsplit("/", 1)[0] for key in kept}
-        for info in self._store.list(f"{CHECKPOINTS}/"):
-            if info.key.rsplit("/", 1)[0] not in folders and _step_of(info.key) < step:
-                self._store.delete(info.key)
+        unwanted: list[str] = []
+        for kind in (CHECKPOINTS, SNAPSHOTS):
+            found = {at: keys for at, keys in contents(self._store, kind).items() if at <= step}
+            past = [at for at, keys in found.items() if manifest_of(at, kind) in keys and (at <= self._start or at in self._saved)]
+            newest = past if kind == SNAPSHOTS else sorted(past)[-keep:]
+            kept = {*newest, *(at for at in past if every and at % every == 0)} - {step}
+            held = named | {key for at in kept for key in found[at] if not _is_note(key)}
+            unwanted += [key for keys in found.values() for key in keys if key not in held]
+        self._delete(unwanted)
+
+    def _delete(self, listed: list[str]) -> None:
+        """Delete these objects, manifests first: from there on their checkpoints do not exist."""
+        self._check_claim()  # after they were listed: what is written by a training that takes over from here on is not among them
+        for key in sorted(listed, key=lambda key: not key.endswith(MANIFEST)):
+            self._store.delete(key)
+
+    def _check_claim(self) -> None:
+        """Raises CheckpointError if another training has claimed the run."""
+        try:
+            found = self._store.get(CLAIM)
+        except MissingObject:
+            return
+        if found != self._claim():
+            raise CheckpointError(
+                f"{self._store.uri}: another training ({found.decode(errors='replace').strip()}) has taken over this run; "
+                f"stop one of the two, or name another run=URI"
+            )
+
+    def _claim(self) -> bytes:
+        return f"{self._token}, process {os.getpid()} on {platform.node()}\n".encode()
+
+    def _note_key(self, rank: int) -> str:
+        return f"{folder_of(self._pending)}/rank-{rank:05d}-{self._token}.json"
 
     # --- around the thread ---
 
@@ -179,7 +245,7 @@ class Writer:
             try:
                 work()
             except Exception as error:  # a thread cannot raise into the training: the next step boundary does
-                self.error = str(error) if isinstance(error, StoreError) else f"{type(error).__name__}: {error}"
+                self.error = error if isinstance(error, UserError) else StoreError(f"{type(error).__name__}: {error}")
 
         # A daemon: a process that has to end does not wait for a store that does not answer.
         self._thread = threading.Thread(target=guarded, name="freeguide-checkpoint", daemon=True)
@@ -190,17 +256,13 @@ class Writer:
             self._thread.join()
 
     def _raise_if_any(self) -> None:
-        errors = [""] * self._engine.world_size
+        errors: list[UserError | None] = [None] * self._engine.world_size
         dist.all_gather_object(errors, self.error)
-        if any(errors):
-            raise StoreError(f"the checkpoint of step {self._pending} could not be saved: {next(e for e in errors if e)}")
+        for error in filter(None, errors):
+            if isinstance(error, StoreError):
+                raise StoreError(f"the checkpoint of step {self._pending} could not be saved: {error}")
+            raise error
 
 
-def _note_key(step: int, rank: int) -> str:
-    return f"{folder_of(step)}/rank-{rank:05d}.json"
-
-
-def _step_of(key: str) -> int:
-    """The step in "checkpoints/step-00000500/...", or a step that never comes for a name that is not ours."""
-    digits = key.split("/")[1].removeprefix("step-")
-    return int(digits) if digits.isdecimal() else 2**63
+def _is_note(key: str) -> bool:
+    return "/rank-" in key and key.endswith(".json")

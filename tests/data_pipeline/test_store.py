@@ -124,6 +124,27 @@ def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
         open_store(str(tmp_path / "file")).check()
 
 
+@pytest.mark.parametrize("prefix", ["", "a", "a/", "a/b", "a/b/", "a/b/c", "ab/", "../", "..", "/", "a//", "no/such/"])
+def test_a_listing_has_the_keys_that_begin_with_its_prefix(store: Store, prefix: str) -> None:
+    keys = ["a/b/c", "a/b/d/e", "a/bc", "ab/c", "b/a/b"]
+    for key in keys:
+        store.put(key, b"")
+    assert [info.key for info in store.list(prefix)] == [key for key in keys if key.startswith(prefix)]
+
+
+def test_a_folder_is_listed_without_looking_where_no_key_begins_with_the_prefix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = FolderStore(tmp_path)
+    for key in ("checkpoints/step-1/manifest.json", "checkpoints/step-2/a", "checkpoints/step-2/b/c", "events/a/b"):
+        store.put(key, b"")
+    seen: list[str] = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: seen.append(os.path.relpath(path, tmp_path)) or scandir(path))
+    assert [info.key for info in store.list("checkpoints/step-2/")] == ["checkpoints/step-2/a", "checkpoints/step-2/b/c"]
+    assert seen == [".", "checkpoints", "checkpoints/step-2", "checkpoints/step-2/b"]
+
+
 def test_the_listing_of_many_objects_is_complete(s3_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = open_store(s3_uri(tmp_path))
     keys = [f"k{i:03d}" for i in range(20)]

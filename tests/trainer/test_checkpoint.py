@@ -1,10 +1,13 @@
 """Checkpoints exist whole or not at all, and whatever is wrong with one is found before a weight is touched."""
 
 import copy
+import dataclasses
 import json
 import logging
 import pickle
+import re
 import resource
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,11 +21,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from configs.errors import CheckpointError, StoreError
+from configs.load import load_config
 from configs.schema import TrainConfig
-from data_pipeline.store import FolderStore, ObjectInfo
+from data_pipeline.manifest import load_manifest
+from data_pipeline.order import Order
+from data_pipeline.store import FolderStore, ObjectInfo, open_store
 from trainer import checkpoint
 from trainer.ema import Ema, profiles
 from trainer.engine import KINDS, Engine, join_process_group
+from trainer.loop import run_identity
 from trainer.writer import Writer
 
 IDENTITY = {"seed": 0, "data.fingerprint": "abc"}
@@ -53,8 +60,12 @@ class Training:
         self.engine, self.store, self.train = engine, store, train
         self.generator = torch.Generator().manual_seed(1)
         self.ema = Ema(engine, profiles(train))
-        self.writer = Writer(store, engine, self.ema, IDENTITY, train)
-        self.step = 0
+        self._begin(0)
+
+    def _begin(self, step: int) -> None:
+        self.step = step
+        self.writer = Writer(self.store, self.engine, self.ema, IDENTITY, self.train, step)
+        self.writer.claim()
 
     def move(self, steps: int = 1) -> None:
         for _ in range(steps):
@@ -78,12 +89,18 @@ class Training:
 
     def resume(self) -> int:
         found = checkpoint.resume(self.store, self.engine, self.ema, IDENTITY)
-        return found.step if found else 0
+        self._begin(found.step if found else 0)
+        return self.step
 
 
 @pytest.fixture
 def training(engine: Engine, tmp_path: Path) -> Training:
     return Training(engine, FolderStore(tmp_path / "run"))
+
+
+def rank_file(folder: Path) -> Path:
+    (found,) = folder.glob("rank-00000-*.safetensors")
+    return found
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -115,15 +132,15 @@ def test_a_run_can_go_back_before_a_step_and_what_came_after_exists_no_more(trai
     assert found is not None
     assert found.step == 2
     assert same(good, training.state())
-    checkpoint.discard(training.store, after=2)
+    training.writer.discard(after=2)
     assert checkpoint.find(training.store).step == 2
     assert [snapshot.step for snapshot in checkpoint.newest(training.store, checkpoint.SNAPSHOTS)] == [2, 1]
+    assert not [info.key for info in training.store.list() if "step-00000003" in info.key]
 
 
 def test_a_rank_file_is_a_safetensors_file_that_others_can_read(training: Training) -> None:
     training.save()
-    data = training.store.get("checkpoints/step-00000001/rank-00000.safetensors")
-    tensors = safetensors.torch.load(data)
+    tensors = safetensors.torch.load(rank_file(training.store.folder / "checkpoints/step-00000001").read_bytes())
     for f in training.engine.fragments:
         assert torch.equal(tensors[f"exp_avg|{f.name}|0"], training.engine.values(f, "exp_avg"))
     assert len(tensors) == len(training.engine.fragments) * (len(KINDS) + 2)
@@ -152,7 +169,7 @@ def missing(rank: Path, manifest: Path) -> None:
 
 def swapped(rank: Path, manifest: Path) -> None:
     """The file of another step: of the right size, and a whole file in itself."""
-    rank.write_bytes((rank.parent.parent / "step-00000002" / rank.name).read_bytes())
+    rank.write_bytes(rank_file(rank.parent.parent / "step-00000002").read_bytes())
 
 
 def pickled_rank(rank: Path, manifest: Path) -> None:
@@ -175,10 +192,14 @@ def wrong_type(rank: Path, manifest: Path) -> None:
     manifest.write_text('["not", "a", "checkpoint"]')
 
 
-def edited(change: Callable[[dict[str, Any]], None]) -> Callable[[Path, Path], None]:
+def edited(change: Callable[[dict[str, Any]], None], summed: bool = True) -> Callable[[Path, Path], None]:
+    """`change` of a manifest's content, whose checksum stays as it was; or not `summed`: there is none, as in older manifests."""
+
     def damage(rank: Path, manifest: Path) -> None:
         content = json.loads(manifest.read_text())
         change(content)
+        if not summed:
+            del content["sha256"]
         manifest.write_text(json.dumps(content))
 
     damage.__name__ = change.__name__
@@ -197,13 +218,23 @@ def has_a_piece_too_long(content: dict[str, Any]) -> None:
     content["files"][0]["pieces"][0][3] = 10**12
 
 
+def has_other_adam_steps(content: dict[str, Any]) -> None:
+    content["adam_steps"] += 1
+
+
+def has_pieces_of_swapped_kinds(content: dict[str, Any]) -> None:
+    one, other = (next(p for p in content["files"][0]["pieces"] if p[0] == kind) for kind in ("exp_avg", "exp_avg_sq"))
+    one[0], other[0] = other[0], one[0]
+
+
 class _Bomb:
     def __reduce__(self) -> tuple[Any, ...]:
         return (pytest.fail, ("a pickle was opened",))
 
 
 DAMAGES = [truncated, flipped, missing, swapped, pickled_rank, pickled_manifest, garbage, half, wrong_type]
-DAMAGES += [edited(change) for change in (names_a_file_outside, lacks_a_piece, has_a_piece_too_long)]
+DAMAGES += [edited(change, summed=False) for change in (names_a_file_outside, lacks_a_piece, has_a_piece_too_long)]
+DAMAGES += [edited(change) for change in (has_other_adam_steps, has_pieces_of_swapped_kinds)]
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda d: d.__name__)
@@ -214,7 +245,7 @@ def test_a_damaged_newest_checkpoint_falls_back_loudly(
     before = training.state()
     training.save()
     folder = training.store.folder / "checkpoints" / "step-00000003"
-    damage(folder / "rank-00000.safetensors", folder / "manifest.json")
+    damage(rank_file(folder), folder / "manifest.json")
     with caplog.at_level(logging.WARNING):
         assert training.resume() == 2
     assert same(before, training.state())
@@ -240,6 +271,15 @@ def test_an_unknown_format_is_named(training: Training) -> None:
         checkpoint.read_manifest(training.store, "checkpoints/step-00000001/manifest.json")
 
 
+def test_a_manifest_without_a_checksum_is_readable(training: Training) -> None:
+    training.save()
+    before = training.state()
+    edited(lambda content: None, summed=False)(Path(), training.store.folder / "checkpoints/step-00000001/manifest.json")
+    training.move()
+    assert training.resume() == 1
+    assert same(before, training.state())
+
+
 # --- another run ---
 
 
@@ -249,6 +289,24 @@ def test_another_identity_is_refused_by_name(training: Training) -> None:
     with pytest.raises(CheckpointError, match=r"seed=0, now it is 1"):
         checkpoint.resume(training.store, training.engine, training.ema, IDENTITY | {"seed": 1})
     assert same(before, training.state())
+
+
+def test_another_decay_of_the_average_is_refused_by_name(training: Training, tiny: Callable[..., Path]) -> None:
+    def identity(decay: float) -> dict[str, Any]:
+        config = load_config(tiny("decay", train={"ema_decay": decay}))
+        manifest = load_manifest(open_store(config.data.uri))
+        return run_identity(config, manifest, Order.choose(manifest, config.train.global_batch, config.seed))
+
+    training.save()
+    found = dataclasses.replace(checkpoint.find(training.store), identity=identity(0.9))
+    checkpoint.check_identity(training.store, found, identity(0.9))
+    with pytest.raises(CheckpointError, match=r"train\.ema_decay=0\.9, now it is 0\.99; put it back or name another run=URI"):
+        checkpoint.check_identity(training.store, found, identity(0.99))
+
+
+def test_a_run_from_before_its_decay_was_recorded_goes_on(training: Training) -> None:
+    training.save()
+    assert checkpoint.resume(training.store, training.engine, training.ema, IDENTITY | {"train.ema_decay": 0.9}) is not None
 
 
 def test_another_network_is_refused_by_the_name_of_its_parameter(training: Training) -> None:
@@ -288,9 +346,9 @@ class FailingStore(FolderStore):
         return super().put(key, data)
 
 
-@pytest.mark.parametrize("k", range(1, 6))
+@pytest.mark.parametrize("k", range(2, 7))
 def test_a_save_interrupted_at_any_put_leaves_the_checkpoint_before_it(engine: Engine, tmp_path: Path, k: int) -> None:
-    # Two files, a note, two manifests.
+    # After the claim on the run: two files, a note, two manifests.
     whole = Training(engine, FolderStore(tmp_path))
     whole.save()
     before = whole.state()
@@ -302,15 +360,14 @@ def test_a_save_interrupted_at_any_put_leaves_the_checkpoint_before_it(engine: E
         broken.writer.finish()
     assert whole.resume() == 1
     assert same(before, whole.state())
-    whole.step = 1
     whole.save()
     assert whole.resume() == 2
 
 
-def test_five_puts_make_a_checkpoint(engine: Engine, tmp_path: Path) -> None:
+def test_a_claim_and_five_puts_make_a_checkpoint(engine: Engine, tmp_path: Path) -> None:
     store = FailingStore(tmp_path, 99)
     Training(engine, store).save()
-    assert store.puts == 5
+    assert store.puts == 6
 
 
 def test_a_full_disk_while_saving_leaves_the_checkpoint_before_it(training: Training) -> None:
@@ -329,15 +386,115 @@ def test_a_full_disk_while_saving_leaves_the_checkpoint_before_it(training: Trai
     assert same(before, training.state())
 
 
+# --- two trainings on one run ---
+
+TAKEN = r"another training .*process \d+ on .* has taken over this run; stop one of the two, or name another run=URI"
+
+
+def test_a_training_whose_run_another_has_taken_over_ends_and_leaves_the_others_checkpoints_whole(
+    training: Training,
+) -> None:
+    training.save()
+    other = Training(training.engine, training.store)
+    assert other.resume() == 1
+    other.save()
+    saved = other.state()
+    training.move()
+    training.writer.start(training.step, [])
+    with pytest.raises(CheckpointError, match=TAKEN):
+        training.writer.finish()
+    with pytest.raises(CheckpointError, match=TAKEN):
+        training.writer.discard(after=1)
+    other.move()
+    assert other.resume() == 2
+    assert same(saved, other.state())
+
+
+def test_files_that_two_trainings_save_at_one_step_do_not_mix(training: Training) -> None:
+    """Both upload before either publishes: the one that has the run publishes its own, and sweeps what the other left."""
+    training.save()
+    other = Training(training.engine, training.store)
+    assert other.resume() == 1
+    for each in (other, training):
+        each.move()
+        each.writer.start(2, [])
+        each.writer._join()
+        if each is other:
+            saved = other.state()
+    other.writer.finish()
+    with pytest.raises(CheckpointError, match=TAKEN):
+        training.writer.finish()
+    folder = training.store.folder / "checkpoints/step-00000002"
+    assert set(folder.iterdir()) == {folder / "manifest.json", rank_file(folder)}
+    assert other.resume() == 2
+    assert same(saved, other.state())
+
+
+def test_a_training_that_is_taken_over_while_it_publishes_deletes_nothing(engine: Engine, tmp_path: Path) -> None:
+    class TakenOver(FolderStore):
+        """Another training claims the run as the third checkpoint comes to be."""
+
+        def put(self, key: str, data: bytes) -> str:
+            etag = super().put(key, data)
+            if key == "checkpoints/step-00000003/manifest.json":
+                super().put("writer.txt", b"another: process 1 on a node")
+            return etag
+
+    training = Training(engine, TakenOver(tmp_path))
+    training.save()
+    training.save()
+    with pytest.raises(CheckpointError, match=TAKEN):
+        training.save()
+    assert [found.step for found in checkpoint.newest(training.store)] == [3, 2, 1]
+
+
+def test_a_run_whose_claim_was_deleted_goes_on(training: Training) -> None:
+    training.store.delete("writer.txt")
+    training.save()
+    assert checkpoint.find(training.store).step == 1
+
+
+@torch.no_grad()
+def test_the_same_training_writes_the_same_manifest(engine: Engine, tmp_path: Path) -> None:
+    """Whoever wrote it and however often: the name of an evaluation's results follows from it."""
+    begun = [(values, values.clone()) for kind in KINDS for f in engine.fragments for values in [engine.values(f, kind)]]
+    manifests = []
+    for run in ("1", "2"):
+        for live, values in begun:
+            live.copy_(values)
+        training = Training(engine, FolderStore(tmp_path / run))
+        training.save()
+        manifests.append(checkpoint.find(training.store).sha256)
+    assert manifests[0] == manifests[1]
+
+
+@pytest.mark.slow
+def test_all_ranks_of_a_training_whose_run_is_taken_over_end_with_the_sentence(
+    tiny: Callable[..., Path], launch: Callable[..., Any]
+) -> None:
+    path = tiny("taken", train={"steps": 100_000, "checkpoint_every": 5})
+    store = open_store(load_config(path).run)
+    ended: list[Any] = []
+    ranks = threading.Thread(target=lambda: ended.extend(launch(2, path, check=False)))
+    ranks.start()
+    while not checkpoint.describe(store)["checkpoints"]:
+        assert ranks.is_alive()
+        ranks.join(0.1)
+    store.put("writer.txt", b"another: process 1 on a node")
+    ranks.join()
+    assert [re.search(TAKEN, rank.stdout) is not None and rank.returncode for rank in ended] == [1, 1], ended
+
+
 # --- off the step ---
 
 
 class SlowStore(FolderStore):
-    """A folder whose puts wait until they are let through."""
+    """A folder whose puts wait while it is not open."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.open = threading.Event()
+        self.open.set()
 
     def put(self, key: str, data: bytes) -> str:
         assert self.open.wait(60)
@@ -347,6 +504,7 @@ class SlowStore(FolderStore):
 def test_training_goes_on_while_a_checkpoint_of_its_past_is_written(engine: Engine, tmp_path: Path) -> None:
     store = SlowStore(tmp_path)
     training = Training(engine, store)
+    store.open.clear()
     training.move()
     saved = training.state()
     training.writer.start(1, [])
@@ -372,7 +530,7 @@ def test_the_boundary_after_the_upload_publishes(training: Training) -> None:
 
 
 def test_a_failed_save_is_reported_at_the_next_boundary(engine: Engine, tmp_path: Path) -> None:
-    training = Training(engine, FailingStore(tmp_path, 1))
+    training = Training(engine, FailingStore(tmp_path, 2))
     training.move()
     training.writer.start(1, [])
     training.writer._join()
@@ -391,14 +549,82 @@ def test_the_newest_and_every_nth_checkpoint_stay(engine: Engine, tmp_path: Path
     for _ in range(9):
         training.save()
     assert sorted(c.step for c in checkpoint.newest(training.store)) == [4, 8, 9]
-    assert {p.name for p in (tmp_path / "checkpoints").rglob("*") if p.is_file()} == {"manifest.json", "rank-00000.safetensors"}
+    for step in (4, 8, 9):
+        folder = tmp_path / f"checkpoints/step-{step:08d}"
+        assert set(folder.iterdir()) == {folder / "manifest.json", rank_file(folder)}
 
 
-def test_what_an_interrupted_save_left_behind_is_swept_by_the_next(training: Training) -> None:
-    training.store.put("checkpoints/step-00000001/rank-00007.safetensors", b"left behind")
-    training.step = 1
+def test_what_interrupted_saves_left_behind_is_swept_by_the_next(training: Training) -> None:
     training.save()
-    assert not training.store.list("checkpoints/step-00000001/")
+    before = {info.key for info in training.store.list()}
+    for kind in ("checkpoints", "snapshots"):
+        for step in (2, 3, 4):
+            training.store.put(f"{kind}/step-{step:08d}/rank-00007.safetensors", b"left behind")
+    training.store.put("checkpoints/notes.txt", b"a user's own")
+    training.save(2)
+    after = {info.key for info in training.store.list()} - before
+    assert "checkpoints/notes.txt" in after
+    assert not [key for key in after if "step-00000002" in key]
+    assert sorted(key for key in after if "rank-00007" in key) == [  # their step may still come
+        "checkpoints/step-00000004/rank-00007.safetensors",
+        "snapshots/step-00000004/rank-00007.safetensors",
+    ]
+
+
+def test_damaged_checkpoints_of_later_steps_cost_no_good_one_and_stay_until_their_step_is_passed(
+    engine: Engine, tmp_path: Path
+) -> None:
+    many, store = copy.copy(TRAIN), FolderStore(tmp_path)
+    many.keep_checkpoints = 3
+    before = Training(engine, store, many)
+    for step in (90, 100, 110):
+        before.save(step - before.step)
+    for step in (100, 110):
+        garbage(Path(), tmp_path / f"checkpoints/step-{step:08d}/manifest.json")
+    training = Training(engine, store)  # keeps two
+    assert training.resume() == 90
+
+    def standing() -> tuple[list[int], int]:
+        state = checkpoint.describe(store)
+        return state["checkpoints"], len(state["damaged"])
+
+    training.save(5)
+    assert standing() == ([90, 95], 2)
+    training.save(10)
+    assert standing() == ([95, 105], 1)
+    assert not store.list("checkpoints/step-00000100/")
+    training.save(5)
+    assert standing() == ([105, 110], 0)
+
+
+class Undeletable(FolderStore):
+    """A store that lets no more than `allowed` objects be deleted."""
+
+    allowed = 0
+
+    def delete(self, key: str) -> None:
+        if not self.allowed:
+            raise StoreError(f"{key}: may not be deleted")
+        self.allowed -= 1
+        super().delete(key)
+
+
+def test_old_checkpoints_that_cannot_be_deleted_are_a_warning_and_go_with_the_next_save(
+    engine: Engine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Undeletable(tmp_path)
+    training = Training(engine, store)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            training.save()
+    assert "may not be deleted" in caplog.text
+    assert "the next save" in caplog.text
+    assert [found.step for found in checkpoint.newest(store)] == [3, 2, 1]
+    store.allowed = 99
+    training.save()
+    assert [found.step for found in checkpoint.newest(store)] == [4, 3]
+    assert {path.parent.name for path in (tmp_path / "checkpoints").rglob("*.*")} == {"step-00000003", "step-00000004"}
+    assert not list(tmp_path.rglob("rank-*.json"))
 
 
 def test_describe_tells_where_a_run_stands(training: Training) -> None:
@@ -413,6 +639,19 @@ def test_describe_tells_where_a_run_stands(training: Training) -> None:
     assert (state["snapshots"], state["identity"]) == (3, IDENTITY)
 
 
+@pytest.mark.parametrize("k", range(4))
+def test_deleting_that_is_interrupted_leaves_no_damaged_checkpoint(engine: Engine, tmp_path: Path, k: int) -> None:
+    store = Undeletable(tmp_path)
+    training = Training(engine, store)
+    store.allowed = 2
+    training.save()
+    training.save()
+    store.allowed = k  # of a manifest, a file and a note
+    training.save()
+    state = checkpoint.describe(store)
+    assert (state["checkpoints"], state["damaged"]) == ([2, 3] if k else [1, 2, 3], [])
+
+
 class Outrun(FolderStore):
     """A store in which the run's training deletes the checkpoint of step 2 as `call` of its manifest, or of its files, begins."""
 
@@ -420,8 +659,8 @@ class Outrun(FolderStore):
 
     def _lose(self, call: str, key: str) -> None:
         if call == self.call and "step-00000002" in key:
-            for name in ("manifest.json", "rank-00000.safetensors"):  # in the order in which a training deletes them
-                (self.folder / "checkpoints/step-00000002" / name).unlink(missing_ok=True)
+            for path in sorted((self.folder / "checkpoints/step-00000002").iterdir()):  # the manifest first, as a training does
+                path.unlink()
 
     def get(self, key: str) -> bytes:
         self._lose("get", key)
@@ -471,6 +710,59 @@ def test_weights_that_the_training_deletes_while_they_are_read_say_so(outrun: Ou
 def test_a_step_without_a_checkpoint_is_refused_with_those_there_are(outrun: Outrun) -> None:
     with pytest.raises(CheckpointError, match=r"no whole checkpoint of step 1, only of 2, 3; .*train.keep_every"):
         checkpoint.find(outrun, 1)
+
+
+class Replaced(FolderStore):
+    """A store in which, as the manifest of step 1 is read, a training that keeps one checkpoint saves step 2 and deletes step 1."""
+
+    def get(self, key: str) -> bytes:
+        if key == "checkpoints/step-00000001/manifest.json" and (aside := self.folder / "aside").exists():
+            aside.rename(self.folder / "checkpoints/step-00000002")
+            shutil.rmtree(self.folder / "checkpoints/step-00000001")
+        return super().get(key)
+
+
+@pytest.fixture
+def replaced(training: Training) -> Replaced:
+    for _ in range(2):
+        training.save()
+    folder = training.store.folder
+    (folder / "checkpoints/step-00000002").rename(folder / "aside")
+    return Replaced(folder)
+
+
+@pytest.mark.parametrize("read", [checkpoint.find, lambda store: next(checkpoint.candidates(store))])
+def test_a_newer_checkpoint_is_found_where_all_that_were_listed_have_gone(
+    replaced: Replaced, read: Callable[[FolderStore], checkpoint.Checkpoint]
+) -> None:
+    assert read(replaced).step == 2
+
+
+def test_describe_tells_of_the_newer_checkpoint_where_all_that_were_listed_have_gone(replaced: Replaced) -> None:
+    state = checkpoint.describe(replaced)
+    assert (state["checkpoints"], state["step"], state["damaged"]) == ([2], 2, [])
+
+
+class Stale(FolderStore):
+    """A store whose every listing names one more manifest, `names` at most, and none of them can be read."""
+
+    listed, names = 0, 10**6
+
+    def list(self, prefix: str = "") -> list[ObjectInfo]:
+        self.listed += 1
+        steps = range(1, min(self.listed, self.names) + 1)
+        return [ObjectInfo(f"{prefix}step-{step:08d}/manifest.json", 1, "") for step in steps]
+
+
+def test_a_reader_that_is_outrun_again_and_again_says_so(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"deleted before they could be read.*train.keep_checkpoints"):
+        checkpoint.find(Stale(tmp_path))
+
+
+def test_a_listing_that_names_what_has_long_gone_is_no_checkpoint(tmp_path: Path) -> None:
+    store = Stale(tmp_path)
+    store.names = 1
+    assert checkpoint.describe(store)["checkpoints"] == []
 
 
 # --- averages after training ---
