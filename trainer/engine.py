@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from configs.errors import ConfigError
+from configs.load import share_checks
 from configs.schema import TrainConfig
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")  # fp32 weights and AdamW's two moments
@@ -84,11 +85,18 @@ def choose_kernels(deterministic: bool = False) -> None:
 
 
 class Engine:
-    """A network under DeepSpeed ZeRO with torch's AdamW. Needs the process group of `join_process_group`."""
+    """A network under DeepSpeed ZeRO with torch's AdamW. Needs the process group of `join_process_group`.
+
+    Raises ConfigError for a global batch that the processes of the group cannot share.
+    """
 
     def __init__(self, network: nn.Module, config: TrainConfig) -> None:
-        deepspeed = _import_deepspeed()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        # `load_config` asked the same of cluster.workers. How many processes there are is known only here.
+        for holds, sentence in share_checks(config, self.world_size, "WORLD_SIZE"):
+            if not holds:
+                raise ConfigError(sentence)
+        deepspeed = _import_deepspeed()
         self.device = local_device()
         self.micro_batch = config.micro_batch or config.global_batch // self.world_size
         self.accumulation = config.global_batch // (self.world_size * self.micro_batch)
