@@ -94,7 +94,7 @@ def assemble(config: Config) -> tuple[Run, int]:
         data=config.data,
     )
     telemetry = Telemetry(config, store, engine.device, start, forward_flops(config.model, **images))
-    writer = Writer(store, engine, ema, identity, config.train)
+    writer = Writer(store, engine, ema, identity, config.train, before_manifest=telemetry.upload)
     incidents = Incidents(store, order, found.bad_steps if found else [], config.train, found.undone if found else 0)
     return Run(config, store, engine, ema, reader, telemetry, writer, incidents, identity), start
 

@@ -74,10 +74,19 @@ class Writer:
     `error` and `uploaded` (the step whose files of this rank are in the store) are what the ranks agree on.
     """
 
-    def __init__(self, store: Store, engine: Engine, ema: Ema, identity: dict[str, Any], config: TrainConfig) -> None:
+    def __init__(
+        self,
+        store: Store,
+        engine: Engine,
+        ema: Ema,
+        identity: dict[str, Any],
+        config: TrainConfig,
+        before_manifest: Callable[[], object] = lambda: None,  # called by rank 0's thread
+    ) -> None:
         self.error = ""
         self.uploaded = 0
         self._store, self._engine, self._identity, self._config = store, engine, identity, config
+        self._before_manifest = before_manifest
         self._pending = 0  # the step whose checkpoint does not exist yet
         self._facts: dict[str, Any] = {}
         self._thread: threading.Thread | None = None
@@ -143,6 +152,7 @@ class Writer:
 
     def _publish(self) -> None:
         engine, step = self._engine, self._pending
+        self._before_manifest()
         notes = [json.loads(self._store.get(_note_key(step, rank))) for rank in range(engine.world_size)]
         manifest = {
             "format": FORMAT,
