@@ -152,12 +152,8 @@ class Incidents:
         self._scaled = train.precision == "fp16"  # a gradient that overflows is how the loss scale is found, not an incident
         self._recent: deque[float] = deque(maxlen=WINDOW)
 
-    def review(self, interval: Interval) -> int:
-        """Look at the steps of an interval; every rank calls it.
-
-        Returns 0, or over the budget of steps that are not finite the first of the last unbroken row of them: the weights of a
-        checkpoint before it are good. Raises UserError where the run has been there before: going back did not help.
-        """
+    def review(self, interval: Interval) -> None:
+        """Record what went wrong in the steps of an interval; every rank calls it."""
         rows, first = [], interval.first
         for i, (loss, norm) in enumerate(zip(interval.losses, interval.norms, strict=True)):
             finite = math.isfinite(loss) and (self._scaled or math.isfinite(norm))
@@ -171,6 +167,13 @@ class Incidents:
                 rows.append({"step": first + i + 1, "what": what, "loss": loss, "gradient_norm": norm, "median": median})
                 rows[-1]["samples"] = self._worst(*interval.own[i])
         self._record(rows)
+
+    def over_budget(self) -> int:
+        """0, or over the budget of steps that are not finite the first of the last unbroken row of them.
+
+        The weights of a checkpoint before it are good. Raises UserError where the run has been there before: going back did not
+        help. Every rank calls it, at the same steps in every run of the same config.
+        """
         if sum(step > self.undone for step in self.bad_steps) <= self._budget:
             return 0
         if self.undone:

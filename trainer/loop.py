@@ -114,11 +114,12 @@ def run_steps(run: Run, start: int, terminated: Terminated) -> None:
             stop, failed, uploaded = agreement.exchange(terminated.asked, bool(run.writer.error), -run.writer.uploaded)
             run.writer.boundary(-uploaded, failed=bool(failed))
             last = done == options.steps
-            save = bool(stop) or last or done % options.checkpoint_every == 0
+            regular = last or done % options.checkpoint_every == 0
+            save = bool(stop) or regular
             if save or done % options.log_every == 0:
-                first_bad = run.incidents.review(run.telemetry.flush(done, run.reader.stats()))
-                if first_bad:
-                    go_back(run, done, first_bad)
+                run.incidents.review(run.telemetry.flush(done, run.reader.stats()))
+            if regular and (first_bad := run.incidents.over_budget()):  # not on notice: a run's bits know nothing of notices
+                go_back(run, done, first_bad)
             if save:
                 run.telemetry.saved(done, run.writer.start(done, run.incidents.bad_steps, run.incidents.undone))
             sample = last or (options.sample_every > 0 and save and done % options.sample_every == 0)
@@ -151,10 +152,11 @@ def take_step(run: Run, step: int) -> None:
 def go_back(run: Run, done: int, first_bad: int) -> None:
     """Undo the updates since the last checkpoint before step `first_bad`: all steps up to `done` become steps that moved nothing.
 
-    The data go on, so that what led there does not come again. Raises UserError where there is no such checkpoint.
+    It is a regular one, as those saved on notice are not there in every run. The data go on, so that what led there does not come
+    again. Raises UserError where there is no such checkpoint.
     """
     run.writer.finish()
-    found = checkpoint.resume(run.store, run.engine, run.ema, run.identity, before=first_bad)
+    found = checkpoint.resume(run.store, run.engine, run.ema, run.identity, first_bad, run.config.train.checkpoint_every)
     if found is None:
         raise run.incidents.hopeless("and there is no checkpoint before them to go back to")
     for update in range(found.step + 1, done + 1):

@@ -173,7 +173,8 @@ class Writer:
         """Delete all but the newest checkpoints and those that stay for good, and what interrupted saves have left behind."""
         every, keep = self._config.keep_every, self._config.keep_checkpoints
         whole = manifests(self._store)
-        kept = {key for i, key in enumerate(whole) if i < keep or (every and _step_of(key) % every == 0)}
+        regular = [key for key in whole if _step_of(key) % self._config.checkpoint_every == 0]  # a run may have to go back to one
+        kept = {*whole[:keep], *regular[:keep], *(key for key in whole if every and _step_of(key) % every == 0)}
         for key in whole:
             if key not in kept:
                 self._store.delete(key)  # first the manifest: from here on the checkpoint does not exist

@@ -209,10 +209,19 @@ def poison(*steps: int, factor: float = math.nan) -> dict[int, float]:
     return {(step - 1) * BATCH + 1: factor for step in steps}
 
 
-def train_poisoned(start: Callable[..., Ranks], poisons: dict[Path, dict[int, float]]) -> tuple[list[int], str]:
-    """Train these configs on two ranks, one after the other; returns the exit codes and what rank 0 said."""
-    *others, last = poisons
-    environment = {"POISON": json.dumps({str(path): factors for path, factors in poisons.items()})}
+def train_poisoned(
+    start: Callable[..., Ranks], poisons: dict[Path, dict[int, float]], stops: dict[Path, list[int]] | None = None
+) -> tuple[list[int], str]:
+    """Train these configs on two ranks, one after the other; returns the exit codes and what rank 0 said.
+
+    In each of the steps `stops` a rank is asked to end, all do a step later, and the run is begun again.
+    """
+    stops = stops or {}
+    *others, last = [path for path in poisons for _ in range(1 + len(stops.get(path, [])))]
+    environment = {
+        "POISON": json.dumps({str(path): factors for path, factors in poisons.items()}),
+        "STOP": json.dumps({str(path): [*poison(*steps)] for path, steps in stops.items()}),
+    }
     script = (str(Path(__file__).parent / "poisoned.py"), *map(str, others))
     codes = ended(start(last, script=script, **environment))
     return codes, output(last)
@@ -262,14 +271,19 @@ def test_over_the_budget_of_bad_steps_a_run_goes_back_once_as_if_nothing_had_bee
         options = train | {"zero_stage": s, "precision": "bf16"}
         pairs[s] = back, still = config(f"back{s}", **options, bad_steps=1), config(f"still{s}", **options, bad_steps=4)
         poisons |= {back: poison(6, 7), still: poison(5, 6, 7, 8)}
+    # What is saved on notice is not gone back to, and does not let the run go back at another step.
+    noticed = config("noticed", **options | {"zero_stage": 2, "log_every": 1}, bad_steps=1)
+    poisons = {noticed: poison(6, 7)} | poisons
     again, never = config("again", **train, bad_steps=1), config("never", **train, bad_steps=1)
-    codes, said = train_poisoned(start, poisons | {again: poison(6, 7, 10, 11), never: poison(3, 4)})
+    codes, said = train_poisoned(start, poisons | {again: poison(6, 7, 10, 11), never: poison(3, 4)}, {noticed: [4, 6]})
     assert codes == [1, 1], said
     for stage, (back, still) in pairs.items():
         assert_same_bits(state(back), state(still))
         assert (found(back).bad_steps, found(back).undone) == ([6, 7], 8), stage
         steps = [(row["step"], row["what"]) for row in incidents(back)]
         assert steps == [(6, "not finite"), (7, "not finite"), (8, "undone")], stage
+    assert said.count("asked to end: saved at") == 2
+    assert_same_bits(state(noticed), state(pairs[2][0]))
     first, second = (line for line in said.splitlines() if line.startswith("freeguide: error: "))
     assert "the gradients of 2 steps were not finite (the last of them 11), more than train.bad_steps=1, although" in first
     assert "more than train.bad_steps=1, and there is no checkpoint before them to go back to" in second

@@ -106,6 +106,11 @@ def interval(first: int, losses: list[float], norm: float = 1.0) -> Interval:
     return Interval(first, losses, [norm if math.isfinite(loss) else math.inf for loss in losses], own)
 
 
+def judged(incidents: Incidents, interval: Interval) -> int:
+    incidents.review(interval)
+    return incidents.over_budget()
+
+
 def rows(store: FolderStore) -> list[dict[str, object]]:
     return [json.loads(line) for line in store.get("incidents.jsonl").decode().splitlines()]
 
@@ -122,33 +127,33 @@ def test_a_step_that_is_not_finite_is_recorded_with_its_samples(tmp_path: Path) 
 
 def test_over_the_budget_a_run_learns_where_its_last_row_of_bad_steps_begins(tmp_path: Path) -> None:
     incidents = Incidents(FolderStore(tmp_path), ORDER, [2, 9], TrainConfig(bad_steps=4))
-    assert incidents.review(interval(10, [math.nan, 0.5, math.inf])) == 0  # steps 11 and 13
-    assert incidents.review(interval(13, [math.nan, math.nan])) == 13
+    assert judged(incidents, interval(10, [math.nan, 0.5, math.inf])) == 0  # steps 11 and 13
+    assert judged(incidents, interval(13, [math.nan, math.nan])) == 13
     single = Incidents(FolderStore(tmp_path), ORDER, [2, 9, 15], TrainConfig(bad_steps=3))
-    assert single.review(interval(16, [math.nan, 0.5])) == 17
+    assert judged(single, interval(16, [math.nan, 0.5])) == 17
 
 
 def test_going_back_is_recorded_begins_the_budget_anew_and_happens_once_also_after_a_restart(tmp_path: Path) -> None:
     store = FolderStore(tmp_path)
     incidents = Incidents(store, ORDER, [2, 9], TrainConfig(bad_steps=2))
-    assert incidents.review(interval(11, [math.inf])) == 12
+    assert judged(incidents, interval(11, [math.inf])) == 12
     incidents.undo(10, 12)
     assert [(row["step"], row["what"]) for row in rows(store)] == [(12, "not finite"), (12, "undone")]
     assert rows(store)[1]["back_to"] == 10
-    assert incidents.review(interval(12, [math.nan, math.nan])) == 0
+    assert judged(incidents, interval(12, [math.nan, math.nan])) == 0
     again = Incidents(store, ORDER, incidents.bad_steps, TrainConfig(bad_steps=2), undone=incidents.undone)
     sentence = (
         r"the gradients of 3 steps were not finite \(the last of them 20\), more than train\.bad_steps=2, "
         r"although the steps up to 12 had been undone"
     )
     with pytest.raises(UserError, match=sentence):
-        again.review(interval(19, [math.nan]))
+        judged(again, interval(19, [math.nan]))
 
 
 def test_an_overflow_of_scaled_gradients_is_no_incident(tmp_path: Path) -> None:
     incidents = Incidents(FolderStore(tmp_path), ORDER, [], TrainConfig(bad_steps=0, precision="fp16"))
-    assert incidents.review(interval(0, [0.5], norm=math.inf)) == 0
-    assert incidents.review(interval(1, [math.nan])) == 2
+    assert judged(incidents, interval(0, [0.5], norm=math.inf)) == 0
+    assert judged(incidents, interval(1, [math.nan])) == 2
 
 
 def test_a_spike_is_recorded_and_a_repeated_step_once(tmp_path: Path) -> None:
