@@ -144,6 +144,7 @@ class Engine:
         """Clip, move the weights with learning rate `lr`, and return the global gradient norm before clipping.
 
         Gradients that are not finite on any rank move nothing, neither weights nor moments nor AdamW's count; the norm tells.
+        Raises OverflowError on every rank where gradients are not finite in fp16 even at the smallest loss scale.
         """
         for group in self._adamw.param_groups:
             group["lr"] = lr
@@ -152,7 +153,12 @@ class Engine:
             norm = self._gradient_norm()
             # ZeRO skips such a step by itself. Here the fused AdamW does it on the device, where the norm is.
             self._adamw.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
-        self._engine.step()
+        try:
+            self._engine.step()
+        except Exception as error:
+            if "loss scale already at minimum" in str(error):  # DeepSpeed has no class for it
+                raise OverflowError from error
+            raise
         norm = self._engine.get_global_grad_norm() if norm is None else norm
         return torch.as_tensor(norm, dtype=torch.float32, device=self.device)
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, UserError
 from configs.load import to_yaml
 from configs.schema import Config, TrainConfig
 from data_pipeline.manifest import Manifest, load_manifest
@@ -138,13 +138,22 @@ def run_steps(run: Run, start: int, terminated: Terminated) -> None:
 
 
 def take_step(run: Run, step: int) -> None:
-    """One optimizer step: the next batch, Algorithm 1 on it, the update that follows `step` updates, the averages."""
+    """One optimizer step: the next batch, Algorithm 1 on it, the update that follows `step` updates, the averages.
+
+    Raises UserError where fp16 cannot go on.
+    """
     began = time.perf_counter()
     batch = next(run.reader)
     waited = time.perf_counter() - began
     lr = learning_rate(run.config.train, step)
     losses, logsnr = accumulate(run.engine, run.config, batch, run.telemetry.forward)
-    norm = run.engine.step(lr)
+    try:
+        norm = run.engine.step(lr)
+    except OverflowError as error:
+        raise UserError(
+            f"the gradients of step {step + 1} overflow in fp16 even with a loss scale of 1; go on with train.precision=bf16, or "
+            f"delete the checkpoints in {run.store.uri} from where the overflows began and go on with a lower train.lr"
+        ) from error
     run.ema.update(step + 1)
     run.telemetry.record(losses, logsnr, batch.index, norm, lr, waited)
 

@@ -287,3 +287,25 @@ def test_over_the_budget_of_bad_steps_a_run_goes_back_once_as_if_nothing_had_bee
     first, second = (line for line in said.splitlines() if line.startswith("freeguide: error: "))
     assert "the gradients of 2 steps were not finite (the last of them 11), more than train.bad_steps=1, although" in first
     assert "more than train.bad_steps=1, and there is no checkpoint before them to go back to" in second
+
+
+def test_an_fp16_run_goes_on_with_its_loss_scale_and_ends_with_a_sentence_where_nothing_is_left_of_it(
+    config: Callable[..., Path], start: Callable[..., Ranks]
+) -> None:
+    # An infinite gradient is an overflow to DeepSpeed: the first uses up its patience (hysteresis), each other halves the scale.
+    train = {"precision": "fp16", "steps": 5, "log_every": 2}
+    pairs, poisons = {}, {}
+    for stage in (2, 3):  # stage 1 has the optimizer of stage 2
+        options = train | {"zero_stage": stage}
+        pairs[stage] = straight, noticed = config(f"scaled{stage}", **options), config(f"scaled-noticed{stage}", **options)
+        poisons |= dict.fromkeys(pairs[stage], poison(2, 3, 5, factor=1e30))
+    never = config("never", **train | {"steps": 40, "zero_stage": 2})
+    poisons |= {never: poison(*range(1, 41), factor=1e30)}
+    codes, said = train_poisoned(start, poisons, {noticed: [2] for _, noticed in pairs.values()})
+    assert codes == [1, 1], said
+    for stage, (straight, noticed) in pairs.items():
+        assert_same_bits(state(straight), state(noticed))
+        assert found(straight).loss_scale == found(noticed).loss_scale, stage
+        assert (found(straight).loss_scale["cur_scale"], found(straight).adam_steps) == (2.0**14, 2), stage
+    (line,) = (line for line in said.splitlines() if line.startswith("freeguide: error: "))
+    assert "the gradients of step 18 overflow in fp16" in line  # 16 halvings from 2^16
