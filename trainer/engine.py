@@ -24,6 +24,7 @@ from configs.schema import TrainConfig
 KINDS = ("master", "exp_avg", "exp_avg_sq")  # fp32 weights and AdamW's two moments
 _LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed's DynamicLossScaler
 _BUCKET = 500_000_000  # values that DeepSpeed reduces at once; it makes room for so many, however small the network
+_TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # processes that srun or mpirun has started
 _OURS = {
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -58,9 +59,18 @@ def local_device() -> torch.device:
 
 
 def join_process_group(timeout: timedelta = timedelta(minutes=30)) -> None:
-    """Join the process group that torchrun or Ray describes in the environment, or make a group of one."""
+    """Join the process group that torchrun or Ray describes in the environment, or make a group of one.
+
+    Raises ConfigError where a launcher has started several processes and told them nothing of each other.
+    """
     if dist.is_initialized():
         return
+    for name in _TASKS if "RANK" not in os.environ else ():
+        if int(os.environ.get(name, "1")) > 1:
+            raise ConfigError(
+                f"{name}={os.environ[name]} processes have been started and none knows its rank, so each would train alone; "
+                f"start one torchrun per node, which starts the ranks"
+            )
     for name, alone in (
         ("RANK", "0"),
         ("WORLD_SIZE", "1"),

@@ -68,3 +68,16 @@ def test_shares_that_cannot_be_are_refused_for_the_processes_that_there_are(
     with pytest.raises(ConfigError) as error:
         engine.Engine(torch.nn.Linear(2, 2), TrainConfig(**{"global_batch": 12, "precision": "fp32"} | options))
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
+def test_tasks_that_know_nothing_of_each_other_are_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Eight times `python -m trainer` would be eight trainings of one run."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(os, "environ", {name: "8"})
+    with pytest.raises(ConfigError, match=f"{name}=8 .* torchrun"):
+        engine.join_process_group()
+    for accepted in ({name: "8", "RANK": "3"}, {name: "1"}, {"SLURM_NTASKS": "8"}):  # a batch script has one process so far
+        monkeypatch.setattr(os, "environ", accepted)
+        engine.join_process_group()
