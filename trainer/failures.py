@@ -178,6 +178,9 @@ class Incidents:
             return 0
         if self.undone:
             raise self.hopeless(f"although the steps up to {self.undone} had been undone")
+        return self._last_row()
+
+    def _last_row(self) -> int:
         begin, bad = self.bad_steps[-1], set(self.bad_steps)
         while begin - 1 in bad:
             begin -= 1
@@ -193,8 +196,8 @@ class Incidents:
         bad = [step for step in self.bad_steps if step > self.undone]
         return UserError(
             f"the gradients of {len(bad)} steps were not finite (the last of them {bad[-1]}), more than "
-            f"train.bad_steps={self._budget}, {why}; {self._store.uri}/incidents.jsonl names the samples: lower train.lr, mend the "
-            f"data, or raise train.bad_steps"
+            f"train.bad_steps={self._budget}, {why}; {self._store.uri}/incidents.jsonl names the samples: delete the checkpoints "
+            f"from step {self._last_row()} on and lower train.lr, or raise train.bad_steps; mended data need another run=URI"
         )
 
     def _worst(self, losses: Tensor, index: Tensor) -> list[dict[str, Any]]:
