@@ -5,23 +5,29 @@ use those of the nodes. The endpoint and region do, as they are no secret.
 """
 
 import asyncio
+import contextlib
 import os
 import shutil
 import tempfile
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
+
+from aiohttp import ClientError
 
 from cluster.session import PACKAGES, ROOT
-from configs.errors import ConfigError
+from configs.errors import ConfigError, UserError
 
 _FORWARDED = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
+_SILENCE = 300.0  # seconds without a line after which the connection may be dead, as after a laptop has slept
+_TRIES, _PAUSE = 24, 5.0  # connections in a row that bring nothing, and the seconds between them
 
 
 def submit(address: str, command: str, config: Path, overrides: list[str]) -> int:
     """Run `freeguide COMMAND CONFIG overrides` on the cluster at `address` and return its exit code.
 
-    Raises ConfigError if no Ray dashboard answers there.
+    Raises ConfigError if no Ray dashboard answers there, and UserError where it answers no more: the job goes on.
     """
     _probe(address)
     from ray.job_submission import JobStatus, JobSubmissionClient
@@ -37,7 +43,7 @@ def submit(address: str, command: str, config: Path, overrides: list[str]) -> in
         )
     print(f"job {job} on {address}", flush=True)
     try:
-        asyncio.run(_follow(client, job))
+        asyncio.run(_follow(client, address, job))
     except KeyboardInterrupt:
         print(f"\nthe job goes on; stop it with: ray job stop --address {address} {job}")
         return 130
@@ -47,9 +53,30 @@ def submit(address: str, command: str, config: Path, overrides: list[str]) -> in
     return 0 if info.status == JobStatus.SUCCEEDED else 1
 
 
-async def _follow(client: object, job: str) -> None:
-    async for lines in client.tail_job_logs(job):  # type: ignore[attr-defined]
-        print(lines, end="", flush=True)
+async def _follow(client: Any, address: str, job: str) -> None:
+    """Print the log of a job to its end. Every connection brings it from its beginning: what has been shown is passed over."""
+    shown = tries = 0
+    while tries < _TRIES:
+        tries += 1
+        at, whole = 0, False
+        log = client.tail_job_logs(job)
+        try:
+            with contextlib.suppress(asyncio.TimeoutError):
+                while (lines := await asyncio.wait_for(anext(log, None), _SILENCE)) is not None:
+                    print(lines[max(shown - at, 0) :], end="", flush=True)
+                    at += len(lines)
+                    shown, tries = max(shown, at), 0
+                whole = True
+            if client.get_job_status(job).is_terminal() and whole:
+                return
+            tries = 0  # it answers
+        except (RuntimeError, OSError, ClientError):  # a proxy, a sleep, a head that is being restarted
+            pass
+        await asyncio.sleep(_PAUSE)
+    raise UserError(
+        f"the connection to {address} is lost, and job {job} goes on without it: follow it with "
+        f"`ray job logs --address {address} --follow {job}`, and do not submit it again"
+    )
 
 
 def _probe(address: str) -> None:

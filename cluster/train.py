@@ -3,7 +3,7 @@
 A restarted worker group goes on from the newest whole checkpoint by itself, and so does the same command given again; Ray's own
 checkpoint mechanism is not used. With `cluster.min_workers` the group may be smaller for a while: the global batch stays.
 
-    a worker dies                       Ray starts the group again                           (`cluster.max_failures`)
+    a worker dies                       the group is started again, `cluster.max_failures` times without a new checkpoint
     a worker gets SIGTERM               )
     Ray says that a node will go        ) all save at the same step and leave; the group is started again, which is no failure
     Ray resizes an elastic group        )
@@ -60,7 +60,12 @@ def train(config: Config) -> None:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         note = _Note.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
         with Terminated(tell=lambda: _pass_on(note)) as terminated:
-            while not _fit(config, resources, note):
+            while True:
+                try:
+                    if _fit(config, resources, note):
+                        break
+                except TrainingFailedError as error:
+                    start = _new_start(error, config, start)
                 if terminated.asked:
                     raise SystemExit(TERMINATED)
                 print("the workers had to leave; starting them again", flush=True)
@@ -68,7 +73,10 @@ def train(config: Config) -> None:
 
 
 def _fit(config: Config, resources: Resources, note: Any) -> bool:
-    """Train with Ray Train; returns whether to the end. False: the workers were asked to leave, and have saved."""
+    """Train with Ray Train; returns whether to the end. False: the workers were asked to leave, and have saved.
+
+    Raises TrainingFailedError where workers have failed more often than `cluster.max_failures`.
+    """
     trainer = TorchTrainer(
         _worker,  # type: ignore[arg-type]  # in Ray Train V2 it may return something
         train_loop_config={"config": to_yaml(config), "threads": resources.threads, "note": note},
@@ -84,10 +92,7 @@ def _fit(config: Config, resources: Resources, note: Any) -> bool:
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
         ),
     )
-    try:
-        result: Any = trainer.fit()
-    except TrainingFailedError as error:
-        raise _cause(error) from error
+    result: Any = trainer.fit()
     if (mistake := ray.get(note.mistake.remote())) is not None:
         raise mistake
     return bool(result.return_value)
@@ -207,12 +212,25 @@ def _should_leave(note: Any) -> bool:
         return False
 
 
-def _cause(error: TrainingFailedError) -> Exception:
-    """The user's error among those of the workers, or Ray's own."""
-    failures = list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else []
-    chain: list[BaseException | None] = [
-        *failures,
-        *(f.__cause__ for f in failures),
-        *(getattr(f, "cause", None) for f in failures),
-    ]
-    return next((e for e in chain if isinstance(e, UserError)), error)
+def _new_start(error: TrainingFailedError, config: Config, start: int) -> int:
+    """The newest checkpoint's step, where it is after `start`: failures before it count no more. Else what happened is raised.
+
+    That is the user's error, a sentence where a process died, or Ray's error for an exception in every worker: a defect.
+    """
+    failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
+    every = [e for f in failures.values() for e in (f, f.__cause__, getattr(f, "cause", None)) if isinstance(e, UserError)]
+    mistake = next((e for e in every if not isinstance(e, StoreError)), None)
+    most = config.cluster.max_failures
+    if mistake is None and most and (newest := preflight(config)) > start:
+        return newest
+    if every:
+        raise mistake or every[0] from error
+    for rank, failure in failures.items():
+        if type(failure).__module__.startswith("ray."):
+            why = str(getattr(failure, "health_check_failure", failure)).strip().splitlines()[0]
+            raise UserError(
+                f"workers failed more often than cluster.max_failures={most} since step {start}, without a new checkpoint, the "
+                f"last of them rank {rank} ({why}); Ray's logs say more (`ray logs`, or session_latest/logs on the node), and the "
+                f"same command goes on from there"
+            ) from error
+    raise error

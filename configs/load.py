@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from configs.errors import ConfigError
-from configs.schema import Config, EvaluateConfig
+from configs.schema import Config, EvaluateConfig, TrainConfig
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None, command: str = "train") -> Config:
@@ -227,27 +227,14 @@ def _latent_checks(config: Config, command: str) -> Checks:
 
 def _train_checks(config: Config, command: str) -> Checks:
     train, workers = config.train, config.cluster.workers
-    batch, micro, share = train.global_batch, train.micro_batch, train.global_batch // workers
-    yield (
-        batch % workers == 0,
-        f"train.global_batch={batch} is not divisible by cluster.workers={workers}: workers take equal shares",
-    )
-    yield (
-        micro == 0 or (micro <= share and share % micro == 0),
-        f"train.micro_batch={micro} does not divide a worker's share of {share} images "
-        f"(train.global_batch={batch} over cluster.workers={workers})",
-    )
+    batch, micro = train.global_batch, train.micro_batch
+    yield from share_checks(train, workers, "cluster.workers")
     yield len(train.betas) == 2 and all(0 <= b < 1 for b in train.betas), f"train.betas={train.betas}: two decays in [0, 1)"
     yield from _average_checks(config, command)
     yield (
         train.precision == "fp32" or train.zero_stage >= 1,
         f"train.precision={train.precision} with train.zero_stage=0: DeepSpeed keeps fp32 masters from stage 1 on; "
         f"use stage 1 or fp32",
-    )
-    yield (
-        train.precision == "fp32" or train.zero_stage >= 2 or micro in (0, share),
-        f"train.micro_batch={micro} with train.precision={train.precision} at train.zero_stage=1 would add gradients up in "
-        f"{train.precision}; use stage 2 or 3, where they are added up in fp32",
     )
     yield (
         command != "train" or not config.model.learn_sigma,
@@ -261,6 +248,22 @@ def _train_checks(config: Config, command: str) -> Checks:
             f"train.global_batch={batch} cannot be shared by {count} workers, which cluster.min_workers={fewest} allows: "
             f"every number of workers from there to cluster.workers={workers} must divide it (in micro-batches, where set)",
         )
+
+
+def share_checks(train: TrainConfig, workers: int, whose: str) -> Checks:
+    """Whether so many workers can share the batch; `whose` says what their number is."""
+    batch, micro, share = train.global_batch, train.micro_batch, train.global_batch // workers
+    yield batch % workers == 0, f"train.global_batch={batch} is not divisible by {whose}={workers}: workers take equal shares"
+    yield (
+        micro == 0 or (micro <= share and share % micro == 0),
+        f"train.micro_batch={micro} does not divide a worker's share of {share} images "
+        f"(train.global_batch={batch} over {whose}={workers})",
+    )
+    yield (
+        train.precision == "fp32" or train.zero_stage != 1 or micro in (0, share),
+        f"train.micro_batch={micro} with train.precision={train.precision} at train.zero_stage=1 would add gradients up in "
+        f"{train.precision}; use stage 2 or 3, where they are added up in fp32",
+    )
 
 
 def _average_checks(config: Config, command: str) -> Checks:

@@ -157,7 +157,7 @@ class ClusterConfig:
     actors: int = 1  # sampling actors
     cpus_per_worker: float = 1.0  # CPU cores that Ray sets aside for one worker or actor, and threads of its torch
     gpus_per_worker: float = -1.0  # GPUs per worker or actor; -1 = one where the cluster has GPUs, else none
-    max_failures: int = 3  # worker failures that Ray Train repairs by restarting from the newest checkpoint
+    max_failures: int = 3  # worker failures repaired by starting again from the newest checkpoint; counted anew after a newer one
     env: dict[str, str] = field(default_factory=dict)  # environment variables for every worker (NCCL_DEBUG, ...)
 
 

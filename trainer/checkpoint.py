@@ -201,15 +201,15 @@ def _check_places(checkpoint: Checkpoint) -> None:
             raise ValueError(f"a piece of {piece.name} lies outside it or its file")
 
 
-def resume(store: Store, engine: Engine, ema: Ema, identity: dict[str, Any], before: int = 0) -> Checkpoint | None:
+def resume(store: Store, engine: Engine, ema: Ema, identity: dict[str, Any], before: int = 0, every: int = 1) -> Checkpoint | None:
     """Load the newest whole checkpoint into `engine` and `ema` and return it; None for a new run.
 
-    With `before`, the newest one of an earlier step than that, and None where there is none: a run that goes on may go back.
+    With `before`, the newest one of an earlier step that `every` divides, and None where there is none: a run may go back.
     All ranks call it together and take the same checkpoint. Everything is read and checked before a weight is touched.
     Raises CheckpointError if the run was started with another network, data set, seed or fewer averages, or if there are
     checkpoints and none can be used.
     """
-    earlier = (c for c in newest(store) if c.step < before)
+    earlier = (c for c in newest(store) if c.step < before and c.step % every == 0)
     offers = (earlier if before else candidates(store)) if engine.rank == 0 else iter(())
     while (checkpoint := _offer(offers)) is not None:
         check_identity(store, checkpoint, identity)

@@ -18,11 +18,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from configs.errors import ConfigError
+from configs.load import share_checks
 from configs.schema import TrainConfig
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")  # fp32 weights and AdamW's two moments
 _LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed's DynamicLossScaler
 _BUCKET = 500_000_000  # values that DeepSpeed reduces at once; it makes room for so many, however small the network
+_TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # processes that srun or mpirun has started
 _OURS = {
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -57,9 +59,18 @@ def local_device() -> torch.device:
 
 
 def join_process_group(timeout: timedelta = timedelta(minutes=30)) -> None:
-    """Join the process group that torchrun or Ray describes in the environment, or make a group of one."""
+    """Join the process group that torchrun or Ray describes in the environment, or make a group of one.
+
+    Raises ConfigError where a launcher has started several processes and told them nothing of each other.
+    """
     if dist.is_initialized():
         return
+    for name in _TASKS if "RANK" not in os.environ else ():
+        if int(os.environ.get(name, "1")) > 1:
+            raise ConfigError(
+                f"{name}={os.environ[name]} processes have been started and none knows its rank, so each would train alone; "
+                f"start one torchrun per node, which starts the ranks"
+            )
     for name, alone in (
         ("RANK", "0"),
         ("WORLD_SIZE", "1"),
@@ -84,11 +95,18 @@ def choose_kernels(deterministic: bool = False) -> None:
 
 
 class Engine:
-    """A network under DeepSpeed ZeRO with torch's AdamW. Needs the process group of `join_process_group`."""
+    """A network under DeepSpeed ZeRO with torch's AdamW. Needs the process group of `join_process_group`.
+
+    Raises ConfigError for a global batch that the processes of the group cannot share.
+    """
 
     def __init__(self, network: nn.Module, config: TrainConfig) -> None:
-        deepspeed = _import_deepspeed()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        # `load_config` asked the same of cluster.workers. How many processes there are is known only here.
+        for holds, sentence in share_checks(config, self.world_size, "WORLD_SIZE"):
+            if not holds:
+                raise ConfigError(sentence)
+        deepspeed = _import_deepspeed()
         self.device = local_device()
         self.micro_batch = config.micro_batch or config.global_batch // self.world_size
         self.accumulation = config.global_batch // (self.world_size * self.micro_batch)
@@ -136,6 +154,7 @@ class Engine:
         """Clip, move the weights with learning rate `lr`, and return the global gradient norm before clipping.
 
         Gradients that are not finite on any rank move nothing, neither weights nor moments nor AdamW's count; the norm tells.
+        Raises OverflowError on every rank where gradients are not finite in fp16 even at the smallest loss scale.
         """
         for group in self._adamw.param_groups:
             group["lr"] = lr
@@ -144,7 +163,12 @@ class Engine:
             norm = self._gradient_norm()
             # ZeRO skips such a step by itself. Here the fused AdamW does it on the device, where the norm is.
             self._adamw.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
-        self._engine.step()
+        try:
+            self._engine.step()
+        except Exception as error:
+            if "loss scale already at minimum" in str(error):  # DeepSpeed has no class for it
+                raise OverflowError from error
+            raise
         norm = self._engine.get_global_grad_norm() if norm is None else norm
         return torch.as_tensor(norm, dtype=torch.float32, device=self.device)
 

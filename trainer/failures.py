@@ -152,12 +152,8 @@ class Incidents:
         self._scaled = train.precision == "fp16"  # a gradient that overflows is how the loss scale is found, not an incident
         self._recent: deque[float] = deque(maxlen=WINDOW)
 
-    def review(self, interval: Interval) -> int:
-        """Look at the steps of an interval; every rank calls it.
-
-        Returns 0, or over the budget of steps that are not finite the first of the last unbroken row of them: the weights of a
-        checkpoint before it are good. Raises UserError where the run has been there before: going back did not help.
-        """
+    def review(self, interval: Interval) -> None:
+        """Record what went wrong in the steps of an interval; every rank calls it."""
         rows, first = [], interval.first
         for i, (loss, norm) in enumerate(zip(interval.losses, interval.norms, strict=True)):
             finite = math.isfinite(loss) and (self._scaled or math.isfinite(norm))
@@ -171,10 +167,20 @@ class Incidents:
                 rows.append({"step": first + i + 1, "what": what, "loss": loss, "gradient_norm": norm, "median": median})
                 rows[-1]["samples"] = self._worst(*interval.own[i])
         self._record(rows)
+
+    def over_budget(self) -> int:
+        """0, or over the budget of steps that are not finite the first of the last unbroken row of them.
+
+        The weights of a checkpoint before it are good. Raises UserError where the run has been there before: going back did not
+        help. Every rank calls it, at the same steps in every run of the same config.
+        """
         if sum(step > self.undone for step in self.bad_steps) <= self._budget:
             return 0
         if self.undone:
             raise self.hopeless(f"although the steps up to {self.undone} had been undone")
+        return self._last_row()
+
+    def _last_row(self) -> int:
         begin, bad = self.bad_steps[-1], set(self.bad_steps)
         while begin - 1 in bad:
             begin -= 1
@@ -190,8 +196,8 @@ class Incidents:
         bad = [step for step in self.bad_steps if step > self.undone]
         return UserError(
             f"the gradients of {len(bad)} steps were not finite (the last of them {bad[-1]}), more than "
-            f"train.bad_steps={self._budget}, {why}; {self._store.uri}/incidents.jsonl names the samples: lower train.lr, mend the "
-            f"data, or raise train.bad_steps"
+            f"train.bad_steps={self._budget}, {why}; {self._store.uri}/incidents.jsonl names the samples: delete the checkpoints "
+            f"from step {self._last_row()} on and lower train.lr, or raise train.bad_steps; mended data need another run=URI"
         )
 
     def _worst(self, losses: Tensor, index: Tensor) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, UserError
 from configs.load import to_yaml
 from configs.schema import Config, TrainConfig
 from data_pipeline.manifest import Manifest, load_manifest
@@ -94,7 +94,7 @@ def assemble(config: Config) -> tuple[Run, int]:
         data=config.data,
     )
     telemetry = Telemetry(config, store, engine.device, start, forward_flops(config.model, **images))
-    writer = Writer(store, engine, ema, identity, config.train, start)
+    writer = Writer(store, engine, ema, identity, config.train, start, before_manifest=telemetry.upload)
     incidents = Incidents(store, order, found.bad_steps if found else [], config.train, found.undone if found else 0)
     return Run(config, store, engine, ema, reader, telemetry, writer, incidents, identity), start
 
@@ -115,11 +115,12 @@ def run_steps(run: Run, start: int, terminated: Terminated) -> None:
             stop, failed, uploaded = agreement.exchange(terminated.asked, bool(run.writer.error), -run.writer.uploaded)
             run.writer.boundary(-uploaded, failed=bool(failed))
             last = done == options.steps
-            save = bool(stop) or last or done % options.checkpoint_every == 0
+            regular = last or done % options.checkpoint_every == 0
+            save = bool(stop) or regular
             if save or done % options.log_every == 0:
-                first_bad = run.incidents.review(run.telemetry.flush(done, run.reader.stats()))
-                if first_bad:
-                    go_back(run, done, first_bad)
+                run.incidents.review(run.telemetry.flush(done, run.reader.stats()))
+            if regular and (first_bad := run.incidents.over_budget()):  # not on notice: a run's bits know nothing of notices
+                go_back(run, done, first_bad)
             if save:
                 run.telemetry.saved(done, run.writer.start(done, run.incidents.bad_steps, run.incidents.undone))
             sample = last or (options.sample_every > 0 and save and done % options.sample_every == 0)
@@ -138,13 +139,22 @@ def run_steps(run: Run, start: int, terminated: Terminated) -> None:
 
 
 def take_step(run: Run, step: int) -> None:
-    """One optimizer step: the next batch, Algorithm 1 on it, the update that follows `step` updates, the averages."""
+    """One optimizer step: the next batch, Algorithm 1 on it, the update that follows `step` updates, the averages.
+
+    Raises UserError where fp16 cannot go on.
+    """
     began = time.perf_counter()
     batch = next(run.reader)
     waited = time.perf_counter() - began
     lr = learning_rate(run.config.train, step)
     losses, logsnr = accumulate(run.engine, run.config, batch, run.telemetry.forward)
-    norm = run.engine.step(lr)
+    try:
+        norm = run.engine.step(lr)
+    except OverflowError as error:
+        raise UserError(
+            f"the gradients of step {step + 1} overflow in fp16 even with a loss scale of 1; go on with train.precision=bf16, or "
+            f"delete the checkpoints in {run.store.uri} from where the overflows began and go on with a lower train.lr"
+        ) from error
     run.ema.update(step + 1)
     run.telemetry.record(losses, logsnr, batch.index, norm, lr, waited)
 
@@ -152,10 +162,11 @@ def take_step(run: Run, step: int) -> None:
 def go_back(run: Run, done: int, first_bad: int) -> None:
     """Undo the updates since the last checkpoint before step `first_bad`: all steps up to `done` become steps that moved nothing.
 
-    The data go on, so that what led there does not come again. Raises UserError where there is no such checkpoint.
+    It is a regular one, as those saved on notice are not there in every run. The data go on, so that what led there does not come
+    again. Raises UserError where there is no such checkpoint.
     """
     run.writer.finish()
-    found = checkpoint.resume(run.store, run.engine, run.ema, run.identity, before=first_bad)
+    found = checkpoint.resume(run.store, run.engine, run.ema, run.identity, first_bad, run.config.train.checkpoint_every)
     if found is None:
         raise run.incidents.hopeless("and there is no checkpoint before them to go back to")
     for update in range(found.step + 1, done + 1):

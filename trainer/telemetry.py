@@ -2,8 +2,8 @@
 
 Losses are gathered over the ranks once per interval, never in a step. Intervals also end at every checkpoint, so a resumed run
 writes the very scalars that the undisturbed one would have written. Event files are written to a local folder and copied to
-`<run>/events/` by a thread of their own; after some MiB a new one is begun, so that little is sent again. Scalars past the step
-that a run resumes from are purged.
+`<run>/events/` by threads, always before a checkpoint exists whose steps they show; after some MiB a new one is begun, so that
+little is sent again. Scalars past the step that a run resumes from are purged.
 
 MFU is the model's FLOPs (2 per multiply-accumulate; a backward pass counts as two forwards, a recomputed forward not at all) over
 what the devices could do. All ranks move at the pace of the slowest: the time of each rank's own forward passes tells which.
@@ -113,9 +113,10 @@ class Telemetry:
         self._writer: SummaryWriter | None = None
         if dist.get_rank() == 0:
             self._folder = tempfile.TemporaryDirectory(prefix="freeguide-events-")
-            self._writer = SummaryWriter(self._folder.name, purge_step=start or None)
+            self._writer = SummaryWriter(self._folder.name, purge_step=start + 1)  # step `start` itself is in the checkpoint
         self._sent: dict[str, int] = {}  # event files in the store, and how much of them
         self._upload_thread: threading.Thread | None = None
+        self._uploading = threading.Lock()
         self._began = self._mark = time.perf_counter()
         self._uploaded, self._first, self._written = self._began, start, False
         self.forward = Stopwatch(device)  # around the forward passes of this rank
@@ -160,11 +161,24 @@ class Telemetry:
         self._stall = stall
         if self._writer is not None:
             self._writer.add_scalar("checkpoint/stall_ms", 1000 * stall, step)
+            self._writer.flush()  # to the files that `upload` sends before the checkpoint exists
 
     def images(self, step: int, tag: str, grid: Tensor) -> None:
         """A picture (C, H, W) in [0, 1] for TensorBoard."""
         if self._writer is not None:
             self._writer.add_image(tag, grid, step)
+
+    def upload(self) -> None:
+        """Copy the event files of rank 0 that have grown; any thread may call it, and waits for another that does."""
+        with self._uploading:
+            try:
+                for path in sorted(Path(self._folder.name).glob("*")):  # none once this is closed
+                    if path.stat().st_size > self._sent.get(path.name, 0):
+                        data = path.read_bytes()
+                        self._store.put(f"events/{path.name}", data)
+                        self._sent[path.name] = len(data)
+            except StoreError as error:  # scalars are not worth a run: the next upload brings them
+                _log.warning("%s; TensorBoard scalars follow later", error)
 
     def close(self) -> None:
         if self._writer is not None:
@@ -172,8 +186,9 @@ class Telemetry:
             if self._upload_thread is not None:
                 self._upload_thread.join()
             if self._written:
-                self._upload()
-            self._folder.cleanup()
+                self.upload()
+            with self._uploading:
+                self._folder.cleanup()
 
     def _forget(self) -> None:
         self._losses: list[Tensor] = []
@@ -246,16 +261,5 @@ class Telemetry:
         if newest.stat().st_size > _FILE_BYTES:
             self._writer.close()
             self._writer = SummaryWriter(self._folder.name, filename_suffix=f".{len(self._sent) + 1}")
-        self._upload_thread = threading.Thread(target=self._upload, name="freeguide-events", daemon=True)
+        self._upload_thread = threading.Thread(target=self.upload, name="freeguide-events", daemon=True)
         self._upload_thread.start()
-
-    def _upload(self) -> None:
-        """Copy the event files that have grown."""
-        try:
-            for path in sorted(Path(self._folder.name).iterdir()):
-                if path.stat().st_size > self._sent.get(path.name, 0):
-                    data = path.read_bytes()
-                    self._store.put(f"events/{path.name}", data)
-                    self._sent[path.name] = len(data)
-        except StoreError as error:  # scalars are not worth a run: the next upload brings them
-            _log.warning("%s; TensorBoard scalars follow later", error)

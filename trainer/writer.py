@@ -87,12 +87,19 @@ class Writer:
     """
 
     def __init__(
-        self, store: Store, engine: Engine, ema: Ema, identity: dict[str, Any], config: TrainConfig, start: int = 0
+        self,
+        store: Store,
+        engine: Engine,
+        ema: Ema,
+        identity: dict[str, Any],
+        config: TrainConfig,
+        start: int = 0,
+        before_manifest: Callable[[], object] = lambda: None,  # called by rank 0's thread
     ) -> None:
         self.error: UserError | None = None
         self.uploaded = 0
         self._store, self._engine, self._identity, self._config = store, engine, identity, config
-        self._start, self._saved = start, set[int]()
+        self._start, self._saved, self._before_manifest = start, set[int](), before_manifest
         token = [secrets.token_hex(4)]
         dist.broadcast_object_list(token)
         self._token = token[0]
@@ -175,7 +182,8 @@ class Writer:
 
     def _publish(self) -> None:
         engine, step = self._engine, self._pending
-        self._check_claim()  # first of all: who has taken over sweeps notes
+        self._before_manifest()
+        self._check_claim()  # before the notes are read: who has taken over sweeps them
         notes = [json.loads(self._store.get(self._note_key(rank))) for rank in range(engine.world_size)]
         manifest = {
             "format": FORMAT,
@@ -208,7 +216,8 @@ class Writer:
         for kind in (CHECKPOINTS, SNAPSHOTS):
             found = {at: keys for at, keys in contents(self._store, kind).items() if at <= step}
             past = [at for at, keys in found.items() if manifest_of(at, kind) in keys and (at <= self._start or at in self._saved)]
-            newest = past if kind == SNAPSHOTS else sorted(past)[-keep:]
+            regular = [at for at in past if at % self._config.checkpoint_every == 0]  # a run may have to go back to one
+            newest = past if kind == SNAPSHOTS else [*sorted(past)[-keep:], *sorted(regular)[-keep:]]
             kept = {*newest, *(at for at in past if every and at % every == 0)} - {step}
             held = named | {key for at in kept for key in found[at] if not _is_note(key)}
             unwanted += [key for keys in found.values() for key in keys if key not in held]

@@ -9,17 +9,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import Tensor
 
 from configs.load import load_config
 from data_pipeline.shards import write_shards
 from data_pipeline.sources import digits
 from data_pipeline.store import open_store
 from trainer import checkpoint
-from trainer.engine import KINDS
 
 ROOT = Path(__file__).parents[2]
 STEPS, EVERY, BATCH = 120, 20, 12
@@ -104,24 +100,3 @@ def wait_for(condition: Callable[[], object], ranks: Ranks = ()) -> float:  # ty
         assert all(rank.poll() is None for rank in ranks), "a rank ended by itself"
         time.sleep(0.01)
     return time.monotonic() - began
-
-
-def state(path: Path, step: int = 0) -> dict[str, Tensor]:
-    store = open_store(load_config(path).run)
-    found = checkpoint.find(store, step)
-    return {f"{kind} {n}": v for kind in (*KINDS, *found.averages) for n, v in checkpoint.load(store, found, kind).items()}
-
-
-def losses(path: Path) -> dict[int, float]:
-    """The logged loss of every step; what a resumed run has written wins."""
-    seen: dict[int, float] = {}
-    for file in sorted((Path(load_config(path).run) / "events").iterdir(), key=lambda p: p.stat().st_mtime_ns):
-        log = EventAccumulator(str(file), size_guidance={"scalars": 0})
-        log.Reload()
-        seen |= {event.step: event.value for event in log.Scalars("train/loss")}
-    return seen
-
-
-def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    assert a.keys() == b.keys()
-    assert [name for name in a if not torch.equal(a[name], b[name])] == []

@@ -1,6 +1,7 @@
 """`python poisoned.py CONFIG...` trains them one after the other; POISON says by what the losses of some samples are multiplied.
 
-POISON is JSON: {config file: {position in the run: factor}}. A run that ends with a sentence does not keep the next from beginning.
+POISON is JSON: {config file: {position in the run: factor}}. STOP has the same form with a list of positions: the rank that meets
+one asks to end, and the same file once more goes on from there. A run that ends does not keep the next from beginning.
 """
 
 import json
@@ -11,15 +12,20 @@ import torch
 
 from configs.errors import UserError
 from configs.load import load_config
-from trainer import loop
+from trainer import engine, loop
 from trainer.diffusion.objective import Losses, training_loss
 from trainer.engine import join_process_group
+from trainer.failures import Terminated
 
 factors: dict[int, float] = {}
+stops: list[int] = []
+terminated = Terminated()
 
 
 def poisoned(*args: object, **kwargs: object) -> Losses:
     losses = training_loss(*args, **kwargs)  # type: ignore[arg-type]
+    if any(position in stops for position in args[3].tolist()):  # type: ignore[attr-defined]
+        terminated.ask()
     factor = torch.tensor([factors.get(position, 1.0) for position in args[3].tolist()])  # type: ignore[attr-defined]
     return losses._replace(loss=losses.loss * factor)
 
@@ -28,11 +34,15 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     join_process_group()
     loop.training_loss = poisoned
+    engine._check_device = lambda *_: None  # fp16 is refused on a CPU, where it is slow; it repeats
     code = 0
     for path in sys.argv[1:]:
         factors = {int(position): factor for position, factor in json.loads(os.environ["POISON"])[path].items()}
+        stops, terminated = json.loads(os.environ.get("STOP", "{}")).get(path, []), Terminated()
         try:
-            loop.train(load_config(path))
+            loop.train(load_config(path), terminated)
+        except SystemExit:
+            print("asked to end")
         except UserError as error:
             print(f"freeguide: error: {error}")
             code = 1

@@ -20,7 +20,8 @@ from ray.cluster_utils import Cluster
 
 from configs.load import load_config
 from data_pipeline.store import open_store
-from tests.faults.conftest import EVERY, PATIENCE, ROOT, Ranks, assert_same_bits, ended, losses, output, saved, state, wait_for
+from tests.faults.conftest import EVERY, PATIENCE, ROOT, Ranks, ended, output, saved, wait_for
+from tests.runs import assert_same_bits, losses, state
 from trainer import checkpoint
 from trainer.failures import TERMINATED
 

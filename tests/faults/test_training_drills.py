@@ -22,7 +22,8 @@ import torch
 
 from configs.load import load_config
 from data_pipeline.store import create_bucket, open_store
-from tests.faults.conftest import BATCH, EVERY, PATIENCE, ROOT, Ranks, assert_same_bits, ended, output, saved, state, wait_for
+from tests.faults.conftest import BATCH, EVERY, PATIENCE, ROOT, Ranks, ended, output, saved, wait_for
+from tests.runs import assert_same_bits, losses, state
 from trainer import checkpoint
 from trainer.failures import HUNG, SPIKE, TERMINATED
 
@@ -30,12 +31,13 @@ from trainer.failures import HUNG, SPIKE, TERMINATED
 def test_kill_9_and_sigterm_leave_the_weights_of_the_undisturbed_run(
     config: Callable[..., Path], start: Callable[..., Ranks], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path, undisturbed = config("disturbed"), config("undisturbed")
+    train = {"steps": 240, "keep_checkpoints": 99}
+    path, undisturbed = config("disturbed", **train), config("undisturbed", **train)
     calm = start(undisturbed)
     assert ended(calm) == [0, 0], output(undisturbed)
 
     ranks = start(path)
-    wait_for(lambda: EVERY in saved(path), ranks)
+    wait_for(lambda: saved(path), ranks)
     ranks[1].send_signal(signal.SIGTERM)  # one rank hears it, all leave at the same step
     assert ended(ranks) == [TERMINATED, TERMINATED], output(path)
     (stopped,) = [
@@ -47,9 +49,8 @@ def test_kill_9_and_sigterm_leave_the_weights_of_the_undisturbed_run(
     began = time.monotonic()
     wait_for(lambda: f"resuming from step {stopped} " in output(path), ranks)
     recovery = time.monotonic() - began
-    target = (stopped // EVERY + 1) * EVERY
-    wait_for(lambda: target in saved(path), ranks)
-    ranks[0].kill()
+    wait_for(lambda: max(saved(path)) > stopped, ranks)
+    ranks[0].kill()  # long before it would send its scalars by the clock
     codes = ended(ranks)
     assert codes[0] == -signal.SIGKILL
     assert codes[1] != 0, "a rank went on alone"
@@ -57,6 +58,7 @@ def test_kill_9_and_sigterm_leave_the_weights_of_the_undisturbed_run(
     assert ended(start(path)) == [0, 0], output(path)
     assert output(path).count("resuming from step") == 2
     assert_same_bits(state(undisturbed), state(path))
+    assert losses(undisturbed) == losses(path)
     with capsys.disabled():
         print(
             f"\n  SIGTERM: saved at step {stopped}; stepping again {recovery:.1f} s after the next start (start of Python included)"
@@ -207,10 +209,19 @@ def poison(*steps: int, factor: float = math.nan) -> dict[int, float]:
     return {(step - 1) * BATCH + 1: factor for step in steps}
 
 
-def train_poisoned(start: Callable[..., Ranks], poisons: dict[Path, dict[int, float]]) -> tuple[list[int], str]:
-    """Train these configs on two ranks, one after the other; returns the exit codes and what rank 0 said."""
-    *others, last = poisons
-    environment = {"POISON": json.dumps({str(path): factors for path, factors in poisons.items()})}
+def train_poisoned(
+    start: Callable[..., Ranks], poisons: dict[Path, dict[int, float]], stops: dict[Path, list[int]] | None = None
+) -> tuple[list[int], str]:
+    """Train these configs on two ranks, one after the other; returns the exit codes and what rank 0 said.
+
+    In each of the steps `stops` a rank is asked to end, all do a step later, and the run is begun again.
+    """
+    stops = stops or {}
+    *others, last = [path for path in poisons for _ in range(1 + len(stops.get(path, [])))]
+    environment = {
+        "POISON": json.dumps({str(path): factors for path, factors in poisons.items()}),
+        "STOP": json.dumps({str(path): [*poison(*steps)] for path, steps in stops.items()}),
+    }
     script = (str(Path(__file__).parent / "poisoned.py"), *map(str, others))
     codes = ended(start(last, script=script, **environment))
     return codes, output(last)
@@ -260,14 +271,41 @@ def test_over_the_budget_of_bad_steps_a_run_goes_back_once_as_if_nothing_had_bee
         options = train | {"zero_stage": s, "precision": "bf16"}
         pairs[s] = back, still = config(f"back{s}", **options, bad_steps=1), config(f"still{s}", **options, bad_steps=4)
         poisons |= {back: poison(6, 7), still: poison(5, 6, 7, 8)}
+    # What is saved on notice is not gone back to, and does not let the run go back at another step.
+    noticed = config("noticed", **options | {"zero_stage": 2, "log_every": 1}, bad_steps=1)
+    poisons = {noticed: poison(6, 7)} | poisons
     again, never = config("again", **train, bad_steps=1), config("never", **train, bad_steps=1)
-    codes, said = train_poisoned(start, poisons | {again: poison(6, 7, 10, 11), never: poison(3, 4)})
+    codes, said = train_poisoned(start, poisons | {again: poison(6, 7, 10, 11), never: poison(3, 4)}, {noticed: [4, 6]})
     assert codes == [1, 1], said
     for stage, (back, still) in pairs.items():
         assert_same_bits(state(back), state(still))
         assert (found(back).bad_steps, found(back).undone) == ([6, 7], 8), stage
         steps = [(row["step"], row["what"]) for row in incidents(back)]
         assert steps == [(6, "not finite"), (7, "not finite"), (8, "undone")], stage
+    assert said.count("asked to end: saved at") == 2
+    assert_same_bits(state(noticed), state(pairs[2][0]))
     first, second = (line for line in said.splitlines() if line.startswith("freeguide: error: "))
     assert "the gradients of 2 steps were not finite (the last of them 11), more than train.bad_steps=1, although" in first
     assert "more than train.bad_steps=1, and there is no checkpoint before them to go back to" in second
+
+
+def test_an_fp16_run_goes_on_with_its_loss_scale_and_ends_with_a_sentence_where_nothing_is_left_of_it(
+    config: Callable[..., Path], start: Callable[..., Ranks]
+) -> None:
+    # An infinite gradient is an overflow to DeepSpeed: the first uses up its patience (hysteresis), each other halves the scale.
+    train = {"precision": "fp16", "steps": 5, "log_every": 2}
+    pairs, poisons = {}, {}
+    for stage in (2, 3):  # stage 1 has the optimizer of stage 2
+        options = train | {"zero_stage": stage}
+        pairs[stage] = straight, noticed = config(f"scaled{stage}", **options), config(f"scaled-noticed{stage}", **options)
+        poisons |= dict.fromkeys(pairs[stage], poison(2, 3, 5, factor=1e30))
+    never = config("never", **train | {"steps": 40, "zero_stage": 2})
+    poisons |= {never: poison(*range(1, 41), factor=1e30)}
+    codes, said = train_poisoned(start, poisons, {noticed: [2] for _, noticed in pairs.values()})
+    assert codes == [1, 1], said
+    for stage, (straight, noticed) in pairs.items():
+        assert_same_bits(state(straight), state(noticed))
+        assert found(straight).loss_scale == found(noticed).loss_scale, stage
+        assert (found(straight).loss_scale["cur_scale"], found(straight).adam_steps) == (2.0**14, 2), stage
+    (line,) = (line for line in said.splitlines() if line.startswith("freeguide: error: "))
+    assert "the gradients of step 18 overflow in fp16" in line  # 16 halvings from 2^16

@@ -554,6 +554,19 @@ def test_the_newest_and_every_nth_checkpoint_stay(engine: Engine, tmp_path: Path
         assert set(folder.iterdir()) == {folder / "manifest.json", rank_file(folder)}
 
 
+def test_checkpoints_saved_on_notice_displace_no_regular_one(engine: Engine, tmp_path: Path) -> None:
+    train = copy.copy(TRAIN)
+    train.checkpoint_every = 3
+    training = Training(engine, FolderStore(tmp_path), train)
+    for _ in range(5):
+        training.save()
+    training.save(3)
+    assert [c.step for c in checkpoint.newest(training.store)] == [8, 5, 3]
+    found = checkpoint.resume(training.store, training.engine, training.ema, IDENTITY, before=8, every=3)
+    assert found is not None
+    assert found.step == 3
+
+
 def test_what_interrupted_saves_left_behind_is_swept_by_the_next(training: Training) -> None:
     training.save()
     before = {info.key for info in training.store.list()}

@@ -8,6 +8,7 @@ import torch
 
 from configs.errors import ConfigError
 from configs.schema import TrainConfig
+from trainer import engine
 from trainer.engine import _deepspeed_config, choose_kernels
 
 
@@ -46,3 +47,37 @@ def test_only_kernels_that_repeat_are_used_where_that_is_asked_for(monkeypatch: 
     assert (asked, environment) == ([False], {})
     choose_kernels(True)
     assert (asked, environment) == ([False, True], {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"global_batch": 13}, "train.global_batch=13 is not divisible by WORLD_SIZE=2"),
+        ({"micro_batch": 4}, "train.micro_batch=4 does not divide a worker's share of 6 images"),
+        ({"micro_batch": 12}, "train.micro_batch=12 does not divide a worker's share of 6 images"),
+        ({"micro_batch": 3, "precision": "bf16", "zero_stage": 1}, "would add gradients up in bf16"),
+    ],
+)
+def test_shares_that_cannot_be_are_refused_for_the_processes_that_there_are(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], words: str
+) -> None:
+    """The config was checked for cluster.workers; torchrun, or an elastic group, brings another number."""
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(engine, "_import_deepspeed", lambda: pytest.fail("it went on to DeepSpeed"))
+    with pytest.raises(ConfigError) as error:
+        engine.Engine(torch.nn.Linear(2, 2), TrainConfig(**{"global_batch": 12, "precision": "fp32"} | options))
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
+def test_tasks_that_know_nothing_of_each_other_are_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Eight times `python -m trainer` would be eight trainings of one run."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(os, "environ", {name: "8"})
+    with pytest.raises(ConfigError, match=f"{name}=8 .* torchrun"):
+        engine.join_process_group()
+    for accepted in ({name: "8", "RANK": "3"}, {name: "1"}, {"SLURM_NTASKS": "8"}):  # a batch script has one process so far
+        monkeypatch.setattr(os, "environ", accepted)
+        engine.join_process_group()

@@ -20,7 +20,8 @@ from configs.errors import ConfigError, StoreError, UserError
 from configs.load import load_config
 from configs.schema import TrainConfig
 from data_pipeline.order import Order
-from data_pipeline.store import FolderStore
+from data_pipeline.store import FolderStore, open_store
+from trainer import checkpoint, loop
 from trainer.engine import _check_device, join_process_group
 from trainer.failures import HUNG, Agreement, Incidents, Terminated, limit_collectives
 from trainer.telemetry import Interval, Stopwatch
@@ -106,6 +107,11 @@ def interval(first: int, losses: list[float], norm: float = 1.0) -> Interval:
     return Interval(first, losses, [norm if math.isfinite(loss) else math.inf for loss in losses], own)
 
 
+def judged(incidents: Incidents, interval: Interval) -> int:
+    incidents.review(interval)
+    return incidents.over_budget()
+
+
 def rows(store: FolderStore) -> list[dict[str, object]]:
     return [json.loads(line) for line in store.get("incidents.jsonl").decode().splitlines()]
 
@@ -122,33 +128,54 @@ def test_a_step_that_is_not_finite_is_recorded_with_its_samples(tmp_path: Path) 
 
 def test_over_the_budget_a_run_learns_where_its_last_row_of_bad_steps_begins(tmp_path: Path) -> None:
     incidents = Incidents(FolderStore(tmp_path), ORDER, [2, 9], TrainConfig(bad_steps=4))
-    assert incidents.review(interval(10, [math.nan, 0.5, math.inf])) == 0  # steps 11 and 13
-    assert incidents.review(interval(13, [math.nan, math.nan])) == 13
+    assert judged(incidents, interval(10, [math.nan, 0.5, math.inf])) == 0  # steps 11 and 13
+    assert judged(incidents, interval(13, [math.nan, math.nan])) == 13
     single = Incidents(FolderStore(tmp_path), ORDER, [2, 9, 15], TrainConfig(bad_steps=3))
-    assert single.review(interval(16, [math.nan, 0.5])) == 17
+    assert judged(single, interval(16, [math.nan, 0.5])) == 17
 
 
 def test_going_back_is_recorded_begins_the_budget_anew_and_happens_once_also_after_a_restart(tmp_path: Path) -> None:
     store = FolderStore(tmp_path)
     incidents = Incidents(store, ORDER, [2, 9], TrainConfig(bad_steps=2))
-    assert incidents.review(interval(11, [math.inf])) == 12
+    assert judged(incidents, interval(11, [math.inf])) == 12
     incidents.undo(10, 12)
     assert [(row["step"], row["what"]) for row in rows(store)] == [(12, "not finite"), (12, "undone")]
     assert rows(store)[1]["back_to"] == 10
-    assert incidents.review(interval(12, [math.nan, math.nan])) == 0
+    assert judged(incidents, interval(12, [math.nan, math.nan])) == 0
     again = Incidents(store, ORDER, incidents.bad_steps, TrainConfig(bad_steps=2), undone=incidents.undone)
     sentence = (
         r"the gradients of 3 steps were not finite \(the last of them 20\), more than train\.bad_steps=2, "
-        r"although the steps up to 12 had been undone"
+        r"although the steps up to 12 had been undone; .* delete the checkpoints from step 20 on and lower train\.lr"
     )
     with pytest.raises(UserError, match=sentence):
-        again.review(interval(19, [math.nan]))
+        judged(again, interval(19, [math.nan]))
+
+
+def test_a_run_whose_weights_have_blown_up_goes_on_as_its_sentence_says_and_not_otherwise(tiny: Callable[..., Path]) -> None:
+    train = {"steps": 8, "log_every": 2, "checkpoint_every": 2, "bad_steps": 3, "warmup_steps": 0, "precision": "fp32"}
+    config = load_config(tiny("blown", train=train | {"lr": 1e30}))
+    store = open_store(config.run)
+
+    def sentence() -> str:
+        with pytest.raises(UserError, match="no checkpoint before them to go back to") as error:
+            loop.train(config)
+        assert checkpoint.describe(store)["checkpoints"] == [2, 4]
+        return str(error.value)
+
+    said = sentence()
+    config.train.lr = 1e-3
+    assert sentence() == said  # a lower rate alone does not help weights that are infinite already
+    assert "delete the checkpoints from step 2 on and lower train.lr" in said
+    for info in store.list("checkpoints/"):
+        store.delete(info.key)
+    assert loop.train(config) == 0
+    assert checkpoint.find(store).bad_steps == []
 
 
 def test_an_overflow_of_scaled_gradients_is_no_incident(tmp_path: Path) -> None:
     incidents = Incidents(FolderStore(tmp_path), ORDER, [], TrainConfig(bad_steps=0, precision="fp16"))
-    assert incidents.review(interval(0, [0.5], norm=math.inf)) == 0
-    assert incidents.review(interval(1, [math.nan])) == 2
+    assert judged(incidents, interval(0, [0.5], norm=math.inf)) == 0
+    assert judged(incidents, interval(1, [math.nan])) == 2
 
 
 def test_a_spike_is_recorded_and_a_repeated_step_once(tmp_path: Path) -> None:

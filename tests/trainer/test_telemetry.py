@@ -20,6 +20,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """[the time that telemetry sees], on rank 0 of two ranks of which the other has nothing to add, on a device of 1 TFLOP/s."""
     now = [0.0]
     monkeypatch.setattr(telemetry.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(telemetry.time, "time", lambda: 1e9 + now[0])  # event files are read in the order of their seconds
     monkeypatch.setattr(telemetry, "peak_flops", lambda device: 1e12)
     monkeypatch.setattr(telemetry.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(telemetry.dist, "get_world_size", lambda: 2)
@@ -84,6 +85,54 @@ def test_scalars_are_sent_beside_the_steps_and_in_files_that_do_not_grow(
     watched.close()
     files = sorted((tmp_path / "events").iterdir())
     assert len(files) > 3
-    log = EventAccumulator(str(tmp_path / "events"), size_guidance={"scalars": 0})
+    assert [(event.step, event.value) for event in seen(tmp_path).Scalars("train/loss")] == [(k, k / 2) for k in range(1, 9)]
+
+
+def steps_of(watched: Telemetry, first: int, last: int) -> None:
+    for step in range(first, last + 1):
+        watched.record(torch.full((2,), float(step)), torch.zeros(2), torch.arange(2), torch.tensor(1.0), 1e-3, waited=0.0)
+    watched.flush(last, READING)
+
+
+def seen(folder: Path) -> EventAccumulator:
+    """What TensorBoard shows of a run."""
+    log = EventAccumulator(str(folder / "events"), size_guidance={"scalars": 0, "images": 0})
     log.Reload()
-    assert [(event.step, event.value) for event in log.Scalars("train/loss")] == [(k, k / 2) for k in range(1, 9)]
+    return log
+
+
+@pytest.mark.parametrize("start", [0, 4])
+def test_what_a_killed_run_has_logged_past_its_last_checkpoint_is_hidden_and_the_rest_stays(
+    start: int, clock: list[float], tmp_path: Path
+) -> None:
+    config, store = Config(train=TrainConfig(steps=99, global_batch=4)), FolderStore(tmp_path)
+    killed = Telemetry(config, store, torch.device("cpu"), 0, 1)
+    if start:
+        steps_of(killed, 1, start)
+        killed.saved(start, 0.5)
+        killed.images(start, "samples", torch.zeros(1, 8, 8))
+    steps_of(killed, start + 1, start + 3)
+    killed.close()
+    clock[0] += 1
+    resumed = Telemetry(config, store, torch.device("cpu"), start, 1)
+    steps_of(resumed, start + 1, start + 2)
+    resumed.close()
+    log = seen(tmp_path)
+    assert [event.step for event in log.Scalars("train/loss")] == list(range(1, start + 3))
+    if start:
+        assert [event.step for event in log.Scalars("checkpoint/stall_ms")] == [start]
+        assert [event.step for event in log.Images("samples")] == [start]
+
+
+def test_the_scalars_up_to_a_checkpoint_can_be_sent_from_its_thread(clock: list[float], tmp_path: Path) -> None:
+    watched = Telemetry(Config(train=TrainConfig(steps=99, global_batch=4)), FolderStore(tmp_path), torch.device("cpu"), 0, 1)
+    steps_of(watched, 1, 3)
+    watched.saved(3, 0.5)
+    steps_of(watched, 4, 5)  # the training goes on meanwhile
+    thread = threading.Thread(target=watched.upload)
+    thread.start()
+    thread.join()
+    assert [event.step for event in seen(tmp_path).Scalars("train/loss")][:3] == [1, 2, 3]
+    assert [event.step for event in seen(tmp_path).Scalars("checkpoint/stall_ms")] == [3]
+    watched.close()
+    watched.upload()  # a checkpoint may still be on its way where a training ends with an error

@@ -5,50 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import Tensor
 
 from configs.load import load_config
 from configs.schema import TrainConfig
 from data_pipeline.manifest import Schema
 from data_pipeline.shards import Sample, Source, write_shards
 from data_pipeline.store import open_store
+from tests.runs import assert_same_bits, losses, state
 from trainer import checkpoint
 from trainer.ema import profiles
-from trainer.engine import KINDS
 from trainer.loop import learning_rate
 
 STAGES = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
 Tiny = Callable[..., Path]
-
-
-def state(config: Path, step: int) -> dict[str, Tensor]:
-    """Everything a checkpoint holds, whole parameters by "kind name"."""
-    store = open_store(load_config(config).run)
-    found = checkpoint.find(store, step)
-    return {
-        f"{kind} {name}": values
-        for kind in (*KINDS, *found.averages)
-        for name, values in checkpoint.load(store, found, kind).items()
-    }
-
-
-def losses(config: Path) -> list[float]:
-    """The logged loss of every step, later writers winning, as TensorBoard shows them."""
-    events = Path(load_config(config).run) / "events"
-    seen: dict[int, float] = {}
-    for path in sorted(events.iterdir(), key=lambda p: p.stat().st_mtime_ns):
-        log = EventAccumulator(str(path), size_guidance={"scalars": 0})
-        log.Reload()
-        seen |= {event.step: event.value for event in log.Scalars("train/loss")}
-    assert sorted(seen) == list(range(1, max(seen) + 1))
-    return [seen[step] for step in sorted(seen)]
-
-
-def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    assert a.keys() == b.keys()
-    different = [name for name in a if not torch.equal(a[name], b[name])]
-    assert not different, different[:5]
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +69,7 @@ def test_two_runs_of_one_config_have_the_same_bits(runs: dict[str, Path]) -> Non
 def test_losses_do_not_depend_on_world_size_stage_or_micro_batch(runs: dict[str, Path], other: str) -> None:
     # In fp32 only the order of sums differs: 1e-5 relative is some 100 roundings. "moved" went from stage 2 on two processes to
     # stage 3 on one after step 3.
-    torch.testing.assert_close(torch.tensor(losses(runs[other])), torch.tensor(losses(runs["2-fp32"])), rtol=1e-5, atol=0)
+    assert losses(runs[other]) == pytest.approx(losses(runs["2-fp32"]), rel=1e-5, abs=0)
 
 
 @pytest.mark.parametrize(("stage", "precision"), STAGES)
@@ -127,7 +96,7 @@ def test_every_average_follows_the_fp32_weights_to_the_bit(runs: dict[str, Path]
 def test_low_precision_gradients_are_added_up_in_fp32(runs: dict[str, Path], stage: int) -> None:
     # Rounding of single gradients to 8 bits remains: it moves a loss by some 1e-3.
     one, many = losses(runs[f"{stage}-bf16"]), losses(runs[f"{stage}-bf16 accumulated"])
-    torch.testing.assert_close(torch.tensor(many), torch.tensor(one), rtol=5e-3, atol=0)
+    assert many == pytest.approx(one, rel=5e-3, abs=0)
     assert many != one
 
 
@@ -154,7 +123,7 @@ def test_losses_do_not_depend_on_four_processes_or_one_at_any_stage(tiny: Tiny, 
     launch(3, went_on)
     launch(1, one)
     for other in (four, went_on):
-        torch.testing.assert_close(torch.tensor(losses(other)), torch.tensor(losses(one)), rtol=1e-5, atol=0)
+        assert losses(other) == pytest.approx(losses(one), rel=1e-5, abs=0)
 
 
 @pytest.mark.slow
@@ -164,7 +133,7 @@ def test_a_compiled_network_has_the_same_losses(tiny: Tiny, launch: Callable[...
     plain, compiled = (tiny(f"compile-{stage}-{c}", train=options | {"compile": c}) for c in (False, True))
     launch(1, plain, compiled)
     # The compiler fuses and reorders: some 100 roundings.
-    torch.testing.assert_close(torch.tensor(losses(compiled)), torch.tensor(losses(plain)), rtol=1e-5, atol=0)
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-5, abs=0)
 
 
 @pytest.mark.slow
@@ -192,7 +161,7 @@ def test_a_compiled_run_resumes_with_the_bits_of_the_undisturbed_one(
     plain = tiny("uncompiled", data=data, model=vars(shipped.model), train=options | {"steps": 6, "compile": False})
     launch(1, plain)
     # The compiler fuses and reorders: some 100 roundings.
-    torch.testing.assert_close(torch.tensor(losses(straight)), torch.tensor(losses(plain)), rtol=1e-5, atol=0)
+    assert losses(straight) == pytest.approx(losses(plain), rel=1e-5, abs=0)
 
 
 def test_weights_move_and_every_parameter_is_trained(runs: dict[str, Path]) -> None:

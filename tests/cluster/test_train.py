@@ -1,0 +1,96 @@
+"""When the training job starts its workers again, and with which sentence it ends. Drills with real ones: tests/faults."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2.api.exceptions import WorkerGroupError
+
+from cluster import train
+from cluster.session import Resources
+from configs.errors import ConfigError, StoreError, UserError
+from configs.load import load_config
+from configs.schema import Config
+
+DEATH = WorkerGroupError("", {0: RuntimeError("lost a peer"), 1: WorkerHealthCheckFailedError("", failure=ActorDiedError())})
+
+
+@pytest.fixture
+def config() -> Config:
+    return load_config(Path(__file__).parents[2] / "configs/digits.yaml")
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[object]]:
+    """stand_in(newest steps, *results) stands in for Ray: each `fit` raises or returns the next; returns those to come."""
+
+    def make(newest: list[int], *happens: object) -> list[object]:
+        left = list(happens)
+
+        def fit() -> Any:
+            happened = left.pop(0)
+            if isinstance(happened, Exception):
+                raise happened
+            return SimpleNamespace(return_value=happened)
+
+        note = SimpleNamespace(mistake=SimpleNamespace(remote=lambda: None), leave=SimpleNamespace(remote=lambda: True))
+        monkeypatch.setattr(train, "preflight", lambda config: newest[len(happens) - len(left)])
+        monkeypatch.setattr(train, "session", lambda *_, **__: contextlib.nullcontext(Resources(1, 0)))
+        monkeypatch.setattr(train.ray, "get", lambda value: value)
+        monkeypatch.setattr(train.ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: 56 * "0"))
+        monkeypatch.setattr(train, "_Note", SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda: note)))
+        monkeypatch.setattr(train, "TorchTrainer", lambda *_, **__: SimpleNamespace(fit=fit))
+        return left
+
+    return make
+
+
+def test_workers_that_die_again_and_again_are_started_as_long_as_the_run_gets_on(
+    config: Config, stand_in: Callable[..., list[object]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    left = stand_in([0, 100, 200], DEATH, WorkerGroupError("", {0: StoreError("it does not answer")}), True)
+    train.train(config)
+    assert not left
+    assert "trained to step 600" in capsys.readouterr().out
+
+
+def test_workers_that_die_without_a_new_checkpoint_end_the_job_with_one_sentence(
+    config: Config, stand_in: Callable[..., list[object]]
+) -> None:
+    left = stand_in([0, 100, 100], DEATH, DEATH, True)
+    with pytest.raises(UserError) as error:
+        train.train(config)
+    assert left == [True]
+    sentence = str(error.value)
+    assert "more often than cluster.max_failures=3 since step 100, without a new checkpoint, the last of them rank 1" in sentence
+    assert "(The actor died unexpectedly before finishing this task.)" in sentence
+    assert "the same command goes on from there" in sentence
+    assert "\n" not in sentence
+
+
+def test_no_failure_is_repaired_where_none_may_be(config: Config, stand_in: Callable[..., list[object]]) -> None:
+    config.cluster.max_failures = 0
+    stand_in([0, 100], DEATH, True)
+    with pytest.raises(UserError, match=r"cluster\.max_failures=0 since step 0"):
+        train.train(config)
+
+
+def causes() -> Iterator[tuple[Exception, type[Exception], str]]:
+    yield ConfigError("set it to 1"), ConfigError, "set it to 1"  # only without restarts: else the worker's note brings it
+    yield StoreError("it does not answer"), StoreError, "it does not answer"
+    yield AssertionError("a defect"), WorkerGroupError, "a defect"  # with its traceback
+
+
+@pytest.mark.parametrize(("failure", "kind", "words"), causes())
+def test_what_a_worker_raises_is_told_as_it_is(
+    config: Config, stand_in: Callable[..., list[object]], failure: Exception, kind: type[Exception], words: str
+) -> None:
+    stand_in([0, 0], WorkerGroupError(str(failure), {0: failure}))
+    with pytest.raises(kind, match=words) as error:
+        train.train(config)
+    assert type(error.value) is kind
