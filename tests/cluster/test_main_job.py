@@ -43,6 +43,7 @@ SMALL = [
 DIGITS = "configs/digits.yaml"
 
 
+@pytest.mark.timeout(900)  # a dozen commands, each of which starts Python, and most of them Ray's workers
 def test_the_whole_job_runs_and_nothing_is_done_twice(freeguide, ray_head, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     address, dashboard = ray_head
     job = {"RAY_ADDRESS": address}

@@ -70,9 +70,12 @@ def read(path: Path) -> Config:
 
 @pytest.fixture(scope="session")
 def launch() -> Launch:
-    """launch(world_size, *config files) trains them on that many processes and waits; a failure fails the test."""
+    """launch(world_size, *config files) trains them on that many processes and waits; a failure fails the test.
 
-    def run(world_size: int, *configs: Path, check: bool = True) -> list["subprocess.CompletedProcess[str]"]:
+    Keywords are environment variables, as KILL for `ranks.py`; with check=False a failure is returned.
+    """
+
+    def run(world_size: int, *configs: Path, check: bool = True, **variables: str) -> list["subprocess.CompletedProcess[str]"]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -81,6 +84,7 @@ def launch() -> Launch:
             "WORLD_SIZE": str(world_size),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
+            **variables,
         }
         command = [sys.executable, str(Path(__file__).parent / "ranks.py"), *map(str, configs)]
         ranks = [

@@ -1,5 +1,8 @@
 """Invariants 1 and 2: any world size computes the same steps, and a resumed run is the undisturbed one."""
 
+import re
+import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,6 +62,25 @@ def test_a_resumed_run_has_the_bits_of_the_undisturbed_one(runs: dict[str, Path]
     straight, resumed = runs[f"{stage}-{precision}"], runs[f"{stage}-{precision} resumed"]
     assert_same_bits(state(straight, 6), state(resumed, 6))
     assert losses(straight) == losses(resumed)
+
+
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
+def test_twenty_steps_of_the_demo_repeat_to_the_bit_also_where_the_run_is_killed_on_the_way(
+    tiny: Tiny, launch: Callable[..., list[subprocess.CompletedProcess[str]]], stage: int
+) -> None:
+    shipped = load_config(Path(__file__).parents[2] / "configs/digits.yaml")
+    changed = {"steps": 20, "global_batch": 32, "log_every": 4, "checkpoint_every": 5, "precision": "fp32", "zero_stage": stage}
+    groups = {"model": vars(shipped.model), "train": vars(shipped.train) | changed}
+    straight, again, killed = (tiny(f"{name}-{stage}", **groups) for name in ("demo", "twice", "killed"))
+    codes = [rank.returncode for rank in launch(2, straight, again, killed, check=False, KILL="18")]
+    assert codes[0] == -signal.SIGKILL
+    assert codes[1] != 0
+    first, _ = launch(2, killed)
+    assert re.search(r"resuming from step (10|15) of 20", first.stdout), first.stdout
+    assert len(losses(straight)) == 20
+    for other in (again, killed):
+        assert losses(other) == losses(straight)
+        assert_same_bits(state(other), state(straight))
 
 
 def test_two_runs_of_one_config_have_the_same_bits(runs: dict[str, Path]) -> None:
