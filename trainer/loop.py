@@ -61,10 +61,16 @@ def train(config: Config, terminated: Terminated | None = None) -> int:
     Every rank calls it. Raises UserError, one sentence, for data, a store or a checkpoint that cannot be used, and SystemExit
     with code 143 where a rank was asked to end (SIGTERM, or `terminated.ask`), once the run is saved.
     """
-    run, start = assemble(config)
-    with run.reader, closing(run.telemetry):
-        if start < config.train.steps:
-            run_steps(run, start, terminated or Terminated())
+    try:
+        run, start = assemble(config)
+        with run.reader, closing(run.telemetry):
+            if start < config.train.steps:
+                run_steps(run, start, terminated or Terminated())
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"the GPU's memory is too small ({str(error).split('. ')[0]}); lower train.micro_batch (the global batch stays), set "
+            "train.recompute=true, or raise train.zero_stage"
+        ) from error
     return start
 
 

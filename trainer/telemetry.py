@@ -223,7 +223,11 @@ class Telemetry:
             "mfu_percent": mfu,
             "forward_ms_fastest": 1000 * float(ranks[1].min()) / count,
             "forward_ms_slowest": 1000 * float(ranks[1].max()) / count,
+            "slowest_rank": slowest,
         }
+        if world_size > 1:
+            self._writer.add_histogram("ranks/data_wait_percent", 100.0 * ranks[0] / seconds, step)
+            self._writer.add_histogram("ranks/forward_ms", 1000 * ranks[1] / count, step)
         for name, value in speed.items():
             if value is not None:
                 self._writer.add_scalar(f"speed/{name}", value, step)

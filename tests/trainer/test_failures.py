@@ -171,6 +171,15 @@ def test_a_run_whose_weights_have_blown_up_goes_on_as_its_sentence_says_and_not_
     assert checkpoint.find(store).bad_steps == []
 
 
+def test_a_gpu_that_is_too_small_is_told_what_to_change(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 80 GiB")
+
+    monkeypatch.setattr(loop, "take_step", step)
+    with pytest.raises(ConfigError, match=r"too small \(CUDA out of memory\); lower train.micro_batch .*train.recompute=true"):
+        loop.train(load_config(tiny("small")))
+
+
 def test_an_overflow_of_scaled_gradients_is_no_incident(tmp_path: Path) -> None:
     incidents = Incidents(FolderStore(tmp_path), ORDER, [], TrainConfig(bad_steps=0, precision="fp16"))
     assert judged(incidents, interval(0, [0.5], norm=math.inf)) == 0

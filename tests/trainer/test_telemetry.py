@@ -57,6 +57,18 @@ def test_data_wait_is_the_mean_of_the_ranks_and_the_rest_of_the_run_is_extrapola
     assert "eta 0:00:30" in line  # 60 steps of half a second
 
 
+def test_every_rank_is_in_the_histograms_and_the_slowest_has_its_number(
+    clock: list[float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step_line(clock, tmp_path, capsys, TrainConfig(steps=8, global_batch=64))
+    log = EventAccumulator(str(tmp_path / "events"))
+    log.Reload()
+    (wait,) = log.Histograms("ranks/data_wait_percent")
+    found = wait.histogram_value
+    assert (wait.step, found.num, found.min, found.max) == (4, 2, 0.0, 25.0)
+    assert [event.value for event in log.Scalars("speed/slowest_rank")] == [0]
+
+
 class SlowStore(FolderStore):
     """Answers no `put` before `open` is set."""
 
