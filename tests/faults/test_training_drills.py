@@ -288,6 +288,24 @@ def test_over_the_budget_of_bad_steps_a_run_goes_back_once_as_if_nothing_had_bee
     assert "more than train.bad_steps=1, and there is no checkpoint before them to go back to" in second
 
 
+def test_a_run_whose_weights_have_blown_up_goes_on_as_its_sentence_says_and_not_otherwise(
+    config: Callable[..., Path], start: Callable[..., Ranks]
+) -> None:
+    path = config("blown", lr=1e30, steps=8, log_every=2, checkpoint_every=2, bad_steps=3, precision="fp32")
+    lower = path.with_name("lower.yaml")
+    lower.write_text(path.read_text().replace("lr: 1.0e+30", "lr: 0.001"))
+    assert load_config(lower).train.lr == 1e-3
+    codes, said = train_poisoned(start, {path: {}, lower: {}})
+    assert codes == [1, 1], said
+    first, second = (line for line in said.splitlines() if line.startswith("freeguide: error: "))
+    assert "resuming from step 4 of 8" in said
+    assert first == second  # a lower rate alone does not help weights that have grown already
+    assert "delete the checkpoints from step 2 on and lower train.lr" in first
+    shutil.rmtree(Path(load_config(path).run) / "checkpoints")
+    assert ended(start(lower)) == [0, 0], output(lower)
+    assert (found(lower).step, found(lower).bad_steps) == (8, [])
+
+
 def test_an_fp16_run_goes_on_with_its_loss_scale_and_ends_with_a_sentence_where_nothing_is_left_of_it(
     config: Callable[..., Path], start: Callable[..., Ranks]
 ) -> None:
