@@ -70,7 +70,7 @@ def test_the_whole_job_runs_and_nothing_is_done_twice(freeguide, ray_head, tmp_p
 
     state = freeguide("inspect", "s3://lab/runs/small")
     assert state.returncode == 0, state.stderr
-    assert "checkpoints  [8, 10]" in state.stdout
+    assert "checkpoints  [4, 8, 10]" in state.stdout
     assert "step         10" in state.stdout
 
     first = ok("evaluate")
