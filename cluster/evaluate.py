@@ -30,7 +30,7 @@ from cluster.metrics.measure import Yardstick
 from cluster.metrics.rows import Row
 from cluster.report import check_others, read_others, write_report
 from cluster.session import Resources, progress, session
-from cluster.sweep import COLUMNS, Series, Trained, Worker, items, placed, trained_series, varying
+from cluster.sweep import COLUMNS, Series, Worker, items, placed, trained_series, varying
 from cluster.tables import Cost
 from cluster.units import Unit
 from cluster.yardstick import warn_of_few, yardsticks_of
@@ -64,7 +64,7 @@ def evaluate(config: Config) -> Path:
         connect = functools.cache(lambda: stack.enter_context(session(config, config.cluster.actors)))
         yardsticks = yardsticks_of(config, data, manifest, connect)
         check_others(others, yardsticks)
-        job = _Job(config, found, placed(found, yardsticks), yardsticks, connect)
+        job = _Job(config, placed(found, yardsticks), yardsticks, connect)
         rows, screened = _measured(job)
     flat = [row for curve in rows for row in curve]
     place = _place(job)
@@ -114,8 +114,7 @@ class _Job:
     """What is measured, with what, by whom; and what is known of it so far."""
 
     config: Config
-    trained: list[Trained]
-    series: list[Series]  # of each of them
+    series: list[Series]
     yardsticks: list[Yardstick]
     connect: Callable[[], Resources]
     grids: dict[Row, NDArray[np.uint8]] = field(default_factory=dict)
@@ -172,9 +171,9 @@ def _make_units(job: _Job, folds: Sequence[Fold], left: Sequence[Fold]) -> None:
     print(f"{total} work units, {total - count} of them done: {where}", flush=True)
     if not count:
         return
-    for one, lacks in zip(job.trained, todo, strict=True):
+    for one, lacks in zip(job.series, todo, strict=True):
         if lacks:
-            one.keep()
+            one.weights.keep()
     resources = job.connect()
     extractors = [(each.weights, each.extractor.hash) for each in job.yardsticks]
     make = functools.partial(Worker, job.series, extractors, resources)
@@ -217,9 +216,9 @@ def _show(one: Series, curve: Sequence[Row], grids: dict[Row, NDArray[np.uint8]]
     for row in curve:
         what = {"sampling": sampling, "n": row.n, "extractor": row.extractor_hash, "reference": row.reference}
         line = f"evaluate-{row.sampler}-T{row.steps}-{one.config.sampling.ema}-{units.fingerprint(what)[:6]}/w{row.w:g}"
-        with event_file(open_store(one.config.run), f"events/{line}/events.out.tfevents.{one.step:010d}") as writer:
+        with event_file(open_store(one.config.run), f"events/{line}/events.out.tfevents.{one.weights.step:010d}") as writer:
             for name in _SHOWN:
                 if getattr(row, name) is not None:
-                    writer.add_scalar(f"evaluate/{row.fid_name if name == 'fid' else name}", getattr(row, name), one.step)
+                    writer.add_scalar(f"evaluate/{row.fid_name if name == 'fid' else name}", getattr(row, name), one.weights.step)
             if row in grids:
-                writer.add_image("evaluate/samples", figures.tiled(grids[row]), one.step, dataformats="HWC")
+                writer.add_image("evaluate/samples", figures.tiled(grids[row]), one.weights.step, dataformats="HWC")

@@ -8,10 +8,10 @@ import safetensors.torch
 from cluster.evaluate import LATEST
 from cluster.metrics.rows import model_conditions
 from cluster.sweep import as_trained
+from cluster.weights import Weights
 from configs.errors import StoreError
 from configs.schema import Config
 from data_pipeline.store import MissingObject, Store, open_store
-from trainer import checkpoint
 
 
 def export(config: Config) -> str:
@@ -22,10 +22,10 @@ def export(config: Config) -> str:
     Raises UserError if there is no such checkpoint or average.
     """
     one = as_trained(config, "export")
-    config, found, run = one.config, one.checkpoint, open_store(config.run)
-    weights = checkpoint.average(run, found, config.sampling.ema)
+    config, found, run = one.config, one.weights, open_store(config.run)
+    weights = found.read()
     trained = run.get("config.yaml").decode()
-    facts = {"config": trained, "step": found.step, "weights": config.sampling.ema, "checkpoint_sha256": found.sha256}
+    facts = {"config": trained, "step": found.step, "weights": config.sampling.ema, "checkpoint_sha256": found.of[0]}
     # One metadata entry: safetensors writes several in the random order of a hash map, and equal runs should give equal bytes.
     data = safetensors.torch.save(weights, {"freeguide": json.dumps(facts, sort_keys=True)})
     key = f"export/{config.name}-{found.step:08d}-{config.sampling.ema}"
@@ -36,7 +36,7 @@ def export(config: Config) -> str:
     return uri
 
 
-def _table(config: Config, run: Store, found: checkpoint.Checkpoint) -> str:
+def _table(config: Config, run: Store, found: Weights) -> str:
     """The table of the newest evaluation, if it measured these weights and no others."""
     these = model_conditions(config, found.step, "")
     try:
@@ -52,14 +52,14 @@ def _table(config: Config, run: Store, found: checkpoint.Checkpoint) -> str:
         ) from error
 
 
-def _card(config: Config, found: checkpoint.Checkpoint, data: bytes, table: str, trained: str) -> str:
+def _card(config: Config, found: Weights, data: bytes, table: str, trained: str) -> str:
     images, diffusion = config.data, config.diffusion
     shape = f"{images.image_size}x{images.image_size}x{images.channels}, {images.classes} classes"
     rows = {
         "weights": f"`{config.sampling.ema}` of step {found.step}, fp32, sha256 {hashlib.sha256(data).hexdigest()}",
         "network": f"`trainer.networks.build.build_network`, {shape}; class {images.classes} is the null class",
         "conditioned on": f"log-SNR in [{diffusion.logsnr_min:g}, {diffusion.logsnr_max:g}]; predicts {diffusion.prediction}",
-        "trained with": f"p_uncond {diffusion.p_uncond:g}, data {found.identity.get('data.fingerprint', '?')[:12]}",
+        "trained with": f"p_uncond {diffusion.p_uncond:g}, data {found.data[:12] or '?'}",
     }
     facts = "\n".join(f"- {name}: {value}" for name, value in rows.items())
     measured = table or "Not measured yet: run `freeguide evaluate` and export again.\n"

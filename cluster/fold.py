@@ -77,7 +77,7 @@ class Folded:
             n=fold.images,
             **self.values,  # type: ignore[arg-type]
             **measure.conditions(*yardsticks),
-            **model_conditions(one.config, one.step, units.code_version()),
+            **model_conditions(one.config, one.weights.step, units.code_version()),
         )
 
     def to_bytes(self) -> bytes:

@@ -39,10 +39,10 @@ def generate(config: Config) -> str:
     Raises UserError before Ray starts for whatever can be known before.
     """
     one = as_trained(config, "generate")
-    config, step, run = one.config, one.checkpoint.step, open_store(config.run)
+    config, step, run = one.config, one.weights.step, open_store(config.run)
     options = config.generate
     conditions = {
-        "sampling": dataclasses.asdict(config.sampling) | {"checkpoint": one.weights},
+        "sampling": dataclasses.asdict(config.sampling) | {"checkpoint": one.weights.of},
         "generate": {"images": options.images, "unit": options.unit, "w": options.w},
         "threads": config.cluster.cpus_per_worker,
         "torch": torch.__version__,
@@ -58,9 +58,9 @@ def generate(config: Config) -> str:
         _check_disk(store, schema, options.images)
     if not store.exists(NAME):
         if todo := units.missing(store, plan, "tar.npz"):
-            one.keep()
+            one.weights.keep()
             with session(config, config.cluster.actors) as resources:
-                make = functools.partial(_Generate, Series(config, step, store, one.kept), resources)
+                make = functools.partial(_Generate, Series(config, one.weights, store), resources)
                 for _ in progress(units.run(todo, make, config, resources), len(todo), "shard"):
                     pass
         source = json.dumps({"run": run.uri, "step": step} | conditions, sort_keys=True)

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 
 from cluster import units
@@ -27,14 +26,13 @@ from cluster.metrics.measure import Yardstick
 from cluster.metrics.rows import MODEL, Row
 from cluster.session import Resources
 from cluster.units import Unit
+from cluster.weights import Weights, weights_of
 from configs.errors import CheckpointError, ConfigError, DataError
 from configs.load import from_yaml, sweep, validate
 from configs.schema import Config
 from data_pipeline.manifest import Manifest
 from data_pipeline.store import MissingObject, Store, open_store
-from trainer import checkpoint
 from trainer.diffusion.guidance import first_guided
-from trainer.ema import sigma_rel_of
 from trainer.sampler import Sampler, guidance_weight, image_labels, sampling_levels, shared_steps
 
 COLUMNS = 10  # classes that a sample grid shows: a thousand would be a picture of a gigabyte
@@ -48,26 +46,7 @@ class Trained:
     """A series before it is known what it is measured with."""
 
     config: Config  # sampled as the sweep says; network, diffusion and training as they were
-    checkpoint: checkpoint.Checkpoint
-
-    @property
-    def weights(self) -> list[str]:
-        """Checksums of all that the sampled weights are made of: the checkpoint, and snapshots of averages where they are used."""
-        snapshots = checkpoint.snapshots_of(open_store(self.config.run), self.checkpoint, self.config.sampling.ema)
-        return [self.checkpoint.sha256, *(snapshot.sha256 for snapshot in snapshots)]
-
-    @property
-    def kept(self) -> str:
-        """Where in the run the sampled weights stand once they are kept: a name that says what they are made of."""
-        name = units.fingerprint({"ema": self.config.sampling.ema, "of": self.weights})
-        return f"weights/step-{self.checkpoint.step:08d}-{self.config.sampling.ema}-{name}.safetensors"
-
-    def keep(self) -> None:
-        """Keep the sampled weights in the run, whose training goes on deleting its checkpoints while others sample."""
-        run = open_store(self.config.run)
-        if not run.exists(self.kept):
-            weights = checkpoint.average(run, self.checkpoint, self.config.sampling.ema)
-            run.put(self.kept, safetensors.torch.save(weights))
+    weights: Weights
 
 
 @dataclass(frozen=True)
@@ -75,19 +54,17 @@ class Series:
     """One run and one way to sample it: a curve over w."""
 
     config: Config
-    step: int  # of the checkpoint
+    weights: Weights
     store: Store  # of its units
-    kept: str  # its weights, in the run
 
     @property
     def network(self) -> tuple[Any, ...]:
         """Which network it needs; equal for series that can share it."""
-        return self.config.run, self.kept, self.config.sampling.compile
+        return self.weights, self.config.sampling.compile
 
     def load(self, device: torch.device) -> Sampler:
-        """Its sampler, with the weights that were kept."""
-        weights = safetensors.torch.load(open_store(self.config.run).get(self.kept))
-        return Sampler.from_weights(self.config, weights, device)
+        """Its sampler."""
+        return Sampler.from_weights(self.config, self.weights.read(), device)
 
 
 @dataclass(frozen=True)
@@ -118,7 +95,7 @@ def trained_series(config: Config, manifest: Manifest) -> list[Trained]:
 
 def _trained(config: Config, manifest: Manifest) -> Trained:
     one = as_trained(config, "evaluate")
-    then, now = one.checkpoint.identity.get("data.fingerprint", ""), manifest.fingerprint
+    then, now = one.weights.data, manifest.fingerprint
     if then != now:
         raise DataError(
             f"{config.run}: trained on the data {then[:12]}, but {config.data.uri} holds {now[:12]}; name the run's own data.uri"
@@ -133,34 +110,29 @@ def as_trained(config: Config, command: str) -> Trained:
     """
     run = open_store(config.run)
     run.check()
-    found = checkpoint.find(run, config.sampling.checkpoint)
+    weights = weights_of(config)
     try:
         stored = from_yaml(run.get("config.yaml").decode())
     except MissingObject:
         raise CheckpointError(f"{config.run}: its config.yaml is gone; give `freeguide train` again, which writes it") from None
     except ConfigError as error:
         raise ConfigError(f"{config.run}/config.yaml: {error}") from None
-    average = config.sampling.ema
-    if average not in (*found.averages, "master") and not sigma_rel_of(average):
-        raise CheckpointError(
-            f"{config.run}: the checkpoint of step {found.step} holds no average {average}; set sampling.ema to one of "
-            f"{', '.join([*found.averages, 'master'])}"
-        )
     config = dataclasses.replace(config, model=stored.model, diffusion=stored.diffusion, train=stored.train)
     for name in ("image_size", "channels", "classes", "dtype", "latent_scale"):
         made, asked = getattr(stored.data, name), getattr(config.data, name)
         if made != asked:
             raise ConfigError(f"{config.run} was trained with data.{name}={made}, now it is {asked}; set data.{name}={made}")
     validate(config, command)
-    if not config.sampling.checkpoint and found.step < config.train.steps and command != "export":
-        print(f"{config.run} is at step {found.step} of {config.train.steps}: sampling.checkpoint={found.step} goes on with this")
+    step, steps = weights.step, config.train.steps
+    if not config.sampling.checkpoint and step < steps and command != "export":
+        print(f"{config.run} is at step {step} of {steps}: sampling.checkpoint={step} goes on with this later", flush=True)
     ladder = sampling_levels(config)
     if config.sampling.interval and first_guided(guidance_weight(config, 1.0), ladder) == len(ladder):
         raise ConfigError(
             f"sampling.interval={config.sampling.interval} holds none of the {len(ladder)} log-SNR levels, so no w would guide: "
             "widen it, or raise sampling.steps"
         )
-    return Trained(config, found)
+    return Trained(config, weights)
 
 
 def placed(found: Sequence[Trained], yardsticks: Sequence[Yardstick]) -> list[Series]:
@@ -168,7 +140,7 @@ def placed(found: Sequence[Trained], yardsticks: Sequence[Yardstick]) -> list[Se
     series: list[Series] = []
     for one in found:
         conditions = {  # all that decides what a unit holds, but its w and range
-            "sampling": dataclasses.asdict(one.config.sampling) | {"checkpoint": one.weights},
+            "sampling": dataclasses.asdict(one.config.sampling) | {"checkpoint": one.weights.of},
             "unit": one.config.evaluate.unit,
             "grid": one.config.evaluate.grid,
             "extractors": [each.extractor.hash for each in yardsticks],
@@ -178,8 +150,8 @@ def placed(found: Sequence[Trained], yardsticks: Sequence[Yardstick]) -> list[Se
         }
         store = open_store(one.config.run).child(f"evaluate/{units.fingerprint(conditions)}/")
         if any(store.uri == other.store.uri for other in series):
-            raise ConfigError(f"evaluate.sweep: two of its series are the checkpoint of step {one.checkpoint.step}; leave one out")
-        series.append(Series(one.config, one.checkpoint.step, store, one.kept))
+            raise ConfigError(f"evaluate.sweep: two of its series are the checkpoint of step {one.weights.step}; leave one out")
+        series.append(Series(one.config, one.weights, store))
     return series
 
 

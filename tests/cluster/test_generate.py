@@ -25,6 +25,7 @@ from cluster.metrics.images import to_uint8
 from cluster.session import Resources
 from cluster.sweep import Series
 from cluster.units import Unit
+from cluster.weights import Weights
 from configs.errors import CheckpointError, ConfigError, StoreError
 from configs.load import load_config, to_yaml
 from configs.schema import Config, DataConfig
@@ -294,7 +295,7 @@ def test_generated_latents_have_the_scale_and_the_type_of_the_data(tmp_path: Pat
     monkeypatch.setattr(Series, "load", lambda *_: SimpleNamespace(sample=lambda index, labels, w: x[index]))
     data = DataConfig(uri="", image_size=8, channels=4, classes=10, dtype="float16", latent_scale=0.18215)
     store, unit = open_store(str(tmp_path)), Unit(0.5, 0, 5)
-    _Generate(Series(Config(name="x", run=str(tmp_path), data=data), 6, store, ""), HERE)(unit)
+    _Generate(Series(Config(data=data), Weights(str(tmp_path), 6, "ema", (), ""), store), HERE)(unit)
     manifest = build_manifest(Schema(8, 4, 10, dtype="float16"), [ShardIndex.from_bytes(store.get(unit.key("tar.npz")))])
     save_manifest(store, manifest)
     write_npz(store, manifest)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -18,6 +19,7 @@ from cluster import evaluate as evaluation
 from cluster import fold, units
 from cluster import sweep as sweep_module
 from cluster.evaluate import evaluate
+from cluster.export import export
 from cluster.fold import Folded, Folder, planned
 from cluster.inspect import inspect
 from cluster.metrics import moments
@@ -31,6 +33,7 @@ from cluster.score import score
 from cluster.session import Resources
 from cluster.sweep import Item, Series, Worker, items, trained_series
 from cluster.units import Unit
+from cluster.weights import Weights, weights_of
 from configs.errors import CheckpointError, ConfigError, DataError, UserError
 from configs.load import from_yaml, load_config, screen_images, to_yaml
 from configs.load import sweep as combinations
@@ -154,7 +157,7 @@ def test_runs_that_cannot_be_measured_together_end_in_one_sentence_before_anythi
 def test_items_hold_all_w_that_share_a_beginning_and_those_of_a_network_follow_each_other(lab: Path) -> None:
     store = open_store(str(lab))
     swept = combinations(small(lab, "a", over(sampling__interval=[[], [-2, 3]], run=["a", "b"])))
-    series = [Series(config, 8, store, "weights") for config in swept]
+    series = [Series(config, Weights(config.run, 8, "ema", (), ""), store) for config in swept]
     todo = [units.split([0.0, 1.0], 40, 20)] * 3 + [units.split([1.0], 20, 20)]
     found = items(series, todo)
     assert [(swept[i.series].run, swept[i.series].sampling.interval != [], i.first, i.weights) for i in found] == [
@@ -249,20 +252,33 @@ def test_a_grid_shows_the_first_classes_only_where_there_are_many(
 # --- weights, while the training goes on ---
 
 
-def test_a_sweep_begun_goes_on_when_the_training_has_deleted_its_checkpoint(
+def test_a_sweep_goes_on_when_the_training_has_deleted_its_checkpoint(
     lab: Path, runs: list[str], made: list[Item], capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, store = small(lab, runs[0]), open_store(runs[0])
     whole = report(evaluate(config))
-    assert "is at step 8 of 600: sampling.checkpoint=8 goes on with this" in capsys.readouterr().out
-    for info in store.list("evaluate/"):
-        if "/w4" in info.key:
+    assert "is at step 8 of 600: sampling.checkpoint=8 goes on with this later" in capsys.readouterr().out
+    for info in store.list():
+        if "/w4" in info.key or info.key.startswith("checkpoints/"):
             store.delete(info.key)
-    (key,) = [info.key for info in store.list("checkpoints/") if info.key.endswith(".safetensors")]
-    store.put(key, bytes(len(store.get(key))))  # whoever reads the checkpoint's weights now is refused
+    write_run(config, seed=7, step=12)
     made.clear()
-    assert report(evaluate(config)) == whole
-    assert made
+    again = small(lab, runs[0], "sampling.checkpoint=8")
+    assert report(evaluate(again)) == whole
+    assert {item.weights for item in made} == {(4.0,)}
+    assert safetensors.torch.load(Path(export(again)).read_bytes()).keys() == weights_of(config).read().keys()
+    fails(
+        small(lab, runs[0], "sampling.checkpoint=8", f"sampling.ema={HALF_LIFE}"), CheckpointError, "no whole checkpoint of step 8"
+    )
+
+
+def test_weights_are_those_of_the_checkpoint_that_was_chosen_or_none(lab: Path, runs: list[str]) -> None:
+    config = small(lab, runs[0])
+    chosen = weights_of(config)
+    write_run(config, seed=7)  # the run went back, and came to the same step again
+    with pytest.raises(CheckpointError, match="the checkpoint of step 8 has been replaced meanwhile; start again"):
+        chosen.keep()
+    assert not open_store(runs[0]).list("weights/")
 
 
 def test_weights_of_another_average_are_kept_under_another_name(lab: Path, runs: list[str], tmp_path: Path) -> None:
@@ -300,7 +316,7 @@ def test_the_bits_of_a_row_do_not_depend_on_the_threads_that_blas_would_take(lab
     real = Reference("digits", Statistics(pool.mean, pool.covariance, pool.n))
     unit = Measured(features[400:], np.full((600, 10), 0.1, np.float32))
     config = small(lab, tmp_path, "evaluate.images=600", "evaluate.unit=600")
-    one = Series(config, 8, open_store(str(tmp_path / "series")), "")
+    one = Series(config, Weights(config.run, 8, "ema", (), ""), open_store(str(tmp_path / "series")))
     labels = np.arange(600) % 10
     content = {"labels": labels, "images": np.zeros((20, 8, 8, 1), np.uint8), "device": "CPU", "seconds": 0.0, "evaluations": 1}
     np.savez(buffer := io.BytesIO(), **unit.to_arrays(), **content)

@@ -1,0 +1,87 @@
+"""The weights that are sampled: an average of one step of a run, kept beside it.
+
+A training that goes on deletes its older checkpoints, while an evaluation may last for days and be given again after weeks. So
+whoever samples keeps the averaged weights first (`weights/step-00000500-ema-<name>.safetensors`, fp32). The name follows from the
+checksums of all that they are made of: the checkpoint's manifest and, where an average is reconstructed, those of its snapshots.
+"""
+
+import json
+from dataclasses import dataclass
+
+import safetensors.torch
+from torch import Tensor
+
+from cluster import units
+from configs.errors import CheckpointError
+from configs.schema import Config
+from data_pipeline.store import Store, open_store
+from trainer import checkpoint
+from trainer.ema import sigma_rel_of
+
+_FACTS = "freeguide"  # name of the one entry in the metadata of a kept file
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Which weights: those of `ema` at `step` of `run`, made of the objects with the checksums `of`."""
+
+    run: str
+    step: int
+    ema: str
+    of: tuple[str, ...]
+    data: str  # fingerprint of the data that they were trained on
+
+    @property
+    def key(self) -> str:
+        """Where they stand in the run once they are kept."""
+        return f"{_prefix(self.step, self.ema)}{units.fingerprint({'ema': self.ema, 'of': self.of})}.safetensors"
+
+    def keep(self) -> None:
+        """Keep them, where that has not been done. Raises CheckpointError where the checkpoint is no longer the one that it was."""
+        run = open_store(self.run)
+        if not run.exists(self.key):
+            facts = json.dumps({"of": self.of, "data": self.data})
+            run.put(self.key, safetensors.torch.save(self._average(run), {_FACTS: facts}))
+
+    def read(self) -> dict[str, Tensor]:
+        """Their values by parameter name, fp32: the kept ones, or else from the checkpoint. Raises CheckpointError as `keep`."""
+        run = open_store(self.run)
+        return safetensors.torch.load(run.get(self.key)) if run.exists(self.key) else self._average(run)
+
+    def _average(self, run: Store) -> dict[str, Tensor]:
+        found = checkpoint.find(run, self.step)
+        if _made_of(run, found, self.ema) != self.of:
+            raise CheckpointError(f"{self.run}: the checkpoint of step {self.step} has been replaced meanwhile; start again")
+        return checkpoint.average(run, found, self.ema)
+
+
+def weights_of(config: Config) -> Weights:
+    """The weights `sampling.ema` of `sampling.checkpoint`: of a checkpoint, or kept from one that the training has deleted since.
+
+    Raises CheckpointError where there are none.
+    """
+    run, step, average = open_store(config.run), config.sampling.checkpoint, config.sampling.ema
+    try:
+        found = checkpoint.find(run, step)
+    except CheckpointError:
+        kept = [info.key for info in run.list("weights/") if step and info.key.startswith(_prefix(step, average))]
+        if len(kept) != 1:
+            raise
+        size = int.from_bytes(run.get_range(kept[0], 0, 8), "little")
+        facts = json.loads(json.loads(run.get_range(kept[0], 8, size))["__metadata__"][_FACTS])
+        return Weights(config.run, step, average, tuple(facts["of"]), facts["data"])
+    if average not in (*found.averages, "master") and not sigma_rel_of(average):
+        raise CheckpointError(
+            f"{config.run}: the checkpoint of step {found.step} holds no average {average}; set sampling.ema to one of "
+            f"{', '.join([*found.averages, 'master'])}"
+        )
+    data = found.identity.get("data.fingerprint", "")
+    return Weights(config.run, found.step, average, _made_of(run, found, average), data)
+
+
+def _made_of(run: Store, found: checkpoint.Checkpoint, average: str) -> tuple[str, ...]:
+    return (found.sha256, *(snapshot.sha256 for snapshot in checkpoint.snapshots_of(run, found, average)))
+
+
+def _prefix(step: int, average: str) -> str:
+    return f"weights/step-{step:08d}-{average}-"
