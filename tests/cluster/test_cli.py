@@ -71,7 +71,9 @@ def test_a_bucket_that_does_not_exist(refuses, s3: str, command: str) -> None:  
     assert "nowhere does not exist" in text
 
 
-@pytest.mark.parametrize("command", ["prepare", "train", "evaluate", "generate"])
+@pytest.mark.parametrize(
+    "command", [pytest.param(c, marks=pytest.mark.slow) for c in ("prepare", "generate")] + ["train", "evaluate"]
+)
 def test_an_endpoint_that_does_not_answer_is_given_up_within_15_seconds(  # type: ignore[no-untyped-def]
     refuses, silent_endpoint: socket.socket, command: str
 ) -> None:

@@ -64,7 +64,7 @@ def test_a_resumed_run_has_the_bits_of_the_undisturbed_one(runs: dict[str, Path]
     assert losses(straight) == losses(resumed)
 
 
-@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", [2, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 3))])
 def test_twenty_steps_of_the_demo_repeat_to_the_bit_also_where_the_run_is_killed_on_the_way(
     tiny: Tiny, launch: Callable[..., list[subprocess.CompletedProcess[str]]], stage: int
 ) -> None:
