@@ -11,6 +11,7 @@ import json
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -19,7 +20,6 @@ from typing import Any, TypeVar, cast
 
 import ray
 import torch
-from ray.exceptions import RayActorError
 
 from cluster.session import ROOT, Resources
 from configs.errors import UserError
@@ -70,7 +70,7 @@ def missing(store: Store, units: Sequence[Unit], suffix: str) -> list[Unit]:
 def run(units: Sequence[T], make_worker: Callable[[], Worker[T]], config: Config, resources: Resources) -> Iterator[T]:
     """Make `units`, of any kind, on up to `cluster.actors` actors that Ray Data places, restarts and retries; yields finished ones.
 
-    Raises the UserError of an actor, with its sentence, and a UserError where a unit has cost the life of every actor that had it.
+    Raises the UserError of an actor, with its sentence, and a UserError where a unit has cost DEATHS actors their lives.
     """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -78,13 +78,13 @@ def run(units: Sequence[T], make_worker: Callable[[], Worker[T]], config: Config
     rows = [{"unit": number} for number in range(len(units))]
     done = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         _Actor,  # type: ignore[arg-type]
-        fn_constructor_args=(ray.put((make_worker, list(units))),),  # a worker may carry the index of a large source
+        # A worker may carry the index of a large source.
+        fn_constructor_args=(ray.put((make_worker, list(units), _Begun.remote())),),  # type: ignore[attr-defined]
         compute=ray.data.ActorPoolStrategy(
             min_size=1, max_size=config.cluster.actors, initial_size=min(config.cluster.actors, len(rows))
         ),
         num_cpus=resources.cpus,
         num_gpus=resources.gpus or None,
-        max_task_retries=DEATHS - 1,
     )
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it reports what `progress` says already
     before, results = set(threading.enumerate()), cast("Generator[dict[str, Any]]", iter(done.iter_rows()))
@@ -94,12 +94,6 @@ def run(units: Sequence[T], make_worker: Callable[[], Worker[T]], config: Config
                 if row["error"]:
                     raise UserError(row["error"])
                 yield units[int(row["unit"])]
-    except RayActorError as error:
-        cause = str(error).splitlines()[0].rstrip(".")
-        raise UserError(
-            f"a work unit has ended {DEATHS} actors ({cause}); see that actor's log for the cause (mostly too little memory: lower "
-            "sampling.batch or evaluate.unit), then give the same command again"
-        ) from error
     finally:
         # Where a thread of Ray Data lets go of its last references after `ray.shutdown`, Ray ends the whole process without a word.
         deadline = time.monotonic() + _LEAVE_S
@@ -107,12 +101,26 @@ def run(units: Sequence[T], make_worker: Callable[[], Worker[T]], config: Config
             thread.join(max(0.0, deadline - time.monotonic()))
 
 
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
+class _Begun:
+    """How often each unit was begun. Ray Data would give a unit that ends every actor to another one for ever; and a limit to its
+    retries counts those, too, that find a lost node before Ray knows that it is lost.
+    """
+
+    def __init__(self) -> None:
+        self._times: Counter[int] = Counter()
+
+    def begin(self, number: int) -> int:
+        self._times[number] += 1
+        return self._times[number]
+
+
 class _Actor:
     """One actor of the pool: networks are loaded here once."""
 
     def __init__(self, job: Any) -> None:
         choose_kernels()
-        self._make_worker, self._units = ray.get(job)
+        self._make_worker, self._units, self._begun = ray.get(job)
 
     @cached_property
     def _work(self) -> Worker[Any]:
@@ -120,8 +128,15 @@ class _Actor:
         return made
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        number = int(row["unit"])
+        if ray.get(self._begun.begin.remote(number)) > DEATHS:
+            sentence = (
+                f"{self._units[number]} was begun {DEATHS} times, and each time its actor died: see Ray's worker logs (mostly "
+                "too little memory: lower sampling.batch or evaluate.unit), then give the same command again"
+            )
+            return row | {"error": sentence}
         try:
-            self._work(self._units[int(row["unit"])])
+            self._work(self._units[number])
         except UserError as error:  # as data: Ray would wrap it, log its traceback and drop its type
             return row | {"error": str(error)}
         except torch.OutOfMemoryError as error:

@@ -26,6 +26,7 @@ from configs.load import load_config
 from data_pipeline.store import Store, open_store
 
 ROOT = Path(__file__).parents[2]
+ONCE = SimpleNamespace(begin=SimpleNamespace(remote=lambda number: 1))  # no unit was begun before
 
 
 def drive(
@@ -80,7 +81,8 @@ def test_a_unit_that_ends_every_actor_ends_the_job_with_a_sentence(ray_head: tup
     store = open_store(str(tmp_path))
     driver = drive(ray_head[0], store, [0.0], [-20], [])
     assert driver.returncode == 2, driver.stdout + driver.stderr
-    assert f"a work unit has ended {units.DEATHS} actors" in driver.stdout.splitlines()[-1]
+    sentence = f"Unit(w=0.0, first=20, last=30) was begun {units.DEATHS} times, and each time its actor died"
+    assert sentence in driver.stdout.splitlines()[-1]
     assert len(store.list("died/")) == units.DEATHS
 
 
@@ -105,6 +107,7 @@ def test_no_thread_that_holds_references_outlives_a_job(monkeypatch: pytest.Monk
     dataset = SimpleNamespace(map=lambda *_, **__: SimpleNamespace(iter_rows=iter_rows))
     monkeypatch.setattr(units.ray.data, "from_items", lambda *_, **__: dataset)
     monkeypatch.setattr(units.ray, "put", lambda job: job)
+    monkeypatch.setattr(units, "_Begun", SimpleNamespace(remote=lambda: None))
     config = load_config(ROOT / "configs" / "digits.yaml", ["cluster.actors=1"])
     with pytest.raises(UserError, match="refused") if error else contextlib.nullcontext():
         assert list(units.run([10, 11, 12], lambda: print, config, Resources(1, 0))) == [10, 11, 12]
@@ -117,7 +120,7 @@ def test_a_gpu_that_is_too_small_is_told_what_to_lower(monkeypatch: pytest.Monke
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 80 GiB")
 
     monkeypatch.setattr(units.ray, "get", lambda job: job)
-    found = units._Actor((lambda: work, [Unit(0.0, 0, 1)]))({"unit": 0})
+    found = units._Actor((lambda: work, [Unit(0.0, 0, 1)], ONCE))({"unit": 0})
     assert found["error"] == "the GPU's memory is too small for a work unit (CUDA out of memory); lower sampling.batch"
 
 
@@ -126,7 +129,7 @@ def test_what_an_actor_cannot_load_reaches_the_user_as_a_sentence_too(monkeypatc
         raise DataError("weights are not on this node.")
 
     monkeypatch.setattr(units.ray, "get", lambda job: job)
-    assert units._Actor((make, [Unit(0.0, 0, 1)]))({"unit": 0}) == {"unit": 0, "error": "weights are not on this node."}
+    assert units._Actor((make, [Unit(0.0, 0, 1)], ONCE))({"unit": 0}) == {"unit": 0, "error": "weights are not on this node."}
 
 
 @pytest.mark.slow
