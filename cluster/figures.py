@@ -171,8 +171,16 @@ def _dense(points: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _styles(series: list[Series]) -> list[tuple[str, str]]:
-    """A colour and a marker for each series: another marker where the colours begin again."""
-    return [(COLOURS[i % len(COLOURS)], MARKERS[i // len(COLOURS) % len(MARKERS)]) for i in range(len(series))]
+    """A colour and a marker for each series. Series of one p_uncond, where there are several of them, share its colour."""
+    keys: list[object] = [rows[0].p_uncond for _, rows in series]
+    if not 1 < len(set(keys)) < len(keys):
+        keys = list(range(len(series)))
+    order, styles = list(dict.fromkeys(keys)), []
+    for i, key in enumerate(keys):
+        number = order.index(key)
+        again = number // len(COLOURS) + keys[:i].count(key)
+        styles.append((COLOURS[number % len(COLOURS)], MARKERS[again % len(MARKERS)]))
+    return styles
 
 
 def _log_if_wide(axes: Axes, values: list[float]) -> None:

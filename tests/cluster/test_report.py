@@ -575,3 +575,12 @@ def test_a_series_is_called_by_what_differs_and_defaults_say_nothing(tmp_path: P
     write_report(rows[:2], {}, tmp_path, title="t", varying=["options"])
     best = json.loads((tmp_path / "report.json").read_text())["best"]
     assert [each["series"] for each in best] == ["defaults", "spacing=logsnr"]
+
+
+def test_networks_of_one_p_uncond_share_a_colour_and_no_two_curves_look_alike():
+    repeated = figures._styles([(f"p{p}-s{s}", _rows(p_uncond=p)) for s in (0, 1, 2) for p in (0.1, 0.2, 0.5)])
+    assert len(set(repeated)) == 9
+    assert [colour for colour, _ in repeated] == list(figures.COLOURS[:3]) * 3
+    others = figures._styles([(f"T = {steps}", _rows(steps=steps)) for steps in range(1, 9)])
+    assert len(set(others)) == 8
+    assert [colour for colour, _ in others[:6]] == list(figures.COLOURS)
