@@ -63,7 +63,7 @@ def split(weights: Sequence[float], images: int, unit: int) -> list[Unit]:
 
 def missing(store: Store, units: Sequence[Unit], suffix: str) -> list[Unit]:
     """The units that have not been published yet."""
-    present = {info.key for info in store.list("units/")}
+    present = {info.key for info in store.list("units/")} if units else set()
     return [u for u in units if u.key(suffix) not in present]
 
 
