@@ -8,8 +8,9 @@ Samples have ids 0 .. N-1 in manifest order; chunk j is the ids [jq, (j+1)q), an
     epoch   (e, v) = divmod(u, M // G)               window v of epoch e; streams never end, so no epoch ends ragged
     sample  s = sigma_u(k mod (G q)),   chunk = pi_e(v G + s div q),   id = chunk q + s mod q
 
-pi_e permutes the chunks of epoch e and sigma_u the samples of window u. Both are keyed 4-round Feistel networks over the next
-power of two, brought down to size by cycle walking (Black & Rogaway 2002), so they are evaluated, never stored.
+pi_e permutes the chunks of epoch e and sigma_u the samples of window u. Both are keyed 8-round Feistel networks over the next
+power of two, brought down to size by cycle walking (Black & Rogaway 2002), so they are evaluated, never stored. Runs that began
+with 4 rounds, which keep more neighbours together than chance does, go on with them.
 
 Every chunk comes at most once per epoch. M mod G chunks are left out of an epoch (pi_e changes which), and N mod q samples: the
 last chunk takes its q samples from the last q + N mod q by rotation, so over the epochs each of them is left out equally often.
@@ -17,7 +18,7 @@ last chunk takes its q samples from the last q + N mod q by rotation, so over th
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,8 @@ Words = npt.NDArray[np.uint64]
 WHOLE_BYTES = 64 * 2**20  # a data set up to this size is one window: every worker keeps it in memory
 WINDOWS_BYTES = 256 * 2**20  # of the windows of all streams together: half of what data.cache_mib is by default
 WINDOW_CHUNKS = 8  # G: below it neighbouring batches share chunks and their means correlate
-ROUNDS = 4
+ROUNDS = 8
+FIRST_ROUNDS = 4  # of runs whose checkpoints name no number, and of the shuffle in which `prepare` deals a source
 MIN_BITS = 8  # in smaller domains four rounds are measurably not uniform
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -45,6 +47,7 @@ class Order:
     streams: int  # C
     window_chunks: int  # G
     seed: int
+    rounds: int = ROUNDS  # of the Feistel networks
 
     def __post_init__(self) -> None:
         if min(self.samples, self.chunk_samples, self.streams, self.window_chunks) < 1:
@@ -97,9 +100,9 @@ class Order:
     def in_window(self, u: Ints, offset: Ints) -> tuple[Ints, Ints]:
         """Epochs and sample ids at the places `offset` (0 .. Gq - 1) of the windows u."""
         epoch, v = np.divmod(u, self.chunks // self.window_chunks)
-        s = permute(offset, self.window_samples, key(self.seed, 1, u))
+        s = permute(offset, self.window_samples, key(self.seed, 1, u), self.rounds)
         slot, within = np.divmod(s, self.chunk_samples)
-        chunk = permute(v * self.window_chunks + slot, self.chunks, key(self.seed, 0, epoch))
+        chunk = permute(v * self.window_chunks + slot, self.chunks, key(self.seed, 0, epoch), self.rounds)
         return epoch, self._ids(epoch, chunk, within)
 
     def _ids(self, epoch: Ints, chunk: Ints, within: Ints) -> Ints:
@@ -113,8 +116,13 @@ class Order:
         word = int(key(self.seed, 2, np.array([position]))[0]) + attempt * int(GOLDEN)
         return int(_mix(np.array([word % 2**64], dtype=np.uint64))[0]) % self.samples
 
+    def with_rounds(self, rounds: int) -> Order:
+        """The same sizes under permutations of so many rounds."""
+        return replace(self, rounds=rounds)
+
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """The sizes by name, as JSON gives them back; `rounds` is recorded beside them."""
+        return {name: value for name, value in asdict(self).items() if name != "rounds"}
 
 
 def _fit_windows(manifest: Manifest, global_batch: int, window: int) -> tuple[int, int]:
@@ -163,7 +171,7 @@ class Mixture(Order):
             raise ValueError("the data sets of a mixture need equal streams and equal windows")
         first = orders[0]
         ids = sum(-(-order.samples // first.chunk_samples) * first.chunk_samples for order in orders)
-        return cls(ids, first.chunk_samples, first.streams, first.window_chunks, first.seed, orders, weights)
+        return cls(ids, first.chunk_samples, first.streams, first.window_chunks, first.seed, first.rounds, orders, weights)
 
     @classmethod
     def of_parts(cls, manifest: Manifest, global_batch: int, seed: int) -> Mixture:
@@ -173,6 +181,13 @@ class Mixture(Order):
         streams, window = _fit_windows(manifest, global_batch, most)
         orders = tuple(Order(part.samples, q, streams, window, seed + number) for number, part in enumerate(manifest.parts))
         return cls.of(orders, tuple(part.weight for part in manifest.parts))
+
+    def with_rounds(self, rounds: int) -> Mixture:
+        orders = tuple(order.with_rounds(rounds) for order in self.orders)
+        return replace(self, rounds=rounds, orders=orders)
+
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | {"orders": [order.to_dict() for order in self.orders], "weights": list(self.weights)}
 
     def locate(self, positions: Ints) -> tuple[Ints, Ints]:
         """As `Order.locate`; the epochs are those of the data set that the sample is from."""
@@ -219,25 +234,25 @@ def deal(u: Ints, weights: tuple[int, ...]) -> tuple[Ints, Ints]:
     return np.where(takes, ours[0], half + theirs[0]), np.where(takes, ours[1], theirs[1])
 
 
-def permute(x: Ints, size: int, keys: Words) -> Ints:
+def permute(x: Ints, size: int, keys: Words, rounds: int = ROUNDS) -> Ints:
     """The image of each x in [0, size) under the bijection of [0, size) that its key names. Shapes of x and keys broadcast."""
     if size == 1:
         return np.zeros(np.broadcast(x, keys).shape, dtype=np.int64)
     bits = max(MIN_BITS, (size - 1).bit_length())
     value, word = np.broadcast_arrays(np.asarray(x).astype(np.uint64), keys)
-    value = _feistel(value, bits, word)
+    value = _feistel(value, bits, word, rounds)
     outside = np.nonzero(value >= size)
     while outside[0].size:  # cycle walking: follow the larger bijection until it comes back inside
-        value[outside] = _feistel(value[outside], bits, word[outside])
+        value[outside] = _feistel(value[outside], bits, word[outside], rounds)
         outside = tuple(axis[value[outside] >= size] for axis in outside)
     return value.astype(np.int64)
 
 
-def _feistel(x: Words, bits: int, keys: Words) -> Words:
-    """A keyed bijection of [0, 2^bits). The halves swap every round and may differ by one bit in width."""
+def _feistel(x: Words, bits: int, keys: Words, rounds: int) -> Words:
+    """A keyed bijection of [0, 2^bits). The halves swap every round and may differ by one bit in width; `rounds` is even."""
     low_bits, high_bits = bits // 2, bits - bits // 2
     high, low = x >> np.uint64(low_bits), x & np.uint64(2**low_bits - 1)
-    for round_ in range(ROUNDS):
+    for round_ in range(rounds):
         mask = np.uint64(2**high_bits - 1)
         high, low = low, (high ^ _mix(_mix(keys + np.uint64(round_)) ^ low)) & mask
         low_bits, high_bits = high_bits, low_bits

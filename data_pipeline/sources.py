@@ -24,7 +24,7 @@ from configs.schema import DataConfig
 from data_pipeline.decode import BadSample, Pixels, decode_image, decode_latents, decode_sample, fit
 from data_pipeline.fetch import Fetch, Fetcher, Fields
 from data_pipeline.manifest import Manifest, Schema, load_manifest
-from data_pipeline.order import key, permute
+from data_pipeline.order import FIRST_ROUNDS, key, permute
 from data_pipeline.shards import Sample, Source
 from data_pipeline.store import Store, open_store
 
@@ -263,7 +263,7 @@ class _Blockwise:
         self.arguments = load, use, rows, total_bytes
         self.load, self.use = load, use
         self.window = max(1, min(len(rows), WINDOW_BYTES * len(rows) // max(1, total_bytes)))  # blocks
-        self.blocks = permute(np.arange(len(rows)), len(rows), key(0, 3, np.zeros(1, np.int64)))
+        self.blocks = permute(np.arange(len(rows)), len(rows), key(0, 3, np.zeros(1, np.int64)), FIRST_ROUNDS)
         self.firsts = np.cumsum([0, *np.asarray(rows, np.int64)[self.blocks]])  # rows before each block
         self.kept: OrderedDict[int, Sequence[Any]] = OrderedDict()
 
@@ -283,7 +283,8 @@ class _Blockwise:
         """Block and row of an item."""
         window = self._at(item) // self.window
         first, end = self.firsts[window * self.window], self.firsts[min((window + 1) * self.window, len(self.blocks))]
-        item = int(first + permute(np.array([item - first]), int(end - first), key(0, 3, np.array([window + 1])))[0])
+        keys = key(0, 3, np.array([window + 1]))
+        item = int(first + permute(np.array([item - first]), int(end - first), keys, FIRST_ROUNDS)[0])
         return int(self.blocks[self._at(item)]), item - int(self.firsts[self._at(item)])
 
     def _at(self, item: int) -> int:
@@ -319,5 +320,6 @@ def _from_arrays(images: Pixels, labels: np.ndarray, schema: Schema) -> Source:
 
 
 def _shuffled(read: Callable[[int], Sample], items: int) -> Callable[[int], Sample]:
-    order = permute(np.arange(items), items, key(0, 3, np.zeros(1, np.int64)))
+    # An unfinished `prepare` goes on with the shards that it has, so this shuffle may not change.
+    order = permute(np.arange(items), items, key(0, 3, np.zeros(1, np.int64)), FIRST_ROUNDS)
     return lambda item: read(int(order[item]))

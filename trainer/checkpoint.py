@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from configs.errors import CheckpointError, StoreError
+from data_pipeline.order import FIRST_ROUNDS
 from data_pipeline.store import MissingObject, Store
 from trainer.ema import Ema, reconstruction, sigma_rel_of
 from trainer.engine import KINDS, Engine, Fragment
@@ -35,6 +36,7 @@ FORMAT = 1
 EMA = "ema"
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
 MANIFEST = "/manifest.json"
+ROUNDS = "order.rounds"  # what a run keeps as it began, whatever is the default by now
 _UNRECORDED = ["train.ema_decay"]  # what the identity in older manifests does not say
 _LISTINGS = 10  # of a run that deletes what was listed before it can be read
 _READ = 32 * 2**20  # bytes of one ranged read at most, unless one piece is larger
@@ -72,6 +74,11 @@ class Checkpoint:
     shapes: dict[str, tuple[int, ...]]
     files: dict[str, int]  # key -> bytes
     pieces: list[Piece]
+
+    @property
+    def rounds(self) -> int:
+        """Of the order's permutations."""
+        return int(self.identity.get(ROUNDS, FIRST_ROUNDS))
 
     @property
     def averages(self) -> list[str]:
@@ -361,7 +368,7 @@ def _read(store: Store, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Tensor
 
 def check_identity(store: Store, checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
     """Raises CheckpointError, naming the first difference, if the run was started with something else."""
-    for name in sorted(identity.keys() | checkpoint.identity.keys()):
+    for name in sorted((identity.keys() | checkpoint.identity.keys()) - {ROUNDS}):
         then, now = checkpoint.identity.get(name), identity.get(name)
         if then != now and (name in checkpoint.identity or name not in _UNRECORDED):
             raise CheckpointError(

@@ -86,8 +86,10 @@ def assemble(config: Config) -> tuple[Run, int]:
     limit_collectives(_PATIENCE)  # DeepSpeed's own groups would give the first step, which may compile, ten minutes
     ema = Ema(engine, profiles(config.train))
     order = Order.choose(manifest, config.train.global_batch, config.seed)
+    found = checkpoint.resume(store, engine, ema, run_identity(config, manifest, order))
+    if found:
+        order = order.with_rounds(found.rounds)
     identity = run_identity(config, manifest, order)
-    found = checkpoint.resume(store, engine, ema, identity)
     start = found.step if found else 0
     reader = Reader(
         data,
@@ -267,6 +269,7 @@ def run_identity(config: Config, manifest: Manifest, order: Order) -> dict[str, 
         "train.global_batch": config.train.global_batch,
         "train.ema_decay": config.train.ema_decay,
         "order": order.to_dict(),
+        checkpoint.ROUNDS: order.rounds,
         **{f"model.{name}": getattr(config.model, name) for name in network_options(config.model)},
         **{f"diffusion.{name}": value for name, value in vars(config.diffusion).items()},
     }

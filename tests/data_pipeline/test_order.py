@@ -1,6 +1,7 @@
 """Tests of order.py: everything it promises is countable."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -101,12 +102,41 @@ def test_the_seed_changes_the_order() -> None:
     assert (a != b).mean() > 0.9
 
 
+@pytest.mark.parametrize("size", [60, 256, 1797, 60_000])
+def test_as_many_neighbours_stay_together_as_in_random_permutations(size: int) -> None:
+    """Of the size - 1 pairs (i, i + 1), a random permutation leaves 2 (size - 1) / size side by side on average, nearly Poisson.
+
+    Within 4 standard errors over so many permutations that four rounds are 5 and more away.
+    """
+    permutations = max(80, 800_000 // size)
+    images = permute(np.arange(size), size, key(1, 0, np.arange(permutations))[:, None])
+    together = (np.abs(np.diff(images, axis=1)) == 1).sum(axis=1)
+    expected = 2 * (size - 1) / size
+    assert abs(together.mean() - expected) < 4 * np.sqrt(expected / permutations)
+
+
 def test_the_order_is_pinned() -> None:
     """Runs store the order's parameters, not the order: a change of these numbers would silently break every resume."""
     assert Order(1000, 4, 4, 5, seed=42).locate(np.arange(8))[1].tolist() == PINNED
+    first = Order(1000, 4, 4, 5, seed=42, rounds=4)
+    assert first.locate(np.arange(8))[1].tolist() == PINNED_FOUR_ROUNDS
+    assert Mixture.of((first,), (1,)).locate(np.arange(8))[1].tolist() == PINNED_FOUR_ROUNDS
 
 
-PINNED = [653, 76, 107, 932, 387, 389, 276, 936]
+PINNED = [349, 792, 283, 720, 613, 13, 69, 156]
+PINNED_FOUR_ROUNDS = [653, 76, 107, 932, 387, 389, 276, 936]
+
+
+def test_an_order_is_recorded_by_its_sizes_and_keeps_its_rounds() -> None:
+    order = Order(1000, 4, 4, 5, seed=42)
+    assert order.to_dict() == {"samples": 1000, "chunk_samples": 4, "streams": 4, "window_chunks": 5, "seed": 42}
+    mixture = Mixture.of((order, order), (1, 2))
+    stored = json.dumps(mixture.to_dict())
+    assert json.loads(stored) == mixture.to_dict()  # what a checkpoint says is compared with it
+    assert "rounds" not in stored
+    old = mixture.with_rounds(4)
+    assert [one.rounds for one in (old, *old.orders)] == [4, 4, 4]
+    assert old.to_dict() == mixture.to_dict()
 
 
 @pytest.mark.parametrize("streams", [1, 2, 6, 12, 24, 48, 5])

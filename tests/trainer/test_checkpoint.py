@@ -10,6 +10,7 @@ import resource
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from configs.schema import TrainConfig
 from data_pipeline.manifest import load_manifest
 from data_pipeline.order import Order
 from data_pipeline.store import FolderStore, ObjectInfo, open_store
-from trainer import checkpoint
+from trainer import checkpoint, loop
 from trainer.ema import Ema, profiles
 from trainer.engine import KINDS, Engine, join_process_group
 from trainer.loop import run_identity
@@ -307,6 +308,31 @@ def test_another_decay_of_the_average_is_refused_by_name(training: Training, tin
 def test_a_run_from_before_its_decay_was_recorded_goes_on(training: Training) -> None:
     training.save()
     assert checkpoint.resume(training.store, training.engine, training.ema, IDENTITY | {"train.ema_decay": 0.9}) is not None
+
+
+def test_a_run_keeps_the_rounds_of_its_order(engine: Engine, tiny: Callable[..., Path]) -> None:
+    config = load_config(tiny("rounds", train={"zero_stage": 0, "precision": "fp32"}))
+    store = open_store(config.run)
+
+    def assembled(save: int = 0) -> tuple[int, Any, int]:
+        run, start = loop.assemble(config)
+        with run.reader, closing(run.telemetry):
+            if save:
+                run.writer.claim()
+                run.writer.start(save, [])
+                run.writer.finish()
+            return start, run.identity["order.rounds"], run.reader.order.rounds
+
+    assert assembled(save=1) == (0, 8, 8)
+    assert assembled() == (1, 8, 8)
+    (key,) = checkpoint.manifests(store)
+    old = json.loads(store.get(key))
+    del old["sha256"], old["identity"]["order.rounds"]
+    store.put(key, checkpoint.sealed(old))
+    loop.preflight(config)
+    assert assembled(save=2) == (1, 4, 4)
+    assert checkpoint.find(store, 2).identity["order.rounds"] == 4
+    assert assembled() == (2, 4, 4)
 
 
 def test_another_network_is_refused_by_the_name_of_its_parameter(training: Training) -> None:
