@@ -11,7 +11,6 @@ import contextlib
 import functools
 import hashlib
 import os
-import re
 import threading
 import time
 from collections.abc import Callable
@@ -96,10 +95,6 @@ class S3Store(Store):
 
     def __init__(self, bucket: str, prefix: str, retry: Retry, traffic: Traffic | None = None) -> None:
         self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
-        if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9._-]{2,254}", bucket):
-            raise StoreError(f"{self.uri} names no bucket; give s3://bucket/prefix.")
-        if prefix:
-            checked(prefix)
         self.bucket, self.prefix, self.retry = bucket, prefix, retry
         self.traffic = traffic or Traffic()
 

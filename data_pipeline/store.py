@@ -10,8 +10,6 @@ import random
 import shutil
 import threading
 import time
-import urllib.parse
-import urllib.request
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from configs.errors import StoreError
+from configs.locations import locate
 
 AGAIN = "prepare or index the data again"
 TEMP = ".tmp-"  # names of unfinished files in a folder
@@ -162,19 +161,13 @@ class Store(ABC):
 
 
 def open_store(uri: str, retry: Retry | None = None) -> Store:
-    """The store at `s3://bucket/prefix`, `file:///folder` or a plain folder path. Touches nothing yet; see `Store.check`."""
-    parts = urllib.parse.urlsplit(uri)
-    if parts.scheme == "s3":
-        from data_pipeline.s3 import S3Store  # boto3 takes long to import, and a folder has no use for it
+    """The store at a location of `configs.locations`. Touches nothing yet; see `Store.check`. Raises StoreError."""
+    place = locate(uri)
+    if not place.bucket:
+        return FolderStore(Path(place.path))
+    from data_pipeline.s3 import S3Store  # boto3 takes long to import, and a folder has no use for it
 
-        return S3Store(parts.netloc, uri.split("://", 1)[1].partition("/")[2].strip("/"), retry or Retry())
-    if parts.scheme == "file":
-        return FolderStore(Path(urllib.request.url2pathname(parts.path)))
-    if "://" in uri:
-        raise StoreError(f"{uri} has the unknown scheme {parts.scheme}://; give s3://bucket/prefix or a folder.")
-    if not uri:
-        raise StoreError("A location is empty; give s3://bucket/prefix or a folder.")
-    return FolderStore(Path(uri))
+    return S3Store(place.bucket, place.path, retry or Retry())
 
 
 def read_each(store: Store, keys: Sequence[str], made: Callable[[str, bytes], T]) -> list[T]:
@@ -203,14 +196,15 @@ class FolderStore(Store):
     """A folder that behaves like a bucket. The etag of a file is its size: cheap, and the CRCs of the manifest find the rest."""
 
     def __init__(self, folder: Path, traffic: Traffic | None = None) -> None:
-        self.folder = Path(os.path.abspath(folder.expanduser()))  # absolute: Ray's workers stand in other folders
+        self.folder = Path(os.path.abspath(folder))  # absolute: Ray's workers stand in other folders
         self.uri = str(self.folder)
         self.traffic = traffic or Traffic()
 
     def check(self) -> None:
         there = self.folder
-        while not there.exists():
-            there = there.parent
+        with self._errors(""):
+            while not there.exists():
+                there = there.parent
         if not there.is_dir():
             raise StoreError(f"{there} is a file; give a folder.")
         if not os.access(there, os.W_OK | os.X_OK):
@@ -302,9 +296,10 @@ class FolderStore(Store):
 
     @contextlib.contextmanager
     def _errors(self, key: str) -> Any:
+        where = f"{self.uri}/{key}" if key else self.uri
         try:
             yield
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-            raise MissingObject(f"{self.uri}/{key} does not exist; check the location.") from error
+            raise MissingObject(f"{where} does not exist; check the location.") from error
         except OSError as error:
-            raise StoreError(f"{self.uri}/{key} cannot be used ({error.strerror}); check the disk and its rights.") from error
+            raise StoreError(f"{where} cannot be used ({error.strerror}); check the disk and its rights.") from error

@@ -124,6 +124,10 @@ def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
         open_store(str(tmp_path / "file")).check()
 
 
+def test_a_folder_that_cannot_even_be_looked_for_is_named(tmp_path: Path) -> None:
+    assert "cannot be used (File name too long)" in sentence(open_store(str(tmp_path / ("x" * 300))))
+
+
 @pytest.mark.parametrize("prefix", ["", "a", "a/", "a/b", "a/b/", "a/b/c", "ab/", "../", "..", "/", "a//", "no/such/"])
 def test_a_listing_has_the_keys_that_begin_with_its_prefix(store: Store, prefix: str) -> None:
     keys = ["a/b/c", "a/b/d/e", "a/bc", "ab/c", "b/a/b"]
