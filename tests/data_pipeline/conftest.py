@@ -10,6 +10,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from configs.schema import DataConfig
+from data_pipeline.fetch import Fetcher
 from data_pipeline.manifest import Manifest, Schema, build_manifest, save_manifest
 from data_pipeline.shards import Sample, Source, pack_shard, write_shards
 from data_pipeline.store import Store, create_bucket, open_store
@@ -99,3 +100,9 @@ def write_noise(store: Store, items: int, *, shard_samples: int = 50, chunk_samp
 
 def data_config(**options: object) -> DataConfig:
     return DataConfig(**{"uri": "unused", "image_size": 8, "classes": 10, **options})  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def no_hedges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is read a second time because a busy machine read it slowly: bytes can be counted."""
+    monkeypatch.setattr(Fetcher, "_patience", lambda _: None)

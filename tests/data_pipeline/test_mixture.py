@@ -160,6 +160,7 @@ def test_weights_belong_to_the_fingerprint(mixture: tuple[Store, Manifest], stor
     )
 
 
+@pytest.mark.usefixtures("no_hedges")
 def test_the_traffic_of_all_data_sets_is_counted(mixture: tuple[Store, Manifest]) -> None:
     before = threading.active_count()
     place = {"global_batch": BATCH, "rank": 0, "world_size": 1, "start_step": 0}

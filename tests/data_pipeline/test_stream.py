@@ -218,6 +218,7 @@ def test_close_joins_every_thread(folder: tuple[Store, Manifest]) -> None:
         next(reader)
 
 
+@pytest.mark.usefixtures("no_hedges")
 def test_stats_count_what_was_read(folder: tuple[Store, Manifest]) -> None:
     store = FolderStore(Path(folder[0].uri))
     place = {"global_batch": BATCH, "rank": 0, "world_size": 1, "start_step": 0}
