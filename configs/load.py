@@ -126,7 +126,7 @@ def _name_checks(config: Config, command: str) -> Checks:
     yield re.fullmatch(r"[\w-][\w.-]*", config.name) is not None, f"name={config.name!r}: must name a folder under runs/"
     names: dict[str, list[Any]] = {
         "data.source": ["digits", "folder", "idx", "parquet", "webdataset"],
-        "data.resize": ["adm", "area"],
+        "data.resize": ["adm", "area", "box"],
         "data.dtype": ["uint8", "float16", "float32"],
         "diffusion.schedule": ["cosine", "uniform", "normal", "flow"],
         "diffusion.prediction": ["eps", "x", "v", "edm"],

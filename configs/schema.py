@@ -19,7 +19,9 @@ class DataConfig:
     shards: str = ""  # what `index` reads: tars under `uri` in brace notation, a-{000..099}.tar; empty = all of them
     skip_broken: bool = False  # whether `index` leaves out broken tars instead of stopping
     image_size: int = 64  # pixels per side; other images are centre-cropped and resized
-    resize: str = "adm"  # how `prepare` resizes: adm (box halvings, then bicubic) | area (each pixel the mean of what it covers)
+    resize: str = (
+        "adm"  # how `prepare` resizes: adm (box halvings, bicubic) | area (each pixel the mean of what it covers) | box (Pillow's)
+    )
     channels: int = 3  # 1 = grey, 3 = RGB; latents have any number
     dtype: str = "uint8"  # what a sample is: uint8 (an image) | float16 | float32 (raw latents, .npy arrays (C, H, W))
     latent_scale: float = 1.0  # latents are multiplied by it when they are read; Stable Diffusion's autoencoder wants 0.18215
@@ -82,7 +84,7 @@ class TrainConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # AdamW's moment decays
     adam_eps: float = 1e-8  # AdamW's epsilon
     weight_decay: float = 0.0  # AdamW's decoupled weight decay
-    grad_clip: float = 1.0  # largest global gradient norm; 0 = no clipping
+    grad_clip: float = 1.0  # largest global gradient norm; 0 = no clipping, as ADM
     ema_decay: float = 0.9999  # decay per step of the averaged weights that sampling uses
     ema_half_lives: list[int] = field(default_factory=list)  # further averages, by half-life in images
     ema_sigma_rel: list[float] = field(default_factory=list)  # EDM2's power-function averages, as [0.05, 0.1]: any other follows

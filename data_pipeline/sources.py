@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from configs.errors import ConfigError, DataError
 from configs.schema import DataConfig
-from data_pipeline.decode import BadSample, Pixels, decode_image, decode_latents, decode_sample, fit
+from data_pipeline.decode import RECORDED, BadSample, Pixels, decode_image, decode_latents, decode_sample, fit
 from data_pipeline.fetch import Fetch, Fetcher, Fields
 from data_pipeline.manifest import Manifest, Schema, load_manifest
 from data_pipeline.order import FIRST_ROUNDS, key, permute
@@ -111,7 +111,7 @@ def image_folder(
         except OSError as error:
             raise BadSample("image", f"{file}: {error.strerror}") from error
 
-    return Source(schema, len(files), _shuffled(read, len(files)), f"folder {resize} {digest.hexdigest()}")
+    return Source(schema, len(files), _shuffled(read, len(files)), f"folder {RECORDED[resize]} {digest.hexdigest()}")
 
 
 def idx(path: str, image_size: int | None = None, classes: int | None = None, split: str = "train") -> Source:
@@ -167,7 +167,7 @@ def parquet(
     read = _Blockwise(lambda group: groups[group].images(image), use, np.diff(firsts).tolist(), sum(group.size for group in groups))
     digest = hashlib.sha256("".join(f"{file.name}\0{file.stat().st_size}\0" for file in files).encode()).hexdigest()
     schema = Schema(image_size, channels, classes or found)
-    return Source(schema, len(labels), read, f"parquet {resize} {digest}")
+    return Source(schema, len(labels), read, f"parquet {RECORDED[resize]} {digest}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,7 +235,9 @@ def tars(uri: str, image_size: int, channels: int, classes: int, resize: str = "
             raise BadSample(error.cause, f"{manifest.describe(block * per_block + row)}: {error}") from error
         return Sample(image, label)
 
-    return Source(schema, manifest.samples, _Blockwise(load, use, rows, manifest.bytes), f"tars {resize} {manifest.fingerprint}")
+    return Source(
+        schema, manifest.samples, _Blockwise(load, use, rows, manifest.bytes), f"tars {RECORDED[resize]} {manifest.fingerprint}"
+    )
 
 
 def _read_tars(store: Store, manifest: Manifest, ids: range) -> list[Fields | BadSample]:

@@ -2,11 +2,13 @@
 
 import io
 import json
+import math
 import pickle
 import resource
 import struct
 import tracemalloc
 import zlib
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -218,3 +220,37 @@ def test_damaged_images_never_crash_at_length(ext: str, noise: bytes, at: int, p
 
 
 MEMORY = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def covered(image: np.ndarray, size: int) -> list[list[Fraction]]:
+    """The mean of what each new pixel covers of a grey square, from its definition, without rounding."""
+    side = len(image)
+
+    def shares(i: int) -> dict[int, Fraction]:
+        first, end = Fraction(i * side, size), Fraction((i + 1) * side, size)
+        return {j: (min(end, j + 1) - max(first, j)) / (end - first) for j in range(int(first), math.ceil(end))}
+
+    every = [shares(i) for i in range(size)]
+    return [[sum(a * b * int(image[j, k]) for j, a in rows.items() for k, b in cols.items()) for cols in every] for rows in every]
+
+
+@pytest.mark.parametrize(("wide", "high", "size"), [(500, 375, 64), (110, 110, 64), (28, 28, 12), (24, 40, 8), (9, 7, 12)])
+def test_area_is_the_mean_of_what_a_pixel_covers_at_any_ratio(wide: int, high: int, size: int) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (high, wide, 3), dtype=np.uint8)
+    side = min(high, wide)
+    top, left = (high - side) // 2, (wide - side) // 2
+    found = fit(image, size, "area")
+    for c in (0, 2):
+        means = covered(image[top : top + side, left : left + side, c], size)
+        assert found[..., c].tolist() == [[round(mean) for mean in row] for row in means]  # halves to even, both
+
+
+@pytest.mark.parametrize(("side", "size"), [(48, 8), (128, 64), (28, 14)])
+def test_box_is_area_where_a_pixel_covers_whole_ones(side: int, size: int) -> None:
+    image = np.random.default_rng(1).integers(0, 256, (side, side, 1), dtype=np.uint8)
+    assert np.array_equal(fit(image, size, "box"), fit(image, size, "area"))
+    assert not np.array_equal(fit(image, size + 3, "box"), fit(image, size + 3, "area"))
+
+
+def test_the_mean_of_the_largest_white_image_is_white() -> None:
+    assert (fit(np.full((8000, 8000, 1), 255, np.uint8), 7, "area") == 255).all()
