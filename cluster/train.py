@@ -53,6 +53,8 @@ def train(config: Config) -> None:
     if start >= config.train.steps:
         print(f"{config.run} is trained: step {start} of {config.train.steps}, nothing to do")
         return
+    # Workers stay in the folder of the command, as mixtures that older versions wrote may name their data sets from there.
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
     began = time.monotonic()

@@ -1,24 +1,26 @@
 """A YAML file and `key=value` overrides become one checked `Config`.
 
 Unknown keys are refused before anything is merged, so that the message can name the file or the argument that holds them and
-the nearest key that exists. Values are then merged one by one through OmegaConf, which knows the types.
+the nearest key that exists. Values are then merged one by one through OmegaConf, which knows the types. Locations become absolute
+here, where the command is typed: the processes of a cluster stand in other folders.
 """
 
 import difflib
 import itertools
 import math
 import re
-from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from configs.errors import ConfigError
-from configs.schema import Config, EvaluateConfig, TrainConfig
+from configs.errors import ConfigError, StoreError
+from configs.locations import locate
+from configs.schema import LOCATION, Config, EvaluateConfig, TrainConfig
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None, command: str = "train") -> Config:
@@ -55,8 +57,21 @@ def load_config(path: str | Path, overrides: list[str] | None = None, command: s
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {error.full_key or 'a value'}: {' '.join(str(error.msg or error).split())}") from error
     assert isinstance(config, Config)
+    config = _placed(config, _absolute)
     validate(config, command)
     return config
+
+
+def locations(config: Config) -> Iterator[tuple[str, str]]:
+    """Every location that `config` names, with its key: ("data.uri", "s3://bucket/prefix"). Absolute after `load_config`."""
+    found: list[tuple[str, str]] = []
+
+    def note(key: str, uri: str) -> str:
+        found.append((key, uri))
+        return uri
+
+    _placed(config, note)
+    yield from found
 
 
 def to_yaml(config: Config) -> str:
@@ -322,6 +337,51 @@ def _sampling_checks(config: Config, command: str) -> Checks:
     for name, seed in (("seed", config.seed), ("sampling.seed", config.sampling.seed)):
         yield 0 <= seed < 1 << 64, f"{name}={seed}: a whole number from 0 to 2**64 - 1"
     yield config.evaluate.screen >= -1, f"evaluate.screen={config.evaluate.screen}: a number of images, 0 for none, -1 for a tenth"
+
+
+def _absolute(key: str, uri: str) -> str:
+    try:
+        place = locate(uri)
+    except StoreError as error:
+        raise ConfigError(f"{key}: {str(error).rstrip('.')}") from error
+    if place.bucket and key == "data.disk_cache":
+        raise ConfigError(f"{key}={uri}: the cache is a folder on each node's own disk; give its path")
+    return place.uri
+
+
+def _placed(config: Config, change: Callable[[str, str], str]) -> Config:
+    """`config` with `change(key, location)` for each of its locations. Raises ConfigError where two of a mapping become one."""
+    config = replace(config, **_changed_fields(config, "", change))
+    axes = dict(config.evaluate.sweep)
+    if isinstance(axes.get("run"), list):  # the only location among the options that can be swept
+        axes["run"] = [change("evaluate.sweep", run) if isinstance(run, str) else run for run in axes["run"]]
+    return replace(config, evaluate=replace(config.evaluate, sweep=axes))
+
+
+def _changed_fields(group: Any, prefix: str, change: Callable[[str, str], str]) -> dict[str, Any]:
+    types, changed = get_type_hints(type(group), include_extras=True), {}
+    for option in fields(group):
+        value = getattr(group, option.name)
+        if value != "" or option.default != "":  # an optional one that is not given
+            changed[option.name] = _changed(value, types[option.name], f"{prefix}{option.name}", change)
+    return changed
+
+
+def _changed(value: Any, kind: Any, key: str, change: Callable[[str, str], str]) -> Any:
+    """`value` of the type `kind` with every location in it changed."""
+    if is_dataclass(kind):
+        return replace(value, **_changed_fields(value, f"{key}.", change))
+    if get_origin(kind) is Annotated:
+        return change(key, value) if LOCATION in kind.__metadata__ else value
+    if get_origin(kind) is list:
+        return [_changed(each, get_args(kind)[0], key, change) for each in value]
+    if get_origin(kind) is dict:
+        names, values = get_args(kind)
+        changed = {_changed(name, names, key, change): _changed(each, values, key, change) for name, each in value.items()}
+        if len(changed) < len(value):
+            raise ConfigError(f"{key}={value}: names one place twice; name each once")
+        return changed
+    return value
 
 
 def _value(config: Config, key: str) -> Any:

@@ -1,21 +1,25 @@
 """Every option of freeguide: its type, its unit, its default, and one line of why.
 
 A YAML file and `key=value` overrides are merged onto `Config` by `configs.load`. Options are grouped by the room that reads
-them. Locations are URIs: `s3://bucket/prefix` or a folder. Defaults are the paper's (arXiv 2207.12598) where it states them.
+them. Locations are URIs: `s3://bucket/prefix` or a folder; `load` makes them absolute, so that a config means the same places on
+every machine and in every process. Defaults are the paper's (arXiv 2207.12598) where it states them.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from omegaconf import MISSING
+
+LOCATION = "location"
+Uri = Annotated[str, LOCATION]  # marks the texts that name a place
 
 
 @dataclass
 class DataConfig:
-    uri: str = MISSING  # where the shards and their manifest stand
+    uri: Uri = MISSING  # where the shards and their manifest stand
     source: str = "folder"  # what `prepare` reads: digits (scikit-learn's) | folder (class/name.png) | idx | parquet | webdataset
-    path: str = ""  # the folder of class folders, of IDX files or of Parquet files; the URI of tars that `index` has been run on
-    mixture: dict[str, int] = field(default_factory=dict)  # `index` joins these data sets, {URI: whole weight}, into one at `uri`
+    path: Uri = ""  # the folder of class folders, IDX or Parquet files; the URI of tars that `index` has been run on
+    mixture: dict[Uri, int] = field(default_factory=dict)  # `index` joins these data sets, {URI: whole weight}, into one at `uri`
     shards: str = ""  # what `index` reads: tars under `uri` in brace notation, a-{000..099}.tar; empty = all of them
     skip_broken: bool = False  # whether `index` leaves out broken tars instead of stopping
     image_size: int = 64  # pixels per side; other images are centre-cropped and resized
@@ -34,7 +38,7 @@ class DataConfig:
     decode_threads: int = 2  # threads of one worker that turn bytes into pixels
     prefetch_batches: int = 4  # batches held ready ahead of the training step
     cache_mib: int = 512  # MiB of undecoded windows that one worker may hold in memory
-    disk_cache: str = ""  # folder on each node's own disk for what was read from the store; empty = none
+    disk_cache: Uri = ""  # folder on each node's own disk for what was read from the store; empty = none
     disk_cache_gib: float = 100.0  # GiB that this folder may hold; what was read longest ago goes first
 
 
@@ -139,13 +143,13 @@ class EvaluateConfig:
     sweep: dict[str, Any] = field(default_factory=dict)  # a series for each combination: {run: [URIs], sampling.steps: [8, 16]}
     screen: int = 0  # images per w of a first look; only the w near the frontier then get all `images`. 0 = none, -1 = a tenth
     unit: int = 1024  # images per work unit: what one failure can lose at most
-    extractor: str = ""  # weights of the feature network (Inception, an evaluator), path or URI; empty = the data's own evaluator
+    extractor: Uri = ""  # weights of the feature network (Inception, an evaluator), path or URI; empty = the data's own evaluator
     extractor_hash: str = ""  # sha256 that the feature network has to have, as `fit-evaluator` prints it; empty = any
-    reference: str = ""  # statistics of the real images, an .npz by path or URI; empty = measured on the data set
-    dinov2: str = ""  # DINOv2's weights, path or URI, for FD-DINOv2 beside the rest; empty = without
+    reference: Uri = ""  # statistics of the real images, an .npz by path or URI; empty = measured on the data set
+    dinov2: Uri = ""  # DINOv2's weights, path or URI, for FD-DINOv2 beside the rest; empty = without
     dinov2_hash: str = ""  # sha256 that DINOv2's weights have to have, as rows name it; empty = any
-    dinov2_reference: str = ""  # its statistics of the real images, an .npz by path or URI; empty = measured on the data set
-    others: list[str] = field(default_factory=list)  # rows of other models for the report: what `score --json` wrote, paths or URIs
+    dinov2_reference: Uri = ""  # its statistics of the real images, an .npz by path or URI; empty = measured on the data set
+    others: list[Uri] = field(default_factory=list)  # rows of other models for the report: what `score --json` wrote, paths or URIs
     dataset: str = ""  # name of the real images in tables (imagenet64, ...); empty = the last part of data.uri
     evaluator_epochs: int = 30  # epochs over the real data of the small evaluator network
     evaluator_seed: int = 0  # seed of the evaluator's weights and of its batches
@@ -166,7 +170,7 @@ class ClusterConfig:
 @dataclass
 class Config:
     name: str = MISSING  # name of the run; its report is copied to runs/<name>/
-    run: str = MISSING  # URI of the run: checkpoints, events, samples, evaluations
+    run: Uri = MISSING  # URI of the run: checkpoints, events, samples, evaluations
     seed: int = 0  # seed of the weights, the data order, and the training noise
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

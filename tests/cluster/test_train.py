@@ -1,6 +1,7 @@
 """When the training job starts its workers again, and with which sentence it ends. Drills with real ones: tests/faults."""
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -94,3 +95,25 @@ def test_what_a_worker_raises_is_told_as_it_is(
     with pytest.raises(kind, match=words) as error:
         train.train(config)
     assert type(error.value) is kind
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_run_in_relative_folders_trains_where_the_command_is_typed(freeguide, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Ray Train takes its workers to a folder of its own, and a mixture of an older version names its data sets as they were typed."""
+    small = ["run=runs/a", "data.uri=data/mixed", "model.channels=16", "model.head_channels=16", "cluster.workers=1"]
+    small += ["train.steps=2", "train.global_batch=16", "train.checkpoint_every=2", "sampling.steps=3"]
+
+    def ok(command: str, *more: str) -> None:
+        ended = freeguide(command, "configs/digits.yaml", *small, *more, RAY_ADDRESS="")
+        assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
+
+    ok("prepare", "data.uri=data/one")
+    ok("index", "data.mixture={data/one: 1}")
+    manifest = tmp_path / "data/mixed/manifest.json"
+    assert json.loads(manifest.read_text())["parts"][0]["uri"] == f"{tmp_path}/data/one"
+    ok("train")
+    manifest.write_text(manifest.read_text().replace(f"{tmp_path}/data/one", "data/one"))
+    ok("train", "train.steps=4")
+    assert f"run: {tmp_path}/runs/a\n" in (tmp_path / "runs/a/config.yaml").read_text()
+    assert sorted(path.name for path in (tmp_path / "runs/a/checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
