@@ -187,8 +187,11 @@ def rescaled(phi: float, rule: Rule = linear) -> Rule:
 # --- denoisers -------------------------------------------------------------------------------------------------------------
 
 
-def guided(pair: Pair, w: Weight, *, rule: Rule = linear, space: str = "eps") -> Denoiser:
-    """Compose a pair, a weight and a rule into a denoiser. Where the weight is the number 0, only the strong one is computed."""
+def guided(pair: Pair, w: Weight, *, rule: Rule = linear, space: str = "eps", sigma_data: float = 0.5) -> Denoiser:
+    """Compose a pair, a weight and a rule into a denoiser. If the weight is the number 0, only the strong one is computed.
+
+    `sigma_data` is the standard deviation of the data, for the space "edm".
+    """
 
     def denoise(z: Tensor, logsnr: Tensor, labels: Tensor, previous: Prediction | None = None) -> Prediction:
         weight = weight_at(w, logsnr.item())
@@ -196,12 +199,12 @@ def guided(pair: Pair, w: Weight, *, rule: Rule = linear, space: str = "eps") ->
         if weak is None:
             return strong
         value, momentum = rule(
-            output_of(space, strong.x, strong.eps, logsnr),
-            output_of(space, weak.x, weak.eps, logsnr),
+            output_of(space, strong.x, strong.eps, logsnr, sigma_data),
+            output_of(space, weak.x, weak.eps, logsnr, sigma_data),
             broadcast(weight, z) if isinstance(weight, Tensor) else weight,
             None if previous is None else previous.momentum,
         )
-        return predict(space, value, z, logsnr)._replace(momentum=momentum)
+        return predict(space, value, z, logsnr, sigma_data)._replace(momentum=momentum)
 
     return denoise
 
@@ -225,7 +228,8 @@ def classifier_free(
         null_label: the label that means "no condition", the number of classes.
         p_uncond: the probability with which training dropped conditions.
         rule, space: how to combine, and which quantity.
-        kind, sigma_data: what the network predicts (parametrisation.KINDS).
+        kind: what the network predicts (parametrisation.KINDS).
+        sigma_data: standard deviation of the data, where `kind` or `space` is "edm".
 
     Raises:
         ValueError: w is not the number 0 although p_uncond is 0; when called, labels out of range (looked at once a trajectory).
@@ -234,7 +238,8 @@ def classifier_free(
         raise ValueError(
             "w must be 0 for a model trained with p_uncond = 0, because it never saw the null class that guidance needs."
         )
-    inner = guided(joint(network, null_label, kind=kind, sigma_data=sigma_data), w, rule=rule, space=space)
+    pair = joint(network, null_label, kind=kind, sigma_data=sigma_data)
+    inner = guided(pair, w, rule=rule, space=space, sigma_data=sigma_data)
 
     def denoise(z: Tensor, logsnr: Tensor, labels: Tensor, previous: Prediction | None = None) -> Prediction:
         if previous is None:
@@ -255,7 +260,8 @@ def autoguidance(
     sigma_data: float = 0.5,
 ) -> Denoiser:
     """Autoguidance (Karras et al. 2024, arXiv 2406.02507): guide away from a weaker network that sees the same condition."""
-    return guided(two_networks(network, weak, kind=kind, sigma_data=sigma_data), w, rule=rule, space=space)
+    pair = two_networks(network, weak, kind=kind, sigma_data=sigma_data)
+    return guided(pair, w, rule=rule, space=space, sigma_data=sigma_data)
 
 
 def cfg_plus_plus(pair: Pair, scale: float) -> Denoiser:

@@ -1,7 +1,7 @@
 """The noise-aware classifier p(c | z, logsnr) of classifier guidance (Dhariwal & Nichol, arXiv 2105.05233, section 4).
 
 It is ADM's encoder with an attention pool in the place of the decoder (CLIP's: the mean of the pixels queries them all). The
-paper compares against guidance by the gradient of such a classifier (equation 3). ADM's published one at 64x64 has
+paper compares against guidance by the gradient of such a classifier (section 3.1). ADM's published one at 64x64 has
 `channels=128, res_blocks=4` and otherwise the defaults of `ModelConfig`, without dropout.
 """
 

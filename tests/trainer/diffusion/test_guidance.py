@@ -251,6 +251,28 @@ def test_apgs_momentum_runs_along_the_trajectory_and_starts_anew_with_each():
     assert (run(cfg(ORACLE, 1.5, rule=projected(eta=1.0), space="x")) - again).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("make", [cfg, lambda network, w, **options: autoguidance(network, ORACLE, w, **options)])
+def test_a_rule_in_edms_space_combines_what_edms_network_returns(make):
+    """At the sigma_data of the network: with another one, F is another quantity, and a rule that is not linear gives another x."""
+    z, logsnr, s, rule = noise(5, 3, 4), f64(0.5), 0.8, projected(eta=0.3, radius=2.0)
+    seen = []
+
+    def network(z, logsnr, labels):
+        seen.append(noise(*z.shape, seed=1 + len(seen)))
+        return seen[-1]
+
+    found = make(network, 1.5, rule=rule, space="edm", kind="edm", sigma_data=s)(z, logsnr, LABELS, None)
+    if make is cfg:
+        strong, weak = seen[0].chunk(2)
+    else:
+        weak_x, weak_eps = predict("edm", ORACLE(z, logsnr.expand(5), LABELS), z, logsnr, s)[:2]
+        strong, weak = seen[0], output_of("edm", weak_x, weak_eps, logsnr, s)
+    expected = predict("edm", rule(strong, weak, 1.5, None)[0], z, logsnr, s)
+    # The way through (x, eps) and back rounds some ten times; the wrong sigma_data is 1e-2 and more away.
+    torch.testing.assert_close(found.x, expected.x, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found.eps, expected.eps, rtol=0, atol=1e-12)
+
+
 def test_apg_survives_equal_predictions():
     strong = noise(2, 3)
     value, _ = projected(eta=0.0, radius=1.0)(strong, strong, 3.0, None)
