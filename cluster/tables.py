@@ -105,7 +105,8 @@ def _metrics(ordered: Sequence[Row], varying: Sequence[str]) -> Table:
 
 _SCALES = {"kid": 1000}
 _FORMS: dict[str, Callable[[float], str]] = {
-    **dict.fromkeys(("accuracy", "precision", "recall", "kid"), "{:.3f}".format),
+    **dict.fromkeys(("accuracy", "precision", "recall"), "{:.3f}".format),
+    "kid": lambda value: f"{float(f'{value:.3g}'):g}",
     "inception_score": "{:.2f}".format,
     "nfe": str,
 }
@@ -337,10 +338,8 @@ def _caption(ordered: Sequence[Row], varying: Sequence[str]) -> str:
         measured += f"; DINOv2 ({row.dinov2[:12]}) against its reference ({row.dinov2_reference[:12]})"
     words = [f"{model}; {measured}."]
     surer = [field for field in ("fid", "sfid", "fd_dinov2", "kid") if any(_spread_of(row, field) is not None for row in ordered)]
-    if names := [_heads(row.fid_name)[field] for field in surer if field != "kid"]:
+    if names := [_heads(row.fid_name)[field] for field in surer]:
         words.append(f"± after {', '.join(names)}: standard deviation over sets of n images of one network, by jackknife.")
-    if "kid" in surer:
-        words.append("± after KID: standard deviation of one subset of the images; the mean of them is surer.")
     if row.fid_name != "FID":
         words.append(f"{row.fid_name} is the Fréchet distance of these features and compares with no other FID.")
     return " ".join(words)

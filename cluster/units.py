@@ -34,7 +34,7 @@ MAKING = (
     *(f"cluster/metrics/{name}.py" for name in ("dinov2", "evaluator", "features", "images", "inception")),
 )
 # And those that decide the values of a row, given its units. Published numbers and the shape of tables are not among them.
-_STATISTICS = ("fid", "inception_score", "kid", "measure", "moments", "precision_recall", "reference")
+_STATISTICS = ("fid", "inception_score", "jackknife", "kid", "measure", "moments", "precision_recall", "reference")
 MEASURING = (*MAKING, *(f"cluster/metrics/{name}.py" for name in _STATISTICS))
 
 DEATHS = 5  # actors that one unit may cost

@@ -9,10 +9,7 @@ and without that function's failures on nearly singular covariances.
 An FID of N images is biased upwards by about k / N, with k a property of the model; FIDs of different N are never comparable.
 `fid_infinity` fits that line and reports its intercept (Chong & Forsyth 2020).
 
-How far another set of N images of the same model would lie is `fid_spread`, a jackknife over groups of images. A bootstrap is the
-wrong tool here: each resample adds a bias of its own, so that its interval can lie wholly above the estimate, and it breaks up the
-balance of the labels. Leaving out one group in twenty at a time shifts every estimate by the same small bias, which the standard
-deviation does not see. It covers the sampling noise of one trained network; the noise of training needs runs of several seeds.
+How far another set of N images of the same model would lie is `fid_spread`, see `jackknife`.
 
 Where the label of image i is i mod classes, every set of n images has the same labels. Both then take whole cycles of them: in
 subsets and groups that are not balanced, the differences between classes would pass for bias and for spread.
@@ -26,13 +23,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from cluster.metrics import jackknife
 from cluster.metrics.moments import Moments, from_features
 from configs.errors import DataError
 
 Array = NDArray[np.float64]
-
-GROUPS = 20  # of the jackknife, at most
-_FEWEST = 5  # groups: with their 4 degrees of freedom a deviation is known to 1 / sqrt(8), a third of itself; with fewer, worse
 
 
 class Gaussian(Protocol):
@@ -123,23 +118,17 @@ def fid_infinity(
 
 
 def fid_spread(features: NDArray[np.floating], reference: Gaussian, cycle: int = 1) -> float | None:
-    """Standard deviation of the FID of features (n, d) over sets of n images of the same model, by the delete-a-group jackknife.
+    """Standard deviation of the FID of features (n, d) over sets of n images of the same model, by `jackknife`.
 
-    The groups are consecutive and of whole cycles of `cycle` images (1 where labels have no order), 20 of them that differ by one
-    cycle at most, or one for each cycle. What is left of a last cycle is in none, so N of the n images are in groups. With F_j the
-    FID without the m images of group j, the pseudo-values are P_j = (N / m) F - (N / m - 1) F_j, P is the jackknife estimate, and
-    the variance is the mean of (P_j - P)^2 / (N / m - 1) (Busing et al. 1999), times N / n.
     None for fewer than 5 groups, and where what stays without one would not exceed d images.
     """
     n, d = features.shape
-    cycles = n // cycle
-    groups = min(GROUPS, cycles)
-    if groups < _FEWEST or (cycles - -(-cycles // groups)) * cycle <= d:
+    edges = jackknife.edges(n, cycle)
+    if edges is None or jackknife.fewest_left(edges) <= d:
         return None
     mean, cov = reference.mean, reference.covariance
     _check(mean, cov)
     root = _root(cov)
-    edges = [i * cycles // groups * cycle for i in range(groups + 1)]
     parts = [from_features(features[first:last]) for first, last in pairwise(edges)]
     total, outer = sum(part.total for part in parts), sum(part.outer for part in parts)
     grouped = edges[-1]
@@ -149,10 +138,7 @@ def fid_spread(features: NDArray[np.floating], reference: Gaussian, cycle: int =
 
     whole = distance(Moments(grouped, np.asarray(total), np.asarray(outer)))
     without = np.array([distance(Moments(grouped - part.n, total - part.total, outer - part.outer)) for part in parts])
-    ratio = grouped / np.array([part.n for part in parts])
-    pseudo = ratio * whole - (ratio - 1.0) * without
-    centre = groups * whole - ((1.0 - 1.0 / ratio) * without).sum()
-    return float(np.sqrt(((pseudo - centre) ** 2 / (ratio - 1.0)).sum() / groups * (grouped / n)))
+    return jackknife.deviation(whole, without, edges, n)
 
 
 def _check(mean: Array, cov: Array) -> None:

@@ -78,7 +78,8 @@ def values(
     if labels is not None and yardstick.extractor.name != INCEPTION:
         found["accuracy"] = class_accuracy(whole.probabilities, labels)
     if reference.features is not None:
-        near, distance = precision_recall(whole.features, reference.features), kid(whole.features, reference.features)
+        near = precision_recall(whole.features, reference.features)
+        distance = kid(whole.features, reference.features, cycle=cycle)
         found |= {"precision": near.precision, "recall": near.recall, "kid": distance.mean, "kid_std": distance.std}
     if reference.spatial is not None and whole.spatial is not None:
         with warnings.catch_warnings():

@@ -56,3 +56,40 @@ def test_sets_that_cannot_be_compared_are_refused():
         kid(x, x[:1])
     with pytest.raises(DataError, match="NaN"):
         kid(x, x * np.nan)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.4])
+def test_the_spread_is_that_of_other_sets_of_as_many_images(shift):
+    """Against 120 sets of 200 images: their deviation is known to 1 / sqrt(240) = 6.5 %, so the mean spread is within 4 of that.
+
+    Every subset of 1000 holds all 200, so the deviation of the subsets is that of the choice among the real images, far too small.
+    Laws that are equal have no part of first order in 1 / n; then a jackknife is too large by up to sqrt(2) for a term of second.
+    """
+    generator = np.random.default_rng(0)
+    real = generator.normal(size=(300, 6))
+    found = [kid(generator.normal(size=(200, 6)) + shift, real, subsets=5) for _ in range(120)]
+    true, stated = np.std([one.mean for one in found], ddof=1), np.mean([one.std for one in found])
+    assert 1 - 4 * 0.065 < stated / true < (1 + 4 * 0.065) * (1 if shift else 2**0.5)
+
+
+def test_the_spread_of_balanced_classes_leaves_out_whole_cycles():
+    """Two classes far apart: in sets of 400 with 200 of each, most of what single images vary by does not vary."""
+    generator = np.random.default_rng(0)
+    real = generator.normal(size=(300, 4)) + 3.0 * (np.arange(300) % 2)[:, None]
+    sets = [generator.normal(size=(400, 4)) + 3.0 * (np.arange(400) % 2)[:, None] for _ in range(60)]
+    true = np.std([kid(x, real, subsets=3).mean for x in sets], ddof=1)  # known to 9 %
+    assert np.mean([kid(x, real, subsets=3, cycle=2).std for x in sets]) == pytest.approx(true, rel=4 * 0.09)
+
+
+def test_the_spread_of_a_set_beyond_what_is_looked_at_falls_with_its_size(monkeypatch):
+    generator = np.random.default_rng(0)
+    x, y = generator.normal(size=(4000, 4)) + 0.3, generator.normal(size=(500, 4))
+    whole = kid(x, y, subsets=10, subset_size=200)
+    monkeypatch.setattr("cluster.metrics.kid.SPREAD", 1000)
+    assert kid(x, y, subsets=10, subset_size=200).std == pytest.approx(whole.std, rel=0.7)  # of 19 degrees of freedom both
+    assert kid(x, y, subsets=10, subset_size=200).mean == whole.mean
+
+
+def test_too_few_images_have_no_spread():
+    x = np.random.default_rng(0).normal(size=(4, 3))
+    assert kid(x, x + 1).std is None
