@@ -100,7 +100,7 @@ def test_what_a_worker_raises_is_told_as_it_is(
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_run_in_relative_folders_trains_where_the_command_is_typed(freeguide, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """Ray Train takes its workers to a folder of its own, and a mixture of an older version names its data sets as they were typed."""
+    """Ray Train takes workers to a folder of its own, and mixtures of older versions name their data sets as they were typed."""
     small = ["run=runs/a", "data.uri=data/mixed", "model.channels=16", "model.head_channels=16", "cluster.workers=1"]
     small += ["train.steps=2", "train.global_batch=16", "train.checkpoint_every=2", "sampling.steps=3"]
 

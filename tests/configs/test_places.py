@@ -99,7 +99,9 @@ def test_a_location_that_means_no_place_is_refused_before_anything_else(minimal:
     with pytest.raises(ConfigError) as caught:
         load_config(minimal, [f"{key}={value}"])
     message = str(caught.value)
-    assert message.startswith(f"{key}: ") and message.isprintable() and not message.endswith("."), message
+    assert message.startswith(f"{key}: ")
+    assert message.isprintable()
+    assert not message.endswith(".")
     assert os.listdir(minimal.parent) == ["minimal.yaml"]
 
 
