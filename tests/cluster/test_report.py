@@ -380,7 +380,7 @@ def test_every_distance_stands_with_its_spread_where_the_row_has_one(tmp_path):
     assert "| KID × 1000 | sFID | FD-DINOv2 | NFE |" in text
     assert "| 1.25 ± 0.1 | 7.50 ± 0.25 | 120.00 ± 1.5 | 128 |" in text
     assert "| 26100 ± 3000 | 7.50 | 120.00 | 64 |" in text
-    assert "± after sFID, FD-DINOv2, KID: standard deviation over sets of n images" in text
+    assert "± after sFID, FD-DINOv2, KID × 1000: standard deviation over sets of n images" in text
     write_report(_rows(), {}, tmp_path, title="x")
     assert "± after" not in (tmp_path / "table.md").read_text()
 
