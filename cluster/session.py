@@ -1,10 +1,15 @@
 """The Ray cluster of one command: the one that RAY_ADDRESS names (as inside a submitted job), or a private one on this machine."""
 
+import contextlib
+import fcntl
 import logging
 import math
 import os
+import shutil
 import socket
+import stat
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,7 +21,7 @@ from typing import Any, TypeVar
 import ray
 import torch
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, UserError
 from configs.schema import Config
 
 ROOT = Path(__file__).resolve().parents[1]  # the folder of the packages
@@ -116,6 +121,56 @@ def _probe(address: str) -> None:
         raise ConfigError(
             f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); start one, or unset RAY_ADDRESS to use this machine"
         ) from error
+
+
+def private_folder(parent: str = "") -> Path:
+    """This user's own temporary folder, made with mode 0700 in `parent` (default: TMPDIR, /tmp). Raises UserError."""
+    folder = Path(parent or tempfile.gettempdir()) / f"freeguide-{os.getuid()}"
+    try:
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        found = folder.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+            raise UserError(f"{folder} is no folder of yours, and temporary files go there; set TMPDIR to another folder")
+        if stat.S_IMODE(found.st_mode) != 0o700:
+            folder.chmod(0o700)
+    except OSError as error:
+        raise UserError(f"no temporary folder can be made ({error}); set TMPDIR to a folder that you may write to") from error
+    return folder
+
+
+@contextmanager
+def scratch(parent: str = "") -> Iterator[Path]:
+    """A temporary folder of this command alone, gone at its end; so are then those of commands that were killed.
+
+    A folder is alive as long as a process holds its lock, which the kernel takes away with the process. Raises UserError.
+    """
+    home = private_folder(parent)
+    try:
+        with _locked(home):  # so that nobody sweeps a folder between its making and its lock
+            for folder in home.glob("run-*"):
+                with contextlib.suppress(OSError), _locked(folder, wait=False):
+                    shutil.rmtree(folder, ignore_errors=True)
+            folder = Path(tempfile.mkdtemp(prefix="run-", dir=home))
+            lock = contextlib.ExitStack()
+            lock.enter_context(_locked(folder))
+    except OSError as error:
+        raise UserError(f"no temporary folder can be made in {home} ({error}); set TMPDIR to a folder with room") from error
+    with lock:
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path, wait: bool = True) -> Iterator[None]:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    finally:
+        os.close(handle)
 
 
 def progress(results: Iterable[T], total: int, what: str) -> Iterator[T]:
