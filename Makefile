@@ -1,5 +1,5 @@
 # make demo | test | test-slow | test-s3 | bench | lint | setup. Each sets up .venv first, where that has not been done.
-#   PYTHON=python3.12             another interpreter (3.10 to 3.12)
+#   PYTHON=python3.12             another interpreter (3.10 to 3.13)
 #   TORCH_INDEX=URL               a package index that holds another build of torch (see the README)
 PYTHON ?= python3
 BIN := .venv/bin
@@ -11,7 +11,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 setup: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; ok = (3, 10) <= sys.version_info[:2] <= (3, 12); sys.exit(None if ok else "freeguide needs Python 3.10 to 3.12; name one with: make PYTHON=python3.12 ...")'
+	$(PYTHON) -c 'import sys; ok = (3, 10) <= sys.version_info[:2] <= (3, 13); sys.exit(None if ok else "freeguide needs Python 3.10 to 3.13; name one with: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv || { echo 'No venv module: on Debian and Ubuntu, apt install python3-venv'; exit 1; }
 	$(BIN)/pip install --quiet --upgrade pip
 	$(if $(TORCH_INDEX),$(BIN)/pip install --quiet -c constraints.txt --index-url $(TORCH_INDEX) torch)

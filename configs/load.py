@@ -22,24 +22,29 @@ from configs.errors import ConfigError, StoreError
 from configs.locations import locate
 from configs.schema import LOCATION, Config, EvaluateConfig, TrainConfig
 
+PACKAGED = Path(__file__).parent  # the configs that come with freeguide
+SUFFIXES = (".yaml", ".yml")
+
 
 def load_config(path: str | Path, overrides: list[str] | None = None, command: str = "train") -> Config:
-    """Read `path`, apply overrides such as `train.lr=1e-4`, check the result for `command`, and return it.
+    """Read `path` (see `find_config`), apply overrides such as `train.lr=1e-4`, check the result for `command`, and return it.
 
     Raises ConfigError, one sentence, for a missing or malformed file, an unknown or ill-typed key, or values that contradict
     each other.
     """
-    path = Path(path)
-    if not path.is_file():
-        near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise ConfigError(f"{path}: no such config file; {_choices('files beside it', path.name, near)}")
+    path = find_config(path)
     merged = OmegaConf.structured(Config)
     try:
         document = OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except RecursionError as error:
+        raise ConfigError(f"{path}: not a config: it is nested too deeply") from error
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    except OSError as error:  # OmegaConf raises one, too, for a document that is a number
+        reason = error.strerror or "a config is a mapping of keys to values, this file holds a single value"
+        raise ConfigError(f"{path}: {reason}") from error
     if not isinstance(document, DictConfig):
-        raise ConfigError(f"{path}: a config is a mapping of keys to values, this file holds a {type(document).__name__}")
+        raise ConfigError(f"{path}: a config is a mapping of keys to values, this file holds a list")
     _merge(merged, OmegaConf.to_container(document), str(path))
     for override in overrides or []:
         key, equals, _ = override.partition("=")
@@ -47,7 +52,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None, command: s
             raise ConfigError(f"argument {override!r}: an override has the form key=value, for example train.lr=1e-4")
         try:
             nested = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
+        except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
             raise ConfigError(f"argument {override!r}: not a value in YAML: {' '.join(str(error).split())}") from error
         _merge(merged, nested, f"argument {override!r}")
     try:
@@ -72,6 +77,25 @@ def locations(config: Config) -> Iterator[tuple[str, str]]:
 
     _placed(config, note)
     yield from found
+
+
+def find_config(name: str | Path) -> Path:
+    """The file that `name` means: a path, or the name of a config that comes with freeguide, `digits` or `digits.yaml`.
+
+    A file in the working folder wins. Raises ConfigError, naming what there is.
+    """
+    path = Path(name)
+    bare = path.name == str(name) != ""
+    tried = [path, *([path.with_name(f"{path.name}.yaml")] if bare and path.suffix not in SUFFIXES else [])]
+    found = next((each for each in (*tried, *(PACKAGED / each.name for each in tried if bare)) if each.is_file()), None)
+    if found is not None:
+        return found
+    if path.exists():
+        raise ConfigError(f"{path}: not a file; a config is a YAML file")
+    near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+    packaged = ", ".join(sorted(p.stem for p in PACKAGED.glob("*.yaml")))
+    beside = f"{_choices('files beside it', path.name, near)}; " if near else ""
+    raise ConfigError(f"{path}: no such config file; {beside}the configs that come with freeguide are: {packaged}")
 
 
 def to_yaml(config: Config) -> str:

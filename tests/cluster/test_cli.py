@@ -1,7 +1,11 @@
 """What a user gets wrong ends in one sentence and exit code 2, before Ray starts."""
 
 import contextlib
+import re
+import shlex
+import shutil
 import socket
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +14,8 @@ import pytest
 import ray
 from PIL import Image
 
-from cluster.cli import main
+from cluster.cli import COMMANDS, EXAMPLES, _parse, main
+from configs.load import load_config
 from data_pipeline.store import Retry
 
 ROOT = Path(__file__).parents[2]
@@ -173,3 +178,52 @@ def test_a_dry_run_costs_nothing_and_writes_nothing(
     assert main(["train", FOLDER, "--dry-run"]) == 0
     assert "parameters" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_version_names_what_freeguide_stands_on(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    pattern = r"freeguide (\d+\.\d+\.\d+|source) \(Python 3\.\d+\.\d+, torch 2\.\S+, ray 2\.\S+, deepspeed 0\.\S+\)\n"
+    assert re.fullmatch(pattern, capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "score", "demo"])
+def test_every_command_explains_itself_with_an_example_that_parses(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert f"Example: freeguide {command} " in " ".join(capsys.readouterr().out.split())
+    words = shlex.split(EXAMPLES[command].split(", ")[0])[1:]
+    options = _parse(words)
+    assert options.command == command
+    if command not in ("score", "demo"):
+        load_config(options.config, options.overrides, command)  # its keys and values are right
+
+
+def test_help_of_the_demo_says_what_it_does_where_it_writes_and_how_long_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["demo", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert all(words in text for words in ("train and evaluate", "runs/digits/", "runs/.s3/", "minutes on 2 cores"))
+
+
+@pytest.mark.parametrize(("shell", "check"), [("bash", "bash -n"), ("zsh", "zsh -n"), ("tcsh", "")])
+def test_a_shell_gets_a_script_that_completes_every_command(shell: str, check: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--print-completion", shell])
+    script = capsys.readouterr().out
+    assert all(command in script for command in COMMANDS)
+    assert "submit" in script or shell == "tcsh"  # for which shtab completes commands and files alone
+    if check and shutil.which(shell):
+        assert subprocess.run([*check.split(), "/dev/stdin"], input=script, text=True, check=False).returncode == 0
+
+
+def test_a_packaged_config_is_inspected_by_name(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["inspect", "digits"]) == 0
+    assert "name: digits" in capsys.readouterr().out
+    Path("digits").mkdir()  # a folder of that name is meant: the run
+    assert main(["inspect", "digits"]) == 2
+    assert "no run stands here" in capsys.readouterr().err

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from configs.errors import ConfigError
-from configs.load import load_config, to_yaml
+from configs.load import find_config, load_config, to_yaml
 from configs.schema import Config
 
 ROOT = Path(__file__).parents[2]
@@ -131,3 +131,71 @@ def test_guidance_needs_an_unconditional_mode(minimal: Path) -> None:
     for command, key in (("evaluate", "evaluate.w=[0,0.1]"), ("generate", "generate.w=0.1")):
         with pytest.raises(ConfigError, match=f"p_uncond=0 .* so {command}.w=0.1 cannot be sampled"):
             load_config(minimal, ["diffusion.p_uncond=0", key], command)
+
+
+ODD = {
+    "a number": b"3",
+    "text": b"just words",
+    "a list": b"- a\n- b\n",
+    "nothing": b"",
+    "binary": bytes(range(256)),
+    "zeros": bytes(100),
+    "latin-1": "name: caf\xe9\n".encode("latin-1"),
+    "UTF-16": "name: a\n".encode("utf-16"),
+    "tabs": b"train:\n\tlr: 1\n",
+    "a key twice": b"name: a\nname: b\nrun: /r\ndata: {uri: /d}\n",
+    "two documents": b"name: a\n---\nname: b\n",
+    "a deep list": b"name: " + b"[" * 3000 + b"]" * 3000,
+    "a deep mapping": b"{a: " * 3000 + b"1" + b"}" * 3000,
+    "a billion laughs": b"a0: &a0 [x]\n"
+    + b"".join(b"a%d: &a%d [%s]\n" % (i, i, b",".join([b"*a%d" % (i - 1)] * 10)) for i in range(1, 10)),
+    "an alias of itself": b"a: &a {b: *a}\n",
+    "a key that is a list": b"? [a, b]\n: 1\n",
+    "a key that is null": b"~: 1\n",
+    "a key that is a number": b"1: 2\n",
+    "code": b"name: !!python/object/apply:os.system [exit]\n",
+    "a set": b"name: !!set {a, b}\n",
+    "a huge number": b"name: a\nrun: /r\ndata: {uri: /d}\ntrain: {steps: 1" + b"0" * 5000 + b"}\n",
+    "a group as a number": b"train: 3\n",
+    "an open interpolation": b"name: ${a\n",
+    "a missing value": b"name: ???\n",
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_a_file_that_is_no_config_is_one_sentence(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "odd.yaml"
+    path.write_bytes(ODD[what])
+    with pytest.raises(ConfigError) as error:
+        load_config(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("value", ["[" * 3000, "{a: " * 3000, "1" + "0" * 5000, "\0", "${a", "'a", "!!python/name:os.system"])
+def test_an_override_that_is_no_value_is_one_sentence(minimal: Path, value: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(minimal, [f"train.steps={value}"])
+    assert "\n" not in str(error.value)
+
+
+def test_a_packaged_config_is_found_by_name_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_config("digits") == find_config("digits.yaml") == ROOT / "configs" / "digits.yaml"
+    assert load_config("digits").name == "digits"
+    Path("digits").mkdir()  # a folder is no config
+    assert find_config("digits") == ROOT / "configs" / "digits.yaml"
+    Path("digits.yaml").write_text(MINIMAL)
+    assert find_config("digits") == find_config("digits.yaml") == Path("digits.yaml")  # what the user has wins
+
+
+@pytest.mark.parametrize("name", ["digitz", "configs/digits", "none/digits.yaml", "", "."])
+def test_a_name_of_no_config_is_refused_with_those_that_there_are(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"not a file|come with freeguide are: digits, fashion_mnist, image_folder, imagenet128, imagenet64"
+    ):
+        find_config(name)
