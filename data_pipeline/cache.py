@@ -1,6 +1,7 @@
 """A disk cache in front of a store, for nodes whose disks are larger and nearer than the object store.
 
-It keeps ranges that were read with an etag, under a name made of location, key, etag and range, so an entry can never be stale.
+It keeps ranges that were read with an etag, under a name made of location, key, etag and range. Where an etag says little (that of
+a folder is the size), the reader's checksums find a stale entry, and `forget` drops it.
 Entries appear by an atomic rename and carry their CRC-32: a torn or damaged one counts as absent. The folder never holds more
 than `limit_bytes` of entries (plus the one being written); the least recently read go first, and only files that the cache wrote
 are ever deleted. Several processes may share one folder.
@@ -48,16 +49,23 @@ class CachedStore(Store):
     ) -> bytes:
         if etag is None:
             return self.store.get_range(key, start, length, cancel=cancel, on_retry=on_retry)
-        name = hashlib.sha256(f"{self.uri}\0{key}\0{etag}\0{start}\0{length}".encode()).hexdigest() + ".range"
-        data = self._load(self.folder / name, length)
+        path = self._path(key, start, length, etag)
+        data = self._load(path, length)
         if data is not None:
             self.hits += 1
             return data
         self.misses += 1
         data = self.store.get_range(key, start, length, etag, cancel=cancel, on_retry=on_retry)
         with contextlib.suppress(OSError):  # a full or vanished disk costs the cache, not the training
-            self._save(self.folder / name, data)
+            self._save(path, data)
         return data
+
+    def forget(self, key: str, start: int, length: int, etag: str) -> None:
+        with contextlib.suppress(OSError):
+            self._path(key, start, length, etag).unlink()
+
+    def _path(self, key: str, start: int, length: int, etag: str) -> Path:
+        return self.folder / (hashlib.sha256(f"{self.uri}\0{key}\0{etag}\0{start}\0{length}".encode()).hexdigest() + ".range")
 
     def _load(self, path: Path, length: int) -> bytes | None:
         try:

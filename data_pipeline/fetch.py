@@ -2,9 +2,10 @@
 
 `plan` turns the order into ranged reads. Within one generation (every stream's current window) it collects the samples of this
 rank, groups them by chunk, joins neighbouring chunks into reads of up to 8 MiB, and sorts the reads by first use. `Fetcher` makes
-them: every chunk must have its CRC and hold its q samples. What the store cannot repair by itself is repaired here: a wrong CRC is
-read again, a read slower than nearly all others is raced by a second one (hedging, Dean & Barroso 2013), and the number of
-concurrent reads is halved when the server is overloaded and grows by one per round when it is not (AIMD).
+them: every chunk must have its CRC and hold its q samples. A copy of the data has the same content under other etags: an object
+with another etag is read as what it is now, where its size fits, and the CRCs tell. What the store cannot repair by itself is
+repaired here: a wrong CRC is read again, a read slower than nearly all others is raced by a second one (hedging, Dean & Barroso
+2013), and the number of concurrent reads is halved when the server is overloaded and grows by one per round when it is not (AIMD).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from data_pipeline import tar
 from data_pipeline.decode import BadSample
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import Ints, Order
-from data_pipeline.store import Cancelled, Store
+from data_pipeline.store import AGAIN, Cancelled, ChangedObject, Store
 
 JOINED = 8 * 2**20  # bytes up to which neighbouring chunks are read together
 READS = 3  # reads of a chunk whose CRC is wrong, before the chunk counts as damaged
@@ -126,6 +127,7 @@ class Fetcher:
         self.store, self.manifest, self.parts = store, manifest, parts or {}
         self.gate = Gate(threads)
         self.hedges = self.hedges_won = 0
+        self._etags: dict[int, str] = {}  # of shards that are not the objects that were indexed, by their number
         self._lock = threading.Lock()
         self._running: dict[threading.Event, futures.Future[bytes]] | None = {}  # setting the events stops the reads; None = closed
         self._closing: futures.Future[bytes] = futures.Future()  # done when closed, to be waited for beside the reads
@@ -166,17 +168,24 @@ class Fetcher:
         return [(shard, start, self._get(shard, start, end)) for shard, start, end in ranges]
 
     def _unpack(self, chunk: int, wanted: Wanted, pieces: list[tuple[int, int, bytes]]) -> dict[int, Fields | BadSample]:
-        parts = []
+        parts, read = [], []
         for shard, start, end in self.manifest.ranges(chunk):
             at, data = next((at, data) for number, at, data in pieces if number == shard and at <= start and end <= at + len(data))
             parts.append(memoryview(data)[start - at : end - at])
+            read.append((shard, at, at + len(data)))
         crc = self._sum(parts)
         for _ in range(READS - 1):
             if crc == self.manifest.crcs[chunk]:
                 break
             self.store.traffic.retried("checksum")
+            for part in [*read, *self.manifest.ranges(chunk)]:
+                self._forget(*part)
             parts = [memoryview(self._get(*part)) for part in self.manifest.ranges(chunk)]
             crc = self._sum(parts)
+        other = next((part for part in self.manifest.ranges(chunk) if part[0] in self._etags), None)
+        if crc != self.manifest.crcs[chunk] and other is not None:
+            store, key = self._place(other[0])
+            raise ChangedObject(f"{store.uri}/{key} at byte {other[1]} has changed since its manifest was written; {AGAIN}.")
         try:
             if crc != self.manifest.crcs[chunk]:
                 raise BadSample("checksum", "its bytes are not those that were indexed")
@@ -198,16 +207,34 @@ class Fetcher:
         return crc
 
     def _get(self, shard: int, start: int, end: int) -> bytes:
+        """One ranged read of the object that was indexed, or of what stands in its place where that has the same size."""
+        etag = self._etags.get(shard, self.manifest.shards[shard].etag)
+        try:
+            return self._race(shard, start, end, etag)
+        except ChangedObject:
+            store, key = self._place(shard)
+            now = store.stat(key)
+            if now.bytes != self.manifest.shards[shard].bytes or now.etag == etag:
+                raise
+            self._etags[shard] = now.etag
+            return self._race(shard, start, end, now.etag)
+
+    def _forget(self, shard: int, start: int, end: int) -> None:
+        """The next read comes from the store itself, whatever a cache holds."""
+        store, key = self._place(shard)
+        store.forget(key, start, end - start, self._etags.get(shard, self.manifest.shards[shard].etag))
+
+    def _race(self, shard: int, start: int, end: int, etag: str) -> bytes:
         """One ranged read; where it takes longer than nearly all others did, the faster of two."""
         cancels = [threading.Event(), threading.Event()]
         try:
-            first = self._submit(shard, start, end, cancels[0])
+            first = self._submit(shard, start, end, etag, cancels[0])
             racing = [first, self._closing]
             done, _ = futures.wait(racing, timeout=self._patience(), return_when=futures.FIRST_COMPLETED)
             if not done:
                 with self._lock:
                     self.hedges += 1
-                second = self._submit(shard, start, end, cancels[1])
+                second = self._submit(shard, start, end, etag, cancels[1])
                 racing.append(second)
                 ended = futures.as_completed(racing)
                 winner = next(future for future in ended if future.exception() is None or (first.done() and second.done()))
@@ -228,16 +255,20 @@ class Fetcher:
         self.gate.succeeded()
         return data
 
-    def _submit(self, shard: int, start: int, end: int, cancel: threading.Event) -> futures.Future[bytes]:
-        row = self.manifest.shards[shard]
-        uri = next((uri for uri in self.parts if row.key.startswith(f"{uri}/")), None)
-        store, key = (self.store, row.key) if uri is None else (self.parts[uri], row.key[len(uri) + 1 :])
+    def _submit(self, shard: int, start: int, end: int, etag: str, cancel: threading.Event) -> futures.Future[bytes]:
+        store, key = self._place(shard)
         with self._lock:
             if self._running is None:
                 raise Cancelled
-            read = self._pool.submit(store.get_range, key, start, end - start, row.etag, cancel=cancel, on_retry=self.gate.retried)
+            read = self._pool.submit(store.get_range, key, start, end - start, etag, cancel=cancel, on_retry=self.gate.retried)
             self._running[cancel] = read
         return read
+
+    def _place(self, shard: int) -> tuple[Store, str]:
+        """The store and the key of a shard."""
+        key = self.manifest.shards[shard].key
+        uri = next((uri for uri in self.parts if key.startswith(f"{uri}/")), None)
+        return (self.store, key) if uri is None else (self.parts[uri], key[len(uri) + 1 :])
 
     def _patience(self) -> float | None:
         """Seconds after which a read is raced; None where nothing is known yet or a twentieth of the reads has been raced."""

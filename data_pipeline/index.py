@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent import futures
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from configs.errors import DataError
 from data_pipeline import tar
 from data_pipeline.decode import BadSample, decode_sample
-from data_pipeline.manifest import Manifest, Schema, ShardIndex, build_manifest, save_manifest
+from data_pipeline.manifest import Manifest, Schema, ShardIndex, build_manifest, load_manifest, save_manifest
 from data_pipeline.shards import index_tar
 from data_pipeline.store import MissingObject, ObjectInfo, Store
 
@@ -65,10 +65,18 @@ def index_shards(
 ) -> tuple[Manifest, list[Broken]]:
     """Writes the manifest of the tars that `pattern` names (all `*.tar` where it is empty), and returns it with what is broken.
 
+    What a manifest that stands there already knows stays: the names of the classes, and where the tars are still those that it
+    speaks of, all else that does not follow from their bytes. So tars that were only copied are the same data set as before.
     Besides the walk, the first sample of each tar must decode. Broken tars are left out whole where `skip_broken` says so, else
     DataError names them. Memory: one tar per thread.
     """
+    before = _before(store)
+    if before is not None and replace(before.schema, class_names=()) == replace(schema, class_names=()):
+        schema = replace(schema, class_names=schema.class_names or before.schema.class_names)
     tars = _find(store, pattern)
+    if before is not None and not pattern:
+        rank = {shard.key: number for number, shard in enumerate(before.shards)}
+        tars.sort(key=lambda info: rank.get(info.key, len(rank)))
     indexes: list[ShardIndex] = []
     broken: list[Broken] = []
     with futures.ThreadPoolExecutor(threads) as pool:
@@ -81,13 +89,26 @@ def index_shards(
         more = f"; and {len(broken) - 10} more" if len(broken) > 10 else ""
         raise DataError(f"{len(broken)} of {len(tars)} tars in {store.uri} are broken ({listed}{more}); repair or skip them.")
     manifest = build_manifest(schema, indexes, source="index")
+    if before is not None and before.samples == manifest.samples:
+        again = build_manifest(schema, indexes, chunk_samples=before.chunk_samples)
+        if again.fingerprint == before.fingerprint:
+            manifest = replace(before, shards=again.shards)
     save_manifest(store, manifest)
     for info in store.list("parts/index-"):
         store.delete(info.key)
     return manifest, broken
 
 
-def _find(store: Store, pattern: str) -> Sequence[ObjectInfo]:
+def _before(store: Store) -> Manifest | None:
+    """The manifest that stands there, where it can be used and is of tars beside it."""
+    try:
+        found = load_manifest(store)
+    except DataError:
+        return None
+    return None if found.parts else found
+
+
+def _find(store: Store, pattern: str) -> list[ObjectInfo]:
     there = {info.key: info for info in store.list() if info.key.endswith(".tar")}
     if not pattern:
         if not there:
@@ -101,7 +122,9 @@ def _find(store: Store, pattern: str) -> Sequence[ObjectInfo]:
 
 
 def _index(store: Store, schema: Schema, info: ObjectInfo) -> ShardIndex | Broken:
-    part = f"parts/index-{hashlib.sha256(f'{info.key} {info.etag} {schema}'.encode()).hexdigest()[:32]}.npz"
+    part = (
+        f"parts/index-{hashlib.sha256(f'{info.key} {info.etag} {replace(schema, class_names=())}'.encode()).hexdigest()[:32]}.npz"
+    )
     try:
         return ShardIndex.from_bytes(store.get(part))
     except MissingObject:

@@ -176,6 +176,11 @@ class Manifest:
         digest.update(self.crcs.astype("<u4").tobytes())
         return digest.hexdigest()
 
+    @cached_property
+    def content(self) -> str:
+        """The fingerprint without the names of the classes, which tars do not hold: it stays where a copy was indexed anew."""
+        return replace(self, schema=replace(self.schema, class_names=())).fingerprint
+
     def ranges(self, chunk: int) -> list[tuple[int, int, int]]:
         """The (shard, first byte, end byte) that make up a chunk, in order; mostly one, more where it straddles shards."""
         first = chunk * self.chunk_samples
@@ -313,7 +318,7 @@ def _load_mixture(where: str, header: dict[str, Any]) -> Manifest:
     parts = []
     for row in header["parts"]:
         manifest = load_manifest(open_store(row["uri"]))
-        if manifest.fingerprint != row["fingerprint"]:
+        if row["fingerprint"] not in (manifest.fingerprint, manifest.content):
             raise DataError(
                 f"{row['uri']} has changed since it became part of {where}; run `freeguide index` with data.mixture again."
             )

@@ -152,6 +152,10 @@ class Store(ABC):
     def child(self, prefix: str) -> "Store":
         """The store of the keys under `prefix/`."""
 
+    def forget(self, key: str, start: int, length: int, etag: str) -> None:
+        """Drops what a cache holds of this range, since it is not what it should be."""
+        return
+
     def exists(self, key: str) -> bool:
         try:
             self.stat(key)

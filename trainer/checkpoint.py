@@ -37,6 +37,7 @@ EMA = "ema"
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
 MANIFEST = "/manifest.json"
 ROUNDS = "order.rounds"  # what a run keeps as it began, whatever is the default by now
+DATA, CONTENT = "data.fingerprint", "data.content"  # the second is the same without the names of the classes
 _UNRECORDED = ["train.ema_decay"]  # what the identity in older manifests does not say
 _LISTINGS = 10  # of a run that deletes what was listed before it can be read
 _READ = 32 * 2**20  # bytes of one ranged read at most, unless one piece is larger
@@ -368,7 +369,10 @@ def _read(store: Store, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Tensor
 
 def check_identity(store: Store, checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
     """Raises CheckpointError, naming the first difference, if the run was started with something else."""
-    for name in sorted((identity.keys() | checkpoint.identity.keys()) - {ROUNDS}):
+    # Runs from before CONTENT was recorded may have begun on data without names, which is what CONTENT says of data with names.
+    began = checkpoint.identity.get(CONTENT, checkpoint.identity.get(DATA))
+    kept = {ROUNDS, CONTENT} | ({DATA} if began is not None and began == identity.get(CONTENT) else set())
+    for name in sorted((identity.keys() | checkpoint.identity.keys()) - kept):
         then, now = checkpoint.identity.get(name), identity.get(name)
         if then != now and (name in checkpoint.identity or name not in _UNRECORDED):
             raise CheckpointError(

@@ -259,10 +259,12 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 def run_identity(config: Config, manifest: Manifest, order: Order) -> dict[str, Any]:
     """What may not change while a run goes on: network, data and their order, noise, batch, average. Anything else may.
 
-    The names of the other averages say what they are (`trainer.ema.profiles`).
+    The names of the other averages say what they are (`trainer.ema.profiles`), and those of the classes say nothing that trains:
+    data that lost or found them are accepted by their content.
     """
     return {
         "data.fingerprint": manifest.fingerprint,
+        "data.content": manifest.content,
         "data.flip": config.data.flip,
         **({} if manifest.schema.dtype == "uint8" else {"data.latent_scale": config.data.latent_scale}),
         "seed": config.seed,

@@ -292,6 +292,21 @@ def test_another_identity_is_refused_by_name(training: Training) -> None:
     assert same(before, training.state())
 
 
+def test_data_that_lost_or_found_the_names_of_their_classes_are_the_same(training: Training) -> None:
+    training.save()
+    found = checkpoint.find(training.store)
+
+    def checked(then: dict[str, str], now: dict[str, str]) -> None:
+        checkpoint.check_identity(training.store, dataclasses.replace(found, identity=then), now)
+
+    named, bare, other = ({"data.fingerprint": fingerprint, "data.content": content} for fingerprint, content in ("nc", "cc", "od"))
+    for then, now in ((named, bare), (bare, named), ({"data.fingerprint": "c"}, named), ({"data.fingerprint": "n"}, named)):
+        checked(then, now)
+    for then, now in ((named, other), (other, bare), ({"data.fingerprint": "n"}, bare)):
+        with pytest.raises(CheckpointError, match=r"started with data\.fingerprint=\w, now it is \w; put it back"):
+            checked(then, now)
+
+
 def test_another_decay_of_the_average_is_refused_by_name(training: Training, tiny: Callable[..., Path]) -> None:
     def identity(decay: float) -> dict[str, Any]:
         config = load_config(tiny("decay", train={"ema_decay": decay}))
