@@ -12,13 +12,15 @@ blocks of one class, as folders do, are dealt in one fixed permutation first.
 import argparse
 import io
 import json
+import re
 import zipfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from cluster.metrics import measure
@@ -46,6 +48,8 @@ class Samples:
     images: NDArray[np.uint8]  # (N, H, W, C)
     labels: NDArray[np.int64] | None  # (N,) where known
     lossy: bool = False  # some file was compressed with loss, which moves FID
+    names: tuple[str, ...] = ()  # of the classes, by label; () = not known
+    numbered: bool = True  # whether the labels are the data set's own numbers; those of class folders are the order of their names
 
     @property
     def dealt(self) -> "Samples":
@@ -60,7 +64,23 @@ class Samples:
         if np.mean(labels[1:] != labels[:-1]) >= (1.0 - np.sum(shares**2)) / 2.0:
             return self
         order = np.random.default_rng(DEAL).permutation(len(labels))
-        return Samples(self.images[order], labels[order], self.lossy)
+        return replace(self, images=self.images[order], labels=labels[order])
+
+    def labels_by(self, known: tuple[str, ...]) -> NDArray[np.int64] | None:
+        """The labels (N,) as numbers of the reference, whose classes are called `known`; () where it does not say.
+
+        None without labels, and where the classes of the samples are not classes of the reference, which is said.
+        """
+        if self.labels is None or (self.numbered and not (known and self.names)):
+            return self.labels
+        if not known and all(re.fullmatch(r"\d{1,9}", name) for name in self.names):
+            return np.array([int(name) for name in self.names], np.int64)[self.labels]
+        strangers = [name for name in self.names if name not in known]
+        if strangers:
+            theirs = f"classes of the reference ({listed(known)})" if known else "known to the reference, which names no classes"
+            print(f"no accuracy: the samples' classes {listed(strangers)} are not {theirs}", flush=True)
+            return None
+        return np.array([known.index(name) for name in self.names], np.int64)[self.labels]
 
 
 def score(
@@ -89,6 +109,7 @@ def score(
     """
     if bool(dinov2) != bool(dinov2_reference):
         raise DataError("FD-DINOv2 needs DINOv2's weights and a reference measured with them; give both or neither")
+    check_device(device)
     choose_kernels()
     judge = load_judge(extractor, extractor_hash)
     yardstick = Yardstick(judge, load_reference(reference, judge, dataset, device))
@@ -121,7 +142,7 @@ def score_samples(
         w=w,
         n=len(samples.images),
         run=name,
-        **measure.values(units, samples.labels, yardstick, dinov2),  # type: ignore[arg-type]
+        **measure.values(units, samples.labels_by(yardstick.reference.class_names), yardstick, dinov2),  # type: ignore[arg-type]
         **measure.conditions(yardstick, dinov2),
         **known,
         code_version=code_version(),
@@ -136,6 +157,16 @@ def _checked(facts: dict[str, Any], measured: set[str]) -> dict[str, Any]:
         return {name: typed(name, value) for name, value in facts.items()}
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{error} is no fact of a model; give fields of a metric row such as steps=256 or p_uncond=0.1") from None
+
+
+def check_device(device: str) -> None:
+    """Raises ConfigError for a device that is not there, before anything is read."""
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", device):
+        raise ConfigError(f"--device {device}: give cpu, cuda, or cuda:N for the GPU of number N")
+    number, count = int(device.partition(":")[2] or 0), torch.cuda.device_count()
+    if device != "cpu" and number >= count:
+        has = f"only {count} GPUs" if count else "no GPU" if torch.version.cuda else "no GPU, as it is a build for the CPU"
+        raise ConfigError(f"--device {device}: torch {torch.__version__} sees {has} here; give --device cpu")
 
 
 def load_reference(uri: str, extractor: Extractor, dataset: str = "", device: str = "cpu") -> Reference:
@@ -154,7 +185,8 @@ def load_samples(uri: str, channels: int) -> Samples:
     store = open_store(uri)
     store.check()
     if store.exists(NAME):
-        return Samples(*scan_all(store, load_manifest(store)))
+        manifest = load_manifest(store)
+        return Samples(*scan_all(store, manifest), names=manifest.schema.class_names)
     return _from_files(uri, channels)
 
 
@@ -179,11 +211,22 @@ def _from_npz(data: bytes, where: str) -> Samples:
 
 
 def _from_files(folder: str, channels: int) -> Samples:
-    """Image files below a folder or prefix, in the order of their names. Class folders give labels, numbered in sorted order."""
+    """Image files below a folder or prefix, in the order of their names. The folders of the first level are classes.
+
+    Raises DataError where some images stand in folders and some beside them: nobody can tell which are the samples.
+    """
     store = open_store(folder)
     keys = sorted(info.key for info in store.list() if Path(info.key).suffix.lower() in EXTENSIONS)
     if not keys:
         raise DataError(f"{folder} holds no images ({', '.join(sorted(EXTENSIONS))}) and no {NAME}; give the place of the samples")
+
+    inside = sum("/" in key for key in keys)
+    if 0 < inside < len(keys):
+        beside = next(key for key in keys if "/" not in key)
+        raise DataError(
+            f"{folder} holds {len(keys) - inside} images, such as {beside}, beside folders with {inside} more, such as "
+            f"{next(key for key in keys if '/' in key)}; give a folder of images, or one of class folders only"
+        )
 
     def decoded(key: str, data: bytes) -> NDArray[np.uint8]:
         try:
@@ -198,11 +241,14 @@ def _from_files(folder: str, channels: int) -> Samples:
                 f"{folder}/{key} is {image.shape[1]} x {image.shape[0]} pixels and {keys[0]} is {images[0].shape[1]} x "
                 f"{images[0].shape[0]}; score images of one size"
             )
-    parents = [str(Path(key).parent) for key in keys]
-    classes = {parent: number for number, parent in enumerate(sorted(set(parents)))}
-    labels = np.array([classes[parent] for parent in parents], np.int64) if len(classes) > 1 else None
     lossy = any(Path(key).suffix.lower() in LOSSY for key in keys)
-    return Samples(np.stack(images), labels, lossy)
+    folders = [key.split("/")[0] for key in keys if "/" in key]
+    if not folders:
+        return Samples(np.stack(images), None, lossy)
+    names = sorted(set(folders))
+    return Samples(
+        np.stack(images), np.array([names.index(name) for name in folders], np.int64), lossy, tuple(names), numbered=False
+    )
 
 
 def _measured(images: NDArray[np.uint8], extractors: list[Extractor], device: str, unit: int) -> list[Measured]:
@@ -236,6 +282,11 @@ def command(options: argparse.Namespace) -> None:
             print(f"{field:20} {value:.6g}" if isinstance(value, float) else f"{field:20} {value}")
     if options.json:
         Path(options.json).write_text(to_json([row]))
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """The first few names, quoted."""
+    return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def facts_of(pairs: Sequence[str]) -> dict[str, Any]:

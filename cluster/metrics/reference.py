@@ -8,6 +8,7 @@ FID and its images to precision, recall and KID. Pickles are refused: reading on
 import contextlib
 import hashlib
 import io
+import json
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -44,6 +45,7 @@ class Reference:
     spatial: Statistics | None = None  # of its spatial features, for sFID
     features: NDArray[np.float32] | None = None  # (M, d) of up to KEPT images
     file: str = ""  # sha256 of the file that others made, from which all of it comes
+    class_names: tuple[str, ...] = ()  # in the order of the labels; () = not known
 
     @property
     def sha256(self) -> str:
@@ -70,14 +72,19 @@ class Reference:
             arrays |= {"mu_s": self.spatial.mean, "sigma_s": self.spatial.covariance}
         if self.features is not None:
             arrays["features"] = self.features
+        facts = {"extractor": extractor.hash, "dataset": self.dataset, "origin": self.file}
+        arrays |= {name: np.array(fact) for name, fact in facts.items()}
+        if self.class_names:
+            arrays["class_names"] = np.array(json.dumps(self.class_names))  # as JSON it may hold any character
         buffer = io.BytesIO()
-        np.savez(buffer, **arrays, extractor=np.array(extractor.hash), dataset=np.array(self.dataset), origin=np.array(self.file))
+        np.savez(buffer, **arrays)
         return buffer.getvalue()
 
 
 def from_manifest(store: Store, manifest: Manifest, extractor: Extractor, dataset: str = "", device: str = "cpu") -> Reference:
     """Measure every image of a manifest, in its order. Raises DataError for unreadable images."""
-    return _measured(_blocks(image for image, _ in scan(store, manifest)), manifest.samples, extractor, dataset, device)
+    found = _measured(_blocks(image for image, _ in scan(store, manifest)), manifest.samples, extractor, dataset, device)
+    return replace(found, class_names=manifest.schema.class_names)
 
 
 def from_npz(data: bytes, where: str, extractor: Extractor, dataset: str = "", device: str = "cpu") -> Reference:
@@ -120,7 +127,7 @@ def from_npz(data: bytes, where: str, extractor: Extractor, dataset: str = "", d
             f"{where} holds features {features.shape} beside statistics of {len(pool.mean)}, or NaN among them; "
             "measure the reference again"
         )
-    return Reference(dataset, pool, spatial, features, file)
+    return Reference(dataset, pool, spatial, features, file, _class_names(arrays))
 
 
 def has_images(data: bytes) -> bool:
@@ -142,7 +149,16 @@ def load_npz(uri: str, extractor: Extractor, dataset: str = "", device: str = "c
     return from_npz(read_npz(uri), uri, extractor, dataset, device)
 
 
-_NAMES = {"mu", "sigma", "mu_s", "sigma_s", "n", "features", "extractor", "dataset", "origin", "arr_0"}
+_NAMES = {"mu", "sigma", "mu_s", "sigma_s", "n", "features", "extractor", "dataset", "origin", "arr_0", "class_names"}
+
+
+def _class_names(arrays: dict[str, Any]) -> tuple[str, ...]:
+    """What `to_bytes` wrote; () for a file of others, who may call anything class_names."""
+    with contextlib.suppress(ValueError, RecursionError):
+        names = json.loads(str(arrays.get("class_names", ""))) if "extractor" in arrays else ()
+        if isinstance(names, list) and all(isinstance(name, str) for name in names):
+            return tuple(names)
+    return ()
 
 
 def _spare(name: str, present: list[str]) -> bool:

@@ -19,7 +19,7 @@ from cluster.metrics.measure import Yardstick, values
 from cluster.metrics.moments import from_features
 from cluster.metrics.reference import from_npz
 from cluster.metrics.rows import from_json, to_json
-from cluster.score import Samples, command, facts_of, load_samples, score, score_samples
+from cluster.score import Samples, command, facts_of, load_reference, load_samples, score, score_samples
 from configs.errors import ConfigError, DataError
 from data_pipeline.decode import encode_png
 from data_pipeline.manifest import Schema, build_manifest, save_manifest
@@ -171,6 +171,94 @@ def test_class_folders_give_labels_and_lossy_files_are_said(tmp_path):
     (tmp_path / "a" / "7.jpg").write_bytes(buffer.getvalue())
     assert load_samples(str(tmp_path), 1).lossy
     assert load_samples(str(tmp_path), 3).images.shape == (7, 8, 8, 3)
+
+
+def _class_folders(folder: Path, names: dict[int, str]) -> str:
+    for i, image in enumerate(FAKE):
+        if int(LABELS[i]) in names:
+            place = folder / names[int(LABELS[i])]
+            place.mkdir(exist_ok=True, parents=True)
+            (place / f"{i:04d}.png").write_bytes(encode_png(image))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory: pytest.TempPathFactory, judge: Evaluator) -> Yardstick:
+    """The real images as a data set whose classes have names, in an order that is not that of their names."""
+    store = open_store(str(tmp_path_factory.mktemp("named")))
+    packed = pack_shard([Sample(image, int(label)) for image, label in zip(REAL, LABELS, strict=True)])
+    index = packed.index("0.tar", store.put("0.tar", packed.data))
+    save_manifest(store, build_manifest(Schema(8, 1, 2, ("top", "bottom")), [index]))
+    reference = load_reference(store.uri, judge)
+    again = from_npz(reference.to_bytes(judge), "kept", judge)
+    assert (again.class_names, again.sha256) == (("top", "bottom"), reference.sha256)
+    return Yardstick(judge, again)
+
+
+@pytest.mark.parametrize(
+    ("names", "accuracy"),
+    [
+        ({0: "top", 1: "bottom"}, 1.0),  # in the order of their names they are swapped
+        ({1: "bottom"}, 1.0),  # a subset of the classes
+        ({0: "up", 1: "down"}, None),
+        ({0: "top", 1: "below"}, None),
+        ({0: "0", 1: "1"}, None),  # the reference does not call them so
+    ],
+)
+def test_class_folders_are_classes_by_their_names(tmp_path, capsys, named, names, accuracy):
+    row = score_samples(load_samples(_class_folders(tmp_path, names), 1), named, name="x")
+    assert row.accuracy == (None if accuracy is None else pytest.approx(accuracy, abs=0.02))
+    said = capsys.readouterr().out
+    assert ("no accuracy" in said) == (accuracy is None)
+    if accuracy is None:
+        assert "not classes of the reference ('top', 'bottom')" in said
+    assert row.inception_score > (1.5 if len(names) == 2 else 1.0)  # dealt, whatever the classes are called
+
+
+def test_without_names_in_the_reference_only_numbers_are_classes(tmp_path, capsys, place, judge):
+    yardstick = Yardstick(judge, from_npz((place / "real.npz").read_bytes(), "real", judge))
+    numbers = load_samples(_class_folders(tmp_path / "numbers", {0: "00", 1: "1"}), 1)
+    assert score_samples(numbers, yardstick, name="x").accuracy == pytest.approx(1.0, abs=0.02)
+    words = load_samples(_class_folders(tmp_path / "words", {0: "a", 1: "b"}), 1)
+    assert score_samples(words, yardstick, name="x").accuracy is None
+    assert "no accuracy: the samples' classes 'a', 'b' are not known to the reference" in capsys.readouterr().out
+
+
+def test_shards_with_other_names_for_their_numbers_are_matched_by_name(named):
+    swapped = Samples(FAKE, 1 - LABELS, names=("bottom", "top"))
+    assert score_samples(swapped, named, name="x").accuracy == pytest.approx(1.0, abs=0.02)
+
+
+def test_classes_may_have_folders_of_their_own(tmp_path):
+    (tmp_path / "b" / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "a").mkdir()
+    for i, where in enumerate(("a/x", "b/y", "b/deep/z", "b/deep/er/0")):
+        (tmp_path / f"{where}.png").write_bytes(encode_png(FAKE[i]))
+    found = load_samples(str(tmp_path), 1)
+    assert (found.names, found.labels.tolist()) == (("a", "b"), [0, 1, 1, 1])
+
+
+def test_images_beside_folders_of_images_are_refused(tmp_path):
+    (tmp_path / "thumbnails").mkdir()
+    for name in ("0.png", "1.png", "thumbnails/0.png"):
+        (tmp_path / name).write_bytes(encode_png(FAKE[0]))
+    with pytest.raises(DataError, match=r"holds 2 images, such as 0\.png, beside folders with 1 more, such as thumbnails/0\.png"):
+        load_samples(str(tmp_path), 1)
+
+
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [
+        ("cuda", "torch .* sees no GPU"),
+        ("cuda:7", "torch .* sees (no GPU|only . GPU)"),
+        ("gpu", "give cpu, cuda, or cuda:N"),
+        ("meta", "give cpu, cuda, or cuda:N"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused_before_anything_is_read(monkeypatch, device, words):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ConfigError, match=words):
+        score("none.npz", reference="none.npz", extractor="none", device=device)
 
 
 def test_image_files_are_read_several_at_a_time_and_keep_their_order(place, monkeypatch):
