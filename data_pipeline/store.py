@@ -12,7 +12,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -208,6 +208,8 @@ class FolderStore(Store):
         there = self.folder
         with self._errors(""):
             while not there.exists():
+                if there.is_symlink():
+                    raise FileNotFoundError
                 there = there.parent
         if not there.is_dir():
             raise StoreError(f"{there} is a file; give a folder.")
@@ -279,17 +281,37 @@ class FolderStore(Store):
         return ObjectInfo(key, size, str(size))
 
     def list(self, prefix: str = "") -> list[ObjectInfo]:
-        found = []
-        for folder, below, names in os.walk(self.folder):
-            here = Path(folder).relative_to(self.folder)
-            places = {name: f"{(here / name).as_posix()}/" for name in below}
-            below[:] = [name for name, place in places.items() if place.startswith(prefix) or prefix.startswith(place)]
-            for name in names:
-                key = (here / name).as_posix()
-                if not name.startswith(TEMP) and key.startswith(prefix):
-                    with contextlib.suppress(FileNotFoundError):  # deleted by someone else in the meantime
-                        found.append(ObjectInfo(key, size := (self.folder / key).stat().st_size, str(size)))
-        return sorted(found, key=lambda info: info.key)
+        return sorted(self._walk("", prefix, ()), key=lambda info: info.key)
+
+    def _walk(self, place: str, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[ObjectInfo]:
+        """What stands in the folder `place` ("" or "a/b/"), links followed. `above` are the folders around it: a link may lead back
+        to one of them. Whatever cannot be listed raises StoreError, as it may hold anything.
+        """
+        try:
+            with self._errors(place.rstrip("/")):
+                status = os.stat(self.folder / place)
+                here = (status.st_dev, status.st_ino)
+                with os.scandir(self.folder / place) as entries:
+                    inside = list(entries)
+        except MissingObject as error:
+            if isinstance(error.__cause__, NotADirectoryError):
+                raise StoreError(f"{self.folder / place} is a file; give a folder.") from error
+            return  # there is none, or no more
+        for entry in inside if here not in above else ():
+            key = f"{place}{entry.name}"
+            if entry.name.startswith(TEMP) or not (key.startswith(prefix) or prefix.startswith(f"{key}/")):
+                continue
+            try:
+                with self._errors(key):
+                    size = -1 if entry.is_dir() else os.stat(self.folder / key).st_size
+            except MissingObject:  # deleted by someone else in the meantime
+                continue
+            if size < 0:
+                yield from self._walk(f"{key}/", prefix, (*above, here))
+            elif key.startswith(prefix):
+                yield ObjectInfo(key, size, str(size))
+            else:
+                raise StoreError(f"{self.folder / key} is a file, and a folder of that name is looked for; move it away.")
 
     def delete(self, key: str) -> None:
         with self._errors(key):
@@ -304,6 +326,12 @@ class FolderStore(Store):
         try:
             yield
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            path = self.folder / key
+            for place in (path, *path.parents):
+                if place.is_symlink() and not place.exists():
+                    raise StoreError(
+                        f"{place} is a link to nothing ({os.readlink(place)}); mount that or mend the link."
+                    ) from error
             raise MissingObject(f"{where} does not exist; check the location.") from error
         except OSError as error:
             raise StoreError(f"{where} cannot be used ({error.strerror}); check the disk and its rights.") from error

@@ -1,12 +1,17 @@
 """Tests of store.py: a folder and a bucket behave alike, and every failure is one sentence."""
 
+import errno
 import http.server
 import os
 import pickle
 import socket
+import tempfile
 import threading
 import urllib.request
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -126,6 +131,110 @@ def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_even_be_looked_for_is_named(tmp_path: Path) -> None:
     assert "cannot be used (File name too long)" in sentence(open_store(str(tmp_path / ("x" * 300))))
+
+
+def test_a_listing_follows_links_and_is_not_caught_in_a_loop(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    FolderStore(elsewhere).put("b/c", b"123")
+    store = FolderStore(tmp_path / "store")
+    store.put("x", b"")
+    (store.folder / "a").symlink_to(elsewhere)
+    (elsewhere / "b/up").symlink_to(elsewhere)
+    (elsewhere / "file").symlink_to(elsewhere / "b/c")
+    assert [(info.key, info.bytes) for info in store.list()] == [("a/b/c", 3), ("a/file", 3), ("x", 0)]
+    (tmp_path / "link").symlink_to(store.folder)
+    assert [info.key for info in FolderStore(tmp_path / "link").list("a/b/")] == ["a/b/c"]
+
+
+@pytest.mark.parametrize("link", ["store", "store/a", "store/a/b"])
+def test_a_link_to_nothing_is_not_an_empty_place(tmp_path: Path, link: str) -> None:
+    """A disk that is not mounted: what stands there is not gone, and nothing is made in its stead."""
+    store = FolderStore(tmp_path / "store")
+    (tmp_path / link).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / link).symlink_to(tmp_path / "not mounted")
+    uses: list[Callable[[], object]] = [lambda: store.list("a/b/"), lambda: store.get("a/b/c"), lambda: store.exists("a/b/c")]
+    for use in uses:
+        with pytest.raises(StoreError, match=r"is a link to nothing \(.*not mounted\); mount that") as raised:
+            use()
+        assert not isinstance(raised.value, MissingObject)
+    with pytest.raises(StoreError):
+        store.put("a/b/c", b"")
+    if link == "store":
+        assert "is a link to nothing" in sentence(store)
+
+
+def test_links_that_lead_round_in_a_circle_and_files_in_place_of_folders_are_named(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path)
+    (tmp_path / "a").symlink_to(tmp_path / "a")
+    for use in (store.list, store.exists):
+        with pytest.raises(StoreError, match=r"a cannot be used .*symbolic links"):
+            use("a")
+    store.put("b", b"")
+    with pytest.raises(StoreError, match="b is a file"):
+        store.list("b/c/")
+    with pytest.raises(StoreError, match="b is a file"):
+        store.child("b").list()
+
+
+def failing(call: Callable[..., Any], path: Path, error: int) -> Callable[..., Any]:
+    """`call` of the operating system, which fails for `path`."""
+
+    def fail(at: Any, *args: Any, **options: Any) -> Any:
+        if isinstance(at, str | Path) and os.path.abspath(at) == str(path):
+            raise OSError(error, os.strerror(error), str(at))
+        return call(at, *args, **options)
+
+    return fail
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.EACCES, errno.ESTALE])
+@pytest.mark.parametrize(("call", "place"), [("scandir", "a/b"), ("scandir", ""), ("stat", "a/b/c"), ("stat", "a/b")])
+def test_what_cannot_be_listed_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, place: str, error: int
+) -> None:
+    store = FolderStore(tmp_path)
+    store.put("a/b/c", b"")
+    monkeypatch.setattr(os, call, failing(getattr(os, call), tmp_path / place, error))
+    with pytest.raises(StoreError, match=rf"{tmp_path / place} cannot be used \({os.strerror(error)}\)"):
+        store.list("a/")
+
+
+def as_nobody(does: Callable[[], object]) -> str:
+    """What `does` raises in a process without root's rights, "" for nothing."""
+    read, write = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the child touches no lock of another thread
+        child = os.fork()
+    if child == 0:
+        try:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            does()
+        except BaseException as error:
+            os.write(write, f"{type(error).__name__}: {error}".encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    os.waitpid(child, 0)
+    with os.fdopen(read) as said:
+        return said.read()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to become another user")
+@pytest.mark.parametrize(
+    ("closed", "rights"), [("run/checkpoints/step-1", 0o700), ("run/checkpoints", 0), ("run", 0o711), ("", 0o700)]
+)
+def test_folders_of_another_user_are_an_error(closed: str, rights: int) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        os.chmod(folder, 0o755)
+        run = FolderStore(Path(folder) / "run")
+        run.put("checkpoints/step-1/manifest.json", b"{}")
+        assert as_nobody(lambda: run.list("checkpoints/")) == ""
+        (Path(folder) / closed).chmod(rights)
+        assert "cannot be used (Permission denied)" in as_nobody(lambda: run.list("checkpoints/"))
+        if rights != 0o711:  # under which files of a known name can be read
+            assert "cannot be used (Permission denied)" in as_nobody(lambda: run.exists("checkpoints/step-1/manifest.json"))
 
 
 @pytest.mark.parametrize("prefix", ["", "a", "a/", "a/b", "a/b/", "a/b/c", "ab/", "../", "..", "/", "a//", "no/such/"])

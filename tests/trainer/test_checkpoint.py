@@ -2,8 +2,10 @@
 
 import copy
 import dataclasses
+import errno
 import json
 import logging
+import os
 import pickle
 import re
 import resource
@@ -262,6 +264,47 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(training: T
         flipped(rank, rank)
     with pytest.raises(CheckpointError, match="none of its 2 checkpoints can be used"):
         training.resume()
+    assert same(before, training.state())
+
+
+def test_checkpoints_behind_a_link_are_gone_on_from_and_kept(training: Training, tmp_path: Path) -> None:
+    training.save()
+    training.save()
+    for kind in ("checkpoints", "snapshots"):
+        (training.store.folder / kind).rename(tmp_path / f"large disk {kind}")
+        (training.store.folder / kind).symlink_to(tmp_path / f"large disk {kind}")
+    saved = training.state()
+    training.move()
+    assert training.resume() == 2
+    assert same(saved, training.state())
+    training.save()
+    assert [found.step for found in checkpoint.newest(training.store)] == [3, 2]
+    assert len(list((tmp_path / "large disk checkpoints").glob("*/*"))) == 4
+    assert len(list((tmp_path / "large disk snapshots").glob("*/*"))) == 6
+
+
+@pytest.mark.parametrize("failure", ["link", "unreadable"])
+def test_a_run_whose_checkpoints_cannot_be_listed_does_not_begin_anew(
+    training: Training, failure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training.save()
+    folder = training.store.folder / "checkpoints"
+    if failure == "link":
+        folder.rename(folder.with_name("unmounted"))
+        folder.symlink_to(folder.with_name("nothing"))
+    else:
+        scandir = os.scandir
+
+        def denied(path: Any) -> Any:
+            if Path(path) == folder:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return scandir(path)
+
+        monkeypatch.setattr(os, "scandir", denied)
+    before = training.state()
+    for look in (training.resume, lambda: next(checkpoint.candidates(training.store)), lambda: checkpoint.find(training.store)):
+        with pytest.raises(StoreError, match=r"checkpoints (is a link to nothing|cannot be used)"):
+            look()
     assert same(before, training.state())
 
 
