@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from configs.errors import UserError
+from configs.errors import UserError, visible
 from configs.load import SUFFIXES, find_config, load_config
 from configs.schema import Config
 
@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
 
             inspect_theory(config, options.theory)
     except UserError as error:
-        print(f"freeguide: error: {error}", file=sys.stderr)
+        print(f"freeguide: error: {visible(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped; run the same command again to go on", file=sys.stderr)

@@ -4,8 +4,10 @@ Equal rows and grids give equal bytes: fonts are matplotlib's own, files carry n
 matplotlib settings change nothing.
 """
 
+import contextlib
 import io
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,17 +24,20 @@ from PIL import Image, ImageDraw, ImageFont
 
 from cluster.metrics.published import Published
 from cluster.metrics.rows import Row
+from configs.errors import visible
 
 Series = tuple[str, list[Row]]  # label ("" where nothing varies) and rows in the order of w
 
 COLOURS = ("#2f5d8c", "#c8553d", "#4a7c59", "#7d5ba6", "#b8860b", "#3c8d93")
 MARKERS = "os^Dv"
 INK, GREY = "#222222", "#666666"
+LONGEST = 60  # characters of a name in a picture
 SHARES = (("precision", "o-"), ("recall", "s--"), ("accuracy", "^:"))  # quantities between 0 and 1 and their lines
 STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "text.color": INK,
+    "text.parse_math": False,  # a dollar in a name is a dollar
     "axes.labelcolor": INK,
     "axes.edgecolor": "#888888",
     "axes.spines.top": False,
@@ -61,14 +66,25 @@ def distance(value: float) -> str:
 
 def curves(series: list[Series]) -> bytes:
     """FID and IS with their spreads, and accuracy, precision and recall, each over w."""
-    with matplotlib.style.context(["default", STYLE]):
-        return _curves(series)
+    with _style():
+        return _curves(_shortened(series))
 
 
 def frontier(series: list[Series], others: Sequence[Row] = (), published: Sequence[Published] = ()) -> bytes:
     """FID against IS, one curve per series, points labelled with w; single points for `others`, grey ones for `published`."""
-    with matplotlib.style.context(["default", STYLE]):
-        return _frontier(series, others, published)
+    with _style():
+        return _frontier(_shortened(series), others, published)
+
+
+@contextlib.contextmanager
+def _style() -> Iterator[None]:
+    with matplotlib.style.context(["default", STYLE]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a box is drawn instead
+        yield
+
+
+def _shortened(series: list[Series]) -> list[Series]:
+    return [(visible(label, LONGEST), rows) for label, rows in series]
 
 
 def _curves(series: list[Series]) -> bytes:
@@ -120,7 +136,7 @@ def _frontier(series: list[Series], others: Sequence[Row], published: Sequence[P
         axes.plot(best.inception_score, best.fid, "o", markersize=11, markerfacecolor="none", markeredgecolor=colour)
     rows = [row for _, members in series for row in members]
     _log_if_wide(axes, [row.fid for row in rows])
-    places = [(row.run, row.inception_score, row.fid) for row in others]
+    places = [(visible(row.run, LONGEST), row.inception_score, row.fid) for row in others]
     places += [(number.model, number.inception_score, number.fid) for number in published if number.inception_score is not None]
     for _, score, fid in places:
         axes.plot(score, fid, "D", color=GREY, markersize=4)
@@ -258,13 +274,21 @@ def side_by_side(
             draw.text((left + width - 3, baseline), fitting[0], GREY, _font(19), anchor="rs")
         cell = (width - 3) / grids[row].shape[1]
         for column, name in enumerate(classes):
-            draw.text((left + 3 + (column + 0.5) * cell, top - 6), name, GREY, _font(15), anchor="ms")
+            draw.text((left + 3 + (column + 0.5) * cell, top - 6), _fitted(draw, name, cell - 2), GREY, _font(15), anchor="ms")
     foot, left = lines * (head + height) + 38, margin + 3.0
-    if label:
+    if label := visible(label, LONGEST):
         draw.text((left, foot), label, INK, _font(17, bold=True), anchor="ls")
         left += draw.textlength(f"{label}   ", _font(17, bold=True))
     draw.text((left, foot), "The same noise at the same place for every w.", GREY, _font(17), anchor="ls")
     return canvas
+
+
+def _fitted(draw: ImageDraw.ImageDraw, name: str, width: float) -> str:
+    """As much of the name of a class as fits above its column: neighbours would be drawn over each other."""
+    most = len(name)
+    while most > 2 and draw.textlength(visible(name, most), _font(15)) > width:
+        most -= 1
+    return visible(name, most)
 
 
 def _chosen(rows: Sequence[Row], most: int) -> list[Row]:

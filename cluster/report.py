@@ -19,6 +19,7 @@ import csv
 import html
 import io
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -35,7 +36,7 @@ from cluster.metrics.measure import Yardstick, conditions
 from cluster.metrics.published import rows_of, why_not_beside
 from cluster.metrics.rows import Row, from_json, require_comparable, require_same_instrument, to_json
 from cluster.tables import Cost, Table, cost_in_seconds, key_of, label_of, names_of, tables_of
-from configs.errors import DataError
+from configs.errors import DataError, visible
 from configs.schema import EvaluateConfig
 
 ROWS = 4  # of a sample grid, where a page shows several series
@@ -171,28 +172,47 @@ def _csv(rows: Sequence[Row]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, list(asdict(rows[0])), lineterminator="\n")
     writer.writeheader()
-    writer.writerows({name: "" if value is None else value for name, value in asdict(row).items()} for row in rows)
+    writer.writerows({name: _cell(value) for name, value in asdict(row).items()} for row in rows)
     return text.getvalue()
 
 
+def _cell(value: Any) -> Any:
+    """A value for a spreadsheet, which would take text that begins like a formula for one and run it."""
+    if not isinstance(value, str):
+        return "" if value is None else value
+    text = visible(value)
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text
+
+
 def _markdown(title: str, tables: Sequence[Table]) -> str:
-    parts = [f"# {title}"]
+    parts = [f"# {_quiet(title)}"]
     for table in tables:
         if table.heading:
-            parts.append(f"## {table.heading}")
+            parts.append(f"## {_quiet(table.heading)}")
         if table.lines:
-            lines = ["| " + " | ".join(table.heads) + " |", "|" + "---:|" * len(table.heads)]
+            lines = ["| " + " | ".join(map(_quiet, table.heads)) + " |", "|" + "---:|" * len(table.heads)]
             for i, cells in enumerate(table.lines):
-                marked = [f"**{cell}**" if (i, column) in table.bold else cell for column, cell in enumerate(cells)]
-                lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in marked) + " |")
+                quiet = list(map(_quiet, cells))
+                marked = [f"**{cell}**" if (i, column) in table.bold else cell for column, cell in enumerate(quiet)]
+                lines.append("| " + " | ".join(marked) + " |")
             parts.append("\n".join(lines))
         if table.note:
-            note = f"{table.note} [{table.file}]({table.file})." if table.file else table.note
+            note = _quiet(table.note)
+            note = f"{note} [{table.file}]({table.file})." if table.file else note
             parts.append(f"*{note}*" if table.grey else note)
     return "\n\n".join(parts) + "\n"
 
 
+def _quiet(text: str) -> str:
+    """Text in which Markdown finds no tag, link, picture, code or new cell; whatever people read in a terminal stays as it is."""
+    return re.sub(r"[\\<`|]|(?<=\])\(", r"\\\g<0>", visible(text))
+
+
 # --- the page ---
+
+
+def _html(text: str) -> str:
+    return html.escape(visible(text))
 
 
 def _page(files: Mapping[str, bytes], title: str, tables: Sequence[Table]) -> str:
@@ -204,7 +224,7 @@ def _page(files: Mapping[str, bytes], title: str, tables: Sequence[Table]) -> st
     first, *rest = (_section(table) for table in tables)
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{html.escape(title)}</title>
+<title>{_html(title)}</title>
 <style>
 body {{ font: 15px/1.5 system-ui, sans-serif; color: {INK}; max-width: 84rem; margin: 2rem auto; padding: 0 1rem }}
 section {{ overflow-x: auto }}
@@ -218,23 +238,23 @@ h2 {{ font-size: 1.1rem; margin: 2rem 0 .5rem }}
 p {{ color: {GREY}; max-width: 60rem }}
 img {{ display: block; max-width: 100%; margin: 2rem 0 }}
 </style>
-<h1>{html.escape(title)}</h1>
+<h1>{_html(title)}</h1>
 {first}
 {pictures}{"".join(rest)}</html>
 """
 
 
 def _section(table: Table) -> str:
-    text = f"<h2>{html.escape(table.heading)}</h2>\n" if table.heading else ""
+    text = f"<h2>{_html(table.heading)}</h2>\n" if table.heading else ""
     if table.lines:
         left = ["" if head not in ("", "images", "model", "series", "source") else " class=left" for head in table.heads]
-        lines = "".join(f"<th{side}>{html.escape(head)}</th>" for side, head in zip(left, table.heads, strict=True))
+        lines = "".join(f"<th{side}>{_html(head)}</th>" for side, head in zip(left, table.heads, strict=True))
         for i, cells in enumerate(table.lines):
             lines += "</tr>\n<tr>"
             for column, (side, cell) in enumerate(zip(left, cells, strict=True)):
-                lines += f"<td{' class=best' if (i, column) in table.bold else side}>{html.escape(cell)}</td>"
+                lines += f"<td{' class=best' if (i, column) in table.bold else side}>{_html(cell)}</td>"
         text += f"<table><tr>{lines}</tr></table>\n"
     if table.note:
         file = f' <a href="{table.file}">{table.file}</a>.' if table.file else ""
-        text += f"<p>{html.escape(table.note)}{file}</p>\n"
+        text += f"<p>{_html(table.note)}{file}</p>\n"
     return f"<section{' class=grey' if table.grey else ''}>\n{text}</section>\n"

@@ -4,6 +4,11 @@ The command line prints the message of a `UserError` alone, without a traceback,
 escapes is a defect of freeguide and keeps its traceback.
 """
 
+import unicodedata
+
+_UNPRINTABLE = {"Cc", "Cs", "Zl", "Zp"}  # categories of Unicode
+_TURNING = set(map(chr, (0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))))  # the direction of what follows
+
 
 class UserError(Exception):
     """A mistake or an outage on the user's side. The message is one sentence: what, where, what to do."""
@@ -23,3 +28,19 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that is damaged, or that belongs to another run or another network."""
+
+
+def visible(text: str, most: int = 0) -> str:
+    """Text that anyone may have chosen, such as the name of a run or a class, so that it can be printed, encoded and drawn.
+
+    Control characters (they move the cursor, or turn the direction of what follows) and halves of characters are shown as their
+    codes. With `most`, longer text loses its middle.
+    """
+
+    def one(c: str) -> str:
+        plain = unicodedata.category(c) not in _UNPRINTABLE and c not in _TURNING
+        return c if plain else c.encode("unicode-escape").decode()
+
+    shown = "".join(map(one, text))
+    half = (most - 1) // 2
+    return shown if not most or len(shown) <= most else f"{shown[:half]}…{shown[-half:]}"

@@ -2,7 +2,7 @@
 
 import sys
 
-from configs.errors import UserError
+from configs.errors import UserError, visible
 from configs.load import load_config
 from trainer.loop import train
 
@@ -14,7 +14,7 @@ def main() -> int:
     try:
         train(load_config(sys.argv[1], sys.argv[2:]))
     except UserError as error:
-        print(f"freeguide: error: {error}", file=sys.stderr)
+        print(f"freeguide: error: {visible(str(error))}", file=sys.stderr)
         return 2
     return 0
 

@@ -6,6 +6,7 @@ import io
 import json
 import re
 from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -583,3 +584,73 @@ def test_networks_of_one_p_uncond_share_a_colour_and_no_two_curves_look_alike():
     others = figures._styles([(f"T = {steps}", _rows(steps=steps)) for steps in range(1, 9)])
     assert len(set(others)) == 8
     assert [colour for colour, _ in others[:6]] == list(figures.COLOURS)
+
+
+NAMES = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "\\<script>alert(1)</script>",
+    "![x](http://example.com/x.png)",
+    "[x](javascript:alert(1))",
+    '=HYPERLINK("http://example.com")',
+    "+1+cmd",
+    "@SUM(A1)",
+    "-2+3",
+    "a|b `c` $d$ $e",
+    "two\nlines\r| and | cells",
+    "\x1b[31mred\x07",
+    "\u202eturned",
+    "half \ud800 character",
+    "図 🎈 Ä",
+    "long " * 100,
+    "",
+]
+
+
+class _Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen += [tag, *(f"{tag} {name}" for name, _ in attrs)]
+
+
+def _tags(page: str) -> set[str]:
+    parser = _Tags()
+    parser.feed(page)
+    return set(parser.seen)
+
+
+def _report_of(folder: Path, name: str) -> list[Row]:
+    """A report with `name` in each place that takes one: a run, the data set, the classes, the title, others' images, the code."""
+    changes = {"dataset": name, "code_version": name}
+    rows = [*_rows(run=name, **changes)[:2], *_rows(run="other", **changes)[:2]]
+    theirs = [replace(rows[0], run=name or "x", w=0.0)]
+    write_report(rows, _grids(rows=rows), folder, title=name, classes=[name, "b", name], varying=("run",), others=theirs)
+    return rows
+
+
+@pytest.mark.usefixtures("words_only")
+@pytest.mark.parametrize("name", NAMES)
+def test_any_name_is_written_and_none_does_anything(tmp_path, name):
+    rows = _report_of(tmp_path / "one", name)
+    _report_of(tmp_path / "two", "honest")
+    page, table = ((tmp_path / "one" / file).read_text() for file in ("index.html", "table.md"))
+    assert _tags(page) == _tags((tmp_path / "two" / "index.html").read_text())
+    # Markdown is rendered by whoever shows it; none of it may begin what is not text.
+    assert re.search(r"(?<!\\)(\\\\)*(<|`|\]\()", table) is None
+    assert len(table.splitlines()) == len((tmp_path / "two" / "table.md").read_text().splitlines())
+    assert all(ord(c) >= 32 or c == "\n" for c in table + page)
+    lines = [next(csv.reader([line])) for line in (tmp_path / "one" / "report.csv").read_text().splitlines()]
+    assert {len(line) for line in lines} == {len(lines[0])}
+    assert not any(cell[:1] in ("=", "+", "@") or cell == "-2+3" for line in lines[1:] for cell in line)
+    assert from_json((tmp_path / "one" / "report.json").read_text()) == sorted(rows, key=lambda row: (row.run, row.w))
+
+
+def test_pictures_show_any_name(tmp_path, recwarn):
+    rows = [row for name in NAMES for row in _rows(run=name)[:2]]
+    grids = _grids(rows=rows[:2])
+    write_report(rows, grids, tmp_path, title="x", classes=NAMES[-3:], varying=("run",), others=[replace(rows[0], run=NAMES[9])])
+    assert [str(warning.message) for warning in recwarn] == []
+    assert Image.open(tmp_path / "frontier.png").size == (1152, 864)  # as large as with short names
