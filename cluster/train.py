@@ -33,7 +33,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.session import Resources, session
 from configs.errors import StoreError, UserError
-from configs.load import from_yaml, to_yaml
 from configs.schema import Config
 from trainer.failures import TERMINATED, Terminated
 from trainer.loop import preflight
@@ -81,7 +80,8 @@ def _fit(config: Config, resources: Resources, note: Any) -> bool:
     """
     trainer = TorchTrainer(
         _worker,  # type: ignore[arg-type]  # in Ray Train V2 it may return something
-        train_loop_config={"config": to_yaml(config), "threads": resources.threads, "note": note},
+        # The config goes by reference: Ray Train shows this mapping in its dashboard and keeps it.
+        train_loop_config={"config": ray.put(config), "threads": resources.threads, "note": note},
         torch_config=_Group(backend="nccl" if resources.gpus else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=_workers(config),
@@ -185,7 +185,7 @@ def _worker(job: dict[str, Any]) -> bool:
     os.environ["LOCAL_RANK"] = str(ray.train.get_context().get_local_rank())
     threading.Thread(target=_listen, args=(note,), name="freeguide-listen", daemon=True).start()
     try:
-        train(from_yaml(job["config"]), _this_worker)
+        train(ray.get(job["config"]), _this_worker)
     except SystemExit:
         return False
     except StoreError:

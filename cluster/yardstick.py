@@ -28,7 +28,6 @@ from cluster.metrics.features import Extractor, load_dinov2, load_extractor, loa
 from cluster.metrics.measure import Yardstick
 from cluster.session import Resources, session
 from configs.errors import UserError
-from configs.load import from_yaml, to_yaml
 from configs.schema import Config
 from data_pipeline.manifest import Manifest, load_manifest
 from data_pipeline.scan import scan_all
@@ -131,7 +130,7 @@ def _yardstick(
     resources = connect()
     task = ray.remote(_make).options(num_cpus=resources.cpus, num_gpus=resources.gpus or None)
     pinned = (weights, given.hash) if given else None
-    if failure := ray.get(task.remote(to_yaml(config), store, pinned, reference, resources)):
+    if failure := ray.get(task.remote(config, store, pinned, reference, resources)):
         raise UserError(failure)
     made = _load(config, store, given, weights, reference)
     if isinstance(made.extractor, Evaluator) and not given:
@@ -161,12 +160,12 @@ def _reference_key(extractor: Extractor, data: bytes) -> str:
     return f"reference-{units.fingerprint(options)}.npz"
 
 
-def _make(text: str, store: Store, given: tuple[str, str] | None, reference: str, resources: Resources) -> str:
+def _make(config: Config, store: Store, given: tuple[str, str] | None, reference: str, resources: Resources) -> str:
     """Returns the sentence of a UserError, or "": Ray would wrap the error in its traceback."""
     choose_kernels()
     torch.set_num_threads(resources.threads)
     try:
-        _publish(from_yaml(text), store, given, reference, "cuda" if resources.gpus else "cpu")
+        _publish(config, store, given, reference, "cuda" if resources.gpus else "cpu")
     except UserError as error:
         return str(error)
     return ""

@@ -6,12 +6,17 @@ escapes is a defect of freeguide and keeps its traceback.
 
 import unicodedata
 
+from configs.secrets import masked
+
 _UNPRINTABLE = {"Cc", "Cs", "Zl", "Zp"}  # categories of Unicode
 _TURNING = set(map(chr, (0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))))  # the direction of what follows
 
 
 class UserError(Exception):
-    """A mistake or an outage on the user's side. The message is one sentence: what, where, what to do."""
+    """A mistake or an outage on the user's side. The message is one sentence: what, where, what to do. It holds no secrets."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(masked(sentence))
 
 
 class ConfigError(UserError):

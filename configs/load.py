@@ -3,34 +3,44 @@
 Unknown keys are refused before anything is merged, so that the message can name the file or the argument that holds them and
 the nearest key that exists. Values are then merged one by one through OmegaConf, which knows the types. Locations become absolute
 here, where the command is typed: the processes of a cluster stand in other folders.
+
+`${...}` is resolved in what the user typed, and nowhere else: a stored config is data. What is shown or stored of a text is how it
+was written, so that a secret that stands in an environment variable stays there; numbers and words of the schema are resolved, as
+a run cannot be read without them.
 """
 
-import difflib
+import functools
 import itertools
 import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from configs.checks import checks, choices, shown, value_of
 from configs.errors import ConfigError, StoreError
 from configs.locations import locate
-from configs.schema import LOCATION, Config, EvaluateConfig, TrainConfig
+from configs.schema import LOCATION, Config, EvaluateConfig, options
+from configs.secrets import masked_values
 
 PACKAGED = Path(__file__).parent  # the configs that come with freeguide
 SUFFIXES = (".yaml", ".yml")
+SERIES = 10_000  # of one sweep
+_REFERENCE = re.compile(r"(\\*)\$\{")
+# What reading, converting and resolving values raise; ValueError and OverflowError come of numbers with thousands of digits.
+_UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, ValueError, OverflowError)
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None, command: str = "train") -> Config:
     """Read `path` (see `find_config`), apply overrides such as `train.lr=1e-4`, check the result for `command`, and return it.
 
-    Raises ConfigError, one sentence, for a missing or malformed file, an unknown or ill-typed key, or values that contradict
-    each other.
+    Raises ConfigError, one sentence, for a missing or malformed file, an unknown or ill-typed key, a location that means no place,
+    or values that are out of range or contradict each other.
     """
     path = find_config(path)
     merged = OmegaConf.structured(Config)
@@ -38,8 +48,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None, command: s
         document = OmegaConf.load(path)
     except RecursionError as error:
         raise ConfigError(f"{path}: not a config: it is nested too deeply") from error
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    except _UNREADABLE as error:
+        raise ConfigError(f"{path}: not valid YAML: {shown(error)}") from error
     except OSError as error:  # OmegaConf raises one, too, for a document that is a number
         reason = error.strerror or "a config is a mapping of keys to values, this file holds a single value"
         raise ConfigError(f"{path}: {reason}") from error
@@ -48,23 +58,21 @@ def load_config(path: str | Path, overrides: list[str] | None = None, command: s
     _merge(merged, OmegaConf.to_container(document), str(path))
     for override in overrides or []:
         key, equals, _ = override.partition("=")
+        where = f"argument {shown(override, quoted=True)}"
         if not equals or not key.strip():
-            raise ConfigError(f"argument {override!r}: an override has the form key=value, for example train.lr=1e-4")
+            raise ConfigError(f"{where}: an override has the form key=value, for example train.lr=1e-4")
         try:
             nested = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
-        except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
-            raise ConfigError(f"argument {override!r}: not a value in YAML: {' '.join(str(error).split())}") from error
-        _merge(merged, nested, f"argument {override!r}")
+        except (*_UNREADABLE, RecursionError) as error:
+            raise ConfigError(f"{where}: not a value in YAML: {shown(error)}") from error
+        _merge(merged, nested, where)
+    config = _resolved(merged, str(path))
     try:
-        config = OmegaConf.to_object(merged)
-    except MissingMandatoryValue as error:
-        raise ConfigError(f"{path}: {error.full_key} has no value; set it in the file or as {error.full_key}=...") from error
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {error.full_key or 'a value'}: {' '.join(str(error.msg or error).split())}") from error
-    assert isinstance(config, Config)
-    config = _placed(config, _absolute)
-    validate(config, command)
-    return config
+        config = _placed(config, _absolute)
+        validate(config, command)
+    except ConfigError as error:
+        raise ConfigError(_as_written(str(error), config)) from None
+    return replace(config, written={key: (text, value_of(config, key)) for key, (text, _) in config.written.items()})
 
 
 def locations(config: Config) -> Iterator[tuple[str, str]]:
@@ -94,32 +102,44 @@ def find_config(name: str | Path) -> Path:
         raise ConfigError(f"{path}: not a file; a config is a YAML file")
     near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
     packaged = ", ".join(sorted(p.stem for p in PACKAGED.glob("*.yaml")))
-    beside = f"{_choices('files beside it', path.name, near)}; " if near else ""
+    beside = f"{choices('files beside it', path.name, near)}; " if near else ""
     raise ConfigError(f"{path}: no such config file; {beside}the configs that come with freeguide are: {packaged}")
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved config as YAML that `load_config` reads back to an equal one."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """The config as YAML, to be shown or stored: texts as they were written where they refer to something, and without secrets.
+
+    `load_config` reads it back to an equal one, and so does `from_yaml`, where nothing is hidden.
+    """
+    tree: dict[str, Any] = {}
+    for key, kind in options().items():
+        *groups, name = key.split(".")
+        group = functools.reduce(lambda place, each: place[each], groups, tree)
+        group[name] = {} if is_dataclass(kind) else masked_values(_shown_as(config, key, kind))
+    return OmegaConf.to_yaml(OmegaConf.create(tree))
 
 
 def from_yaml(text: str) -> Config:
-    """The config that `to_yaml` wrote, without checking it again. Raises ConfigError if another version wrote it."""
+    """The config that `to_yaml` wrote, without checking it again, and without resolving anything, whoever wrote it.
+
+    Raises ConfigError if another version wrote it.
+    """
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text)))
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        reason = str(error).splitlines()[0]
+        tree = OmegaConf.to_container(OmegaConf.create(text))
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), _frozen(tree)))
+    except (*_UNREADABLE, RecursionError) as error:
+        reason = shown((str(error).splitlines() or [type(error).__name__])[0])
         raise ConfigError(f"a stored config cannot be read ({reason}); use the version that wrote it") from error
-    assert isinstance(config, Config)
+    if not isinstance(config, Config):
+        raise ConfigError("a stored config cannot be read (it is no mapping of keys to values); use the version that wrote it")
     return config
 
 
 def validate(config: Config, command: str = "train") -> None:
     """Raise ConfigError for the first value that is out of range or that contradicts another one for `command`."""
-    for checks in (_name_checks, _range_checks, _data_checks, _train_checks, _sampling_checks):
-        for holds, sentence in checks(config, command):
-            if not holds:
-                raise ConfigError(sentence)
+    for holds, sentence in checks(config, command):
+        if not holds:
+            raise ConfigError(sentence)
     if config.evaluate.sweep:
         for series in sweep(config):
             validate(series, command)
@@ -132,23 +152,34 @@ def sweep(config: Config) -> list[Config]:
     """
     axes = config.evaluate.sweep
     # The labels decide what is compared, the batch nothing but memory and rounding.
-    known = ["run", *(key for key in _schema_keys(Config) if key.startswith("sampling."))]
+    known = ["run", *(key for key in options() if key.startswith("sampling."))]
     known = [key for key in known if key not in ("sampling.labels", "sampling.batch")]
+    typed: list[list[Any]] = []
     for key, values in axes.items():
         if key not in known:
             raise ConfigError(
-                f"evaluate.sweep: {key} cannot be swept, as {{sampling.steps: [8, 16]}} can; {_choices('options', str(key), known)}"
+                f"evaluate.sweep: {key} cannot be swept, as {{sampling.steps: [8, 16]}} can; {choices('options', str(key), known)}"
             )
         if not isinstance(values, list) or not values or any(values.count(value) > 1 for value in values):
-            raise ConfigError(f"evaluate.sweep: {key} is {values!r}; give a list of values, each once")
-    found = []
-    for values in itertools.product(*axes.values()):
-        series = OmegaConf.structured(config)
-        _merge(series, {"evaluate": {"sweep": {}}, **dict(zip(axes, values, strict=True))}, "evaluate.sweep")
-        one = OmegaConf.to_object(series)
-        assert isinstance(one, Config)
-        found.append(one)
-    return found
+            raise ConfigError(f"evaluate.sweep: {key} is {shown(values)}; give a list of values, each once")
+        typed.append([_typed(key, value) for value in values])
+    if (count := math.prod(map(len, typed))) > SERIES:
+        raise ConfigError(f"evaluate.sweep: its values make {count:,} series; name fewer, {SERIES:,} at most")
+    config = replace(config, evaluate=replace(config.evaluate, sweep={}))
+    return [_with(config, dict(zip(axes, values, strict=True))) for values in itertools.product(*typed)]
+
+
+def _typed(key: str, value: Any) -> Any:
+    """A value of the sweep as its option takes it."""
+    one = OmegaConf.structured(Config)
+    _merge(one, {key: _literal(value)}, "evaluate.sweep")
+    found = OmegaConf.select(one, key)
+    return OmegaConf.to_object(found) if OmegaConf.is_config(found) else found
+
+
+def _with(config: Config, values: dict[str, Any]) -> Config:
+    of_sampling = {key.removeprefix("sampling."): value for key, value in values.items() if key != "run"}
+    return replace(config, sampling=replace(config.sampling, **of_sampling), **{k: v for k, v in values.items() if k == "run"})
 
 
 def screen_images(options: EvaluateConfig) -> int:
@@ -158,209 +189,151 @@ def screen_images(options: EvaluateConfig) -> int:
     return images if 0 < images < options.images else 0
 
 
-Checks = Iterator[tuple[bool, str]]  # what has to hold, and the sentence for when it does not; later ones rely on earlier ones
+# --- merging ---
 
 
-def _name_checks(config: Config, command: str) -> Checks:
-    yield re.fullmatch(r"[\w-][\w.-]*", config.name) is not None, f"name={config.name!r}: must name a folder under runs/"
-    names: dict[str, list[Any]] = {
-        "data.source": ["digits", "folder", "idx", "parquet", "webdataset"],
-        "data.resize": ["adm", "area", "box"],
-        "data.dtype": ["uint8", "float16", "float32"],
-        "diffusion.schedule": ["cosine", "uniform", "normal", "flow"],
-        "diffusion.prediction": ["eps", "x", "v", "edm"],
-        "diffusion.loss_weight": ["paper", "v", "min_snr", "edm", "elbo"],
-        "model.network": ["adm", "dit"],
-        "train.schedule": ["constant", "cosine", "inverse_sqrt"],
-        "train.precision": ["fp32", "bf16", "fp16"],
-        "train.zero_stage": [0, 1, 2, 3],
-        "sampling.sampler": ["ancestral", "ddim", "dpmpp_2m", "heun"],
-        "sampling.spacing": ["u", "logsnr", "karras"],
-        "sampling.labels": ["balanced", "random"],
-        "sampling.precision": ["fp32", "bf16"],
-    }
-    for key, valid in names.items():
-        value = _value(config, key)
-        yield value in valid, f"{key}={value}: {_choices('values', str(value), [str(v) for v in valid])}"
+def _merge(config: DictConfig, nested: Any, where: str) -> None:
+    """Set every leaf of `nested` in `config`, refusing keys and values that the schema does not know."""
+    known = options()
+    for key, value in _leaves(nested, known):
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key {key}; {choices('keys', key, list(known))}")
+        if is_dataclass(known[key]):
+            raise ConfigError(f"{where}: {key} is a group of options, not a value; set for example {_example(key, known)}")
+        try:
+            OmegaConf.update(config, key, value, merge=False)
+        except _UNREADABLE as error:
+            if get_origin(known[key]) is Literal:
+                right = [str(word) for word in get_args(known[key])]
+                raise ConfigError(f"{where}: {key}={shown(value)}: {choices('values', str(value), right)}") from error
+            raise ConfigError(f"{where}: {key} takes {_type_name(known[key])}, not {shown(value, quoted=True)}") from error
 
 
-def _range_checks(config: Config, command: str) -> Checks:
-    at_least_one = {
-        "data": ["image_size", "classes", "shard_samples", "fetch_threads", "decode_threads", "prefetch_batches", "cache_mib"],
-        "train": ["steps", "global_batch", "decay_steps", "log_every", "checkpoint_every", "keep_checkpoints"],
-        "sampling": ["steps", "batch"],
-        "generate": ["images", "unit"],
-        "evaluate": ["unit", "evaluator_epochs", "grid"],
-        "cluster": ["workers", "actors"],
-    }
-    for group, names in at_least_one.items():
-        for name in names:
-            value = getattr(getattr(config, group), name)
-            yield value >= 1, f"{group}.{name}={value}: must be at least 1"
-    for key in ("data.bad_images", "data.bad_samples", "diffusion.p_uncond", "sampling.v"):
-        value = _value(config, key)
-        yield 0 <= value <= 1, f"{key}={value}: must lie in [0, 1]"
-    for key in (
-        "train.warmup_steps",
-        "train.micro_batch",
-        "train.weight_decay",
-        "train.grad_clip",
-        "train.sample_every",
-        "train.keep_every",
-        "train.bad_steps",
-        "train.watchdog_seconds",
-    ):
-        value = _value(config, key)
-        yield value >= 0, f"{key}={value}: must not be negative"
-    for key in ("data.latent_scale", "data.disk_cache_gib", "train.lr", "train.adam_eps", "cluster.cpus_per_worker"):
-        value = _value(config, key)
-        yield value > 0, f"{key}={value}: must be positive"
-    gpus = config.cluster.gpus_per_worker
-    yield gpus == -1 or gpus >= 0, f"cluster.gpus_per_worker={gpus}: a number of GPUs, or -1 for one where the cluster has them"
+def _leaves(nested: Any, known: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in nested.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and (key not in known or is_dataclass(known[key])):
+            yield from _leaves(value, known, f"{key}.")
+        elif value is not None or not is_dataclass(known.get(key)):  # `data:` with nothing under it is an empty group
+            yield key, value
 
 
-def _data_checks(config: Config, command: str) -> Checks:
-    data, diffusion = config.data, config.diffusion
-    if data.dtype == "uint8":
-        yield data.channels in (1, 3), f"data.channels={data.channels}: 1 (grey) or 3 (RGB)"
-    else:
-        yield from _latent_checks(config, command)
-    if command == "prepare":
-        yield data.source == "digits" or data.path != "", f"data.path is empty: name what data.source={data.source} reads"
-    yield min(data.mixture.values(), default=1) >= 1, f"data.mixture={data.mixture}: weights are whole numbers from 1"
-    yield (
-        diffusion.p_uncond < 1 or command not in ("evaluate", "generate"),
-        f"diffusion.p_uncond=1 trains no class at all, so {command} cannot sample one at any w: train with p_uncond < 1",
-    )
-    low, high = diffusion.logsnr_min, diffusion.logsnr_max
-    yield low < high, f"diffusion.logsnr_min={low} is not below diffusion.logsnr_max={high}: swap them"
-    asked = {"evaluate": config.evaluate.w, "generate": [config.generate.w]}.get(command, [])
-    guided = next((w for w in asked if w), None)
-    yield (
-        diffusion.p_uncond > 0 or guided is None,
-        f"diffusion.p_uncond=0 leaves the network without an unconditional mode, so {command}.w={guided} cannot be sampled: "
-        f"train with p_uncond > 0 or ask for w=0",
-    )
+def _example(group: str, known: dict[str, Any]) -> str:
+    return next(key for key in known if key.startswith(f"{group}.")) + "=..."
 
 
-def _latent_checks(config: Config, command: str) -> Checks:
-    dtype = f"data.dtype={config.data.dtype}"
-    yield config.data.channels >= 1, f"data.channels={config.data.channels}: must be at least 1"
-    yield (
-        command != "train" or not config.data.flip,
-        f"data.flip=true with {dtype}: a mirrored latent is not the latent of the mirrored image; set data.flip=false",
-    )
-    yield (
-        command != "train" or config.train.sample_every == 0,
-        f"train.sample_every={config.train.sample_every} with {dtype}: latents are no pictures without their decoder; set it to 0",
-    )
-    yield (
-        command != "generate" or not config.sampling.clip,
-        f"sampling.clip=true with {dtype} would clamp latents to [-1, 1]; set sampling.clip=false",
-    )
-    yield (
-        command != "evaluate",
-        f"{dtype}: evaluate measures images, and there is no decoder here; generate the latents, decode them, and use score",
-    )
+def _type_name(kind: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    many = {int: "whole numbers", float: "numbers", str: "texts"}
+    kind = _bare(kind)
+    inner = [many.get(_bare(part), "values") for part in get_args(kind)]
+    if get_origin(kind) is list:
+        return f"a list of {inner[0]}"
+    if get_origin(kind) is dict and _bare(get_args(kind)[1]) in many:
+        return f"a mapping of names to {inner[1]}"
+    return names.get(kind, "a mapping of keys to values")
 
 
-def _train_checks(config: Config, command: str) -> Checks:
-    train, workers = config.train, config.cluster.workers
-    batch, micro = train.global_batch, train.micro_batch
-    yield from share_checks(train, workers, "cluster.workers")
-    yield len(train.betas) == 2 and all(0 <= b < 1 for b in train.betas), f"train.betas={train.betas}: two decays in [0, 1)"
-    yield from _average_checks(config, command)
-    yield (
-        train.precision == "fp32" or train.zero_stage >= 1,
-        f"train.precision={train.precision} with train.zero_stage=0: DeepSpeed keeps fp32 masters from stage 1 on; "
-        f"use stage 1 or fp32",
-    )
-    yield (
-        command != "train" or not config.model.learn_sigma,
-        "model.learn_sigma=true cannot be trained: the objective fixes the variance with v (sampling.v); set it to false",
-    )
-    fewest = config.cluster.min_workers
-    yield 0 <= fewest <= workers, f"cluster.min_workers={fewest}: must lie between 0 and cluster.workers={workers}"
-    for count in range(fewest, workers) if fewest else ():
-        yield (
-            batch % count == 0 and (micro == 0 or batch // count % micro == 0),
-            f"train.global_batch={batch} cannot be shared by {count} workers, which cluster.min_workers={fewest} allows: "
-            f"every number of workers from there to cluster.workers={workers} must divide it (in micro-batches, where set)",
-        )
+def _bare(kind: Any) -> Any:
+    return kind.__origin__ if get_origin(kind) is Annotated else kind
 
 
-def share_checks(train: TrainConfig, workers: int, whose: str) -> Checks:
-    """Whether so many workers can share the batch; `whose` says what their number is."""
-    batch, micro, share = train.global_batch, train.micro_batch, train.global_batch // workers
-    yield batch % workers == 0, f"train.global_batch={batch} is not divisible by {whose}={workers}: workers take equal shares"
-    yield (
-        micro == 0 or (micro <= share and share % micro == 0),
-        f"train.micro_batch={micro} does not divide a worker's share of {share} images "
-        f"(train.global_batch={batch} over {whose}={workers})",
-    )
-    yield (
-        train.precision == "fp32" or train.zero_stage != 1 or micro in (0, share),
-        f"train.micro_batch={micro} with train.precision={train.precision} at train.zero_stage=1 would add gradients up in "
-        f"{train.precision}; use stage 2 or 3, where they are added up in fp32",
-    )
+# --- references ---
 
 
-def _average_checks(config: Config, command: str) -> Checks:
-    train = config.train
-    yield 0 <= train.ema_decay < 1, f"train.ema_decay={train.ema_decay}: a decay lies in [0, 1)"
-    for name in ("ema_half_lives", "ema_sigma_rel"):
-        values = getattr(train, name)
-        yield len(set(values)) == len(values) and all(v > 0 for v in values), f"train.{name}={values}: positive values, each once"
-    # 0.2886751 = 12^-1/2 belongs to the plain mean of all steps, the widest profile of EDM2's family.
-    widest = max(train.ema_sigma_rel, default=0.0)
-    yield widest < 0.2886, f"train.ema_sigma_rel={train.ema_sigma_rel}: relative widths lie below 0.2886"
-    sampled = config.sampling.ema
-    yield (
-        re.fullmatch(r"ema|master|half_life_\d+|sigma_rel_0?\.\d+", sampled) is not None,
-        f"sampling.ema={sampled}: one of ema, master, half_life_N (train.ema_half_lives), sigma_rel_X such as sigma_rel_0.1",
-    )
-    kept = ["ema", "master", *(f"half_life_{n}" for n in train.ema_half_lives)]
-    yield (
-        command != "train" or sampled in kept or (sampled.startswith("sigma_rel_") and bool(train.ema_sigma_rel)),
-        f"sampling.ema={sampled} is not kept by this training, whose sample grids need it: "
-        f"add it to train.ema_half_lives or train.ema_sigma_rel",
-    )
+def _resolved(merged: DictConfig, where: str) -> Config:
+    """The config in which every `${...}` has its value, and `written` says what stood there. Raises ConfigError."""
+    tree = OmegaConf.to_container(merged)
+    try:
+        config = OmegaConf.to_object(merged)
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{where}: {error.full_key} has no value; set it in the file or as {error.full_key}=...") from error
+    except _UNREADABLE as error:
+        # Neither the error nor the value may be told: they hold what is referred to.
+        key = str(getattr(error, "full_key", "") or "a value")
+        leaves = [name for name, kind in options().items() if not is_dataclass(kind)]
+        known = next((name for name in leaves if key == name or key.startswith((f"{name}.", f"{name}["))), key)
+        wanted = f"; {known} takes {_type_name(options()[known])}" if known in leaves else ""
+        raise ConfigError(
+            f"{where}: {key} refers to something that is not there, or that does not fit: {shown(_at(tree, known))}{wanted}"
+        ) from None
+    assert isinstance(config, Config)
+    written = {}
+    for key, kind in options().items():
+        if not is_dataclass(kind) and _refers(text := _at(tree, key)):
+            written[key] = (text, value_of(config, key))
+    return replace(config, written=written)
 
 
-def _sampling_checks(config: Config, command: str) -> Checks:
-    interval, weights = config.sampling.interval, config.evaluate.w
-    yield (
-        len(interval) in (0, 2) and interval == sorted(set(interval)),
-        f"sampling.interval={interval}: two log-SNRs, the lower one first, or an empty list",
-    )
-    options = config.evaluate
-    for name in ("dinov2_reference", "dinov2_hash"):
-        given = getattr(options, name)
-        yield (
-            options.dinov2 != "" or given == "",
-            f"evaluate.{name}={given} needs DINOv2's weights: set evaluate.dinov2 to their path",
-        )
-    for name in ("extractor_hash", "dinov2_hash"):
-        given = getattr(options, name)
-        yield (
-            re.fullmatch(r"|[0-9a-f]{64}", given) is not None,
-            f"evaluate.{name}={given}: a sha256 has 64 hexadecimal digits, in lower case",
-        )
-    yield (
-        command != "fit-evaluator" or options.extractor == "",
-        f"evaluate.extractor={options.extractor} names weights that are there already: leave it out to fit an evaluator",
-    )
-    yield (
-        len({f"{w:g}" for w in weights}) == len(weights) > 0,
-        f"evaluate.w={weights}: at least one weight, each once to six digits",
-    )
-    asked = [*weights, config.generate.w]
-    yield all(0 <= w < math.inf for w in asked), f"evaluate.w={weights}, generate.w={asked[-1]}: must be numbers, and not negative"
-    images = config.evaluate.images
-    yield images >= 10, f"evaluate.images={images}: at least 10, one for each split of the Inception score"
-    for name, seed in (("seed", config.seed), ("sampling.seed", config.sampling.seed)):
-        yield 0 <= seed < 1 << 64, f"{name}={seed}: a whole number from 0 to 2**64 - 1"
-    yield config.evaluate.screen >= -1, f"evaluate.screen={config.evaluate.screen}: a number of images, 0 for none, -1 for a tenth"
+def _at(tree: Any, key: str) -> Any:
+    for name in key.split("."):
+        tree = tree.get(name) if isinstance(tree, dict) else None
+    return tree
+
+
+def _refers(value: Any) -> bool:
+    """Whether there is a `${...}` to resolve in a value; behind a backslash it is text."""
+    if isinstance(value, dict | list):
+        return any(map(_refers, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str) and any(len(match[1]) % 2 == 0 for match in _REFERENCE.finditer(value))
+
+
+def _texts(value: Any, change: Callable[[str], str]) -> Any:
+    """A tree with every text in it changed, but for the keys of mappings."""
+    if isinstance(value, dict):
+        return {key: _texts(each, change) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_texts(each, change) for each in value]
+    return change(value) if isinstance(value, str) else value
+
+
+def _literal(value: Any) -> Any:
+    """A tree of values, so written that OmegaConf reads every text as it is."""
+    return _texts(value, lambda text: _REFERENCE.sub(lambda match: f"{match[1] * 2}\\${{", text))
+
+
+def _frozen(value: Any) -> Any:
+    """A tree as somebody wrote it, in which every reference has become the text that it is."""
+    return _texts(value, lambda text: _REFERENCE.sub(lambda match: f"{match[1]}{'' if len(match[1]) % 2 else chr(92)}${{", text))
+
+
+def _shown_as(config: Config, key: str, kind: Any) -> Any:
+    """The value of an option as OmegaConf would read it, where it still is what was written: with its references."""
+    value = value_of(config, key)
+    text, was = config.written.get(key, (None, None))
+    return _unresolved(text, _literal(value), kind) if key in config.written and value == was else _literal(value)
+
+
+def _unresolved(written: Any, value: Any, kind: Any) -> Any:
+    """`value`, with what was written in place of every text in it that refers to something."""
+    if isinstance(value, dict) and isinstance(written, dict) and len(written) == len(value):
+        return {name: _unresolved(text, value[name], Any) for name, text in written.items() if name in value}
+    if isinstance(value, list) and isinstance(written, list) and len(written) == len(value):
+        return [_unresolved(text, each, Any) for text, each in zip(written, value, strict=True)]
+    return written if isinstance(value, str) and get_origin(kind) is not Literal and _refers(written) else value
+
+
+def _as_written(sentence: str, config: Config) -> str:
+    """A sentence about values without what they refer to."""
+    for text, value in config.written.values():
+        for whole, part in _pairs(text, value):
+            for told in (part, repr(part)[1:-1], ascii(part)[1:-1], shown(part)):
+                sentence = sentence.replace(told, whole) if len(told) > 3 else sentence
+    return sentence
+
+
+def _pairs(written: Any, value: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict) and isinstance(written, dict):
+        for name, text in written.items():
+            yield from _pairs(text, value.get(name))
+    elif isinstance(value, list) and isinstance(written, list):
+        for text, each in zip(written, value, strict=False):
+            yield from _pairs(text, each)
+    elif isinstance(value, str) and _refers(written):
+        yield str(written), value
+
+
+# --- locations ---
 
 
 def _absolute(key: str, uri: str) -> str:
@@ -406,70 +379,3 @@ def _changed(value: Any, kind: Any, key: str, change: Callable[[str, str], str])
             raise ConfigError(f"{key}={value}: names one place twice; name each once")
         return changed
     return value
-
-
-def _value(config: Config, key: str) -> Any:
-    group, name = key.split(".")
-    return getattr(getattr(config, group), name)
-
-
-def _merge(config: DictConfig, nested: Any, where: str) -> None:
-    """Set every leaf of `nested` in `config`, refusing keys and values that the schema does not know."""
-    known = _schema_keys(Config)
-    for key, value in _leaves(nested, known):
-        if key not in known:
-            raise ConfigError(f"{where}: unknown key {key}; {_choices('keys', key, list(known))}")
-        if known[key] is not None and is_dataclass(known[key]):
-            raise ConfigError(f"{where}: {key} is a group of options, not a value; set for example {_example(key, known)}")
-        try:
-            OmegaConf.update(config, key, value, merge=False)
-        except OmegaConfBaseException as error:
-            wanted = _type_name(known[key])
-            raise ConfigError(f"{where}: {key} takes {wanted}, not {value!r}") from error
-
-
-def _leaves(nested: Any, known: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in nested.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, dict) and (key not in known or is_dataclass(known[key])):
-            yield from _leaves(value, known, f"{key}.")
-        elif value is not None or not is_dataclass(known.get(key)):  # `data:` with nothing under it is an empty group
-            yield key, value
-
-
-def _schema_keys(schema: Any, prefix: str = "") -> dict[str, Any]:
-    """Every dotted key of the schema with its type; groups are listed too."""
-    types, keys = get_type_hints(schema), {}
-    for field in fields(schema):
-        keys[f"{prefix}{field.name}"] = types[field.name]
-        if is_dataclass(types[field.name]):
-            keys.update(_schema_keys(types[field.name], f"{prefix}{field.name}."))
-    return keys
-
-
-def _example(group: str, known: dict[str, Any]) -> str:
-    return next(key for key in known if key.startswith(f"{group}.")) + "=..."
-
-
-def _type_name(kind: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    text = str(kind).replace("typing.", "")
-    plain = {
-        "list[int]": "a list of whole numbers",
-        "list[float]": "a list of numbers",
-        "list[str]": "a list of texts",
-        "dict[str, str]": "a mapping of names to texts",
-        "dict[str, int]": "a mapping of names to whole numbers",
-    }
-    return names.get(kind) or plain.get(text) or "a mapping of keys to values"
-
-
-def _choices(what: str, wrong: str, right: list[str]) -> str:
-    """The nearest of the right names, or all of them where none is near."""
-    by_last_part = {name.rsplit(".", 1)[-1]: name for name in reversed(right)}
-    near = difflib.get_close_matches(wrong, right, n=1, cutoff=0.6)
-    near = near or [by_last_part[n] for n in difflib.get_close_matches(wrong.rsplit(".", 1)[-1], by_last_part, n=1, cutoff=0.75)]
-    if near:
-        return f"did you mean {near[0]}?"
-    listed = ", ".join(right if len(right) <= 12 else [r for r in right if "." not in r]) or "none"
-    return f"the {what} are: {listed}"

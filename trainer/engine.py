@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from configs.checks import share_checks
 from configs.errors import ConfigError
-from configs.load import share_checks
 from configs.schema import TrainConfig
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")  # fp32 weights and AdamW's two moments

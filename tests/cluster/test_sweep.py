@@ -88,7 +88,7 @@ def test_a_sweep_is_the_product_of_its_lists_and_an_empty_one_is_the_config_itse
     config = small(lab, "a", over(run=["a", "b"], sampling__interval=[[], [-1, 2]], sampling__steps=[4, 6]))
     series = combinations(config)
     found = [(one.run, one.sampling.interval, one.sampling.steps) for one in series]
-    assert found == [(r, i, s) for r in "ab" for i in ([], [-1.0, 2.0]) for s in (4, 6)]
+    assert found == [(str(Path(r).absolute()), i, s) for r in "ab" for i in ([], [-1.0, 2.0]) for s in (4, 6)]
     assert all(one.evaluate.sweep == {} for one in series)
     assert from_yaml(to_yaml(config)) == config
     plain = small(lab, "a")

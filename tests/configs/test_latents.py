@@ -27,8 +27,8 @@ def test_latents_of_any_number_of_channels_train(config: Path) -> None:
     ("command", "override", "sentence"),
     [
         ("train", "data.dtype=float64", "did you mean float16"),
-        ("train", "data.channels=0", "must be at least 1"),
-        ("train", "data.latent_scale=0", "must be positive"),
+        ("train", "data.channels=0", "must be a whole number from 1"),
+        ("train", "data.latent_scale=0", "must be a number above 0"),
         ("train", "data.flip=true", "a mirrored latent is not the latent of the mirrored image; set data.flip=false"),
         ("train", "train.sample_every=10", "latents are no pictures without their decoder; set it to 0"),
         ("generate", "sampling.clip=true", "would clamp latents"),
