@@ -14,6 +14,7 @@ from typing import Any
 
 from configs.errors import UserError, visible
 from configs.load import SUFFIXES, find_config, load_config
+from configs.loopback import reach_loopback_directly
 from configs.schema import Config
 
 COMMANDS = {
@@ -51,11 +52,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     for name, value in RAY_ENVIRONMENT.items():  # Ray reads these when it is imported
         os.environ.setdefault(name, value)
+    reach_loopback_directly()
     try:
         if options.command == "demo":
             from cluster.demo import demo
 
-            return demo(options.overrides)
+            return demo(options.overrides, main)
         if options.command == "score":
             from cluster.score import command
 

@@ -26,6 +26,7 @@ import botocore.parsers
 import urllib3.exceptions
 
 from configs.errors import StoreError
+from configs.loopback import reach_loopback_directly
 from data_pipeline.store import AGAIN, Cancelled, ChangedObject, MissingObject, ObjectInfo, Retry, Store, Traffic, checked
 
 PIECE = 2**18  # most bytes of one read of a body: smaller ones cost CPU for calls, larger ones for memory that is not filled
@@ -206,6 +207,7 @@ class S3Store(Store):
         where = self._where()
         with _lock:
             if where not in _clients:
+                reach_loopback_directly()  # in a worker too, whose node has an environment of its own
                 session = boto3.session.Session()
                 style = "path" if _endpoint_is_set(session) else "auto"
                 config = botocore.config.Config(
