@@ -13,29 +13,30 @@ import contextlib
 import hashlib
 import os
 import re
+import sys
 import threading
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-from configs.errors import StoreError
 from data_pipeline.store import ObjectInfo, Store
+from data_pipeline.unfinished import swept, unfinished
 
 ENTRY = re.compile(r"[0-9a-f]{64}\.range")
+
+_warned: set[str] = set()  # folders that this process has spoken of
 
 
 class CachedStore(Store):
     """`store`, with its ranges kept in `folder`. Everything but `get_range` with an etag goes straight through."""
 
     def __init__(self, store: Store, folder: Path, limit_bytes: int) -> None:
-        """Raises StoreError where the folder cannot be made or written."""
         self.store, self.folder, self.limit_bytes = store, folder, limit_bytes
         self.uri, self.traffic = store.uri, store.traffic
         self.hits = self.misses = 0
-        try:
+        self.useless = False  # nothing can be kept here
+        with contextlib.suppress(OSError):  # said when something is to be kept
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreError(f"The cache folder {folder} cannot be made ({error.strerror}); choose another.") from error
 
     def get_range(
         self,
@@ -56,8 +57,15 @@ class CachedStore(Store):
             return data
         self.misses += 1
         data = self.store.get_range(key, start, length, etag, cancel=cancel, on_retry=on_retry)
-        with contextlib.suppress(OSError):  # a full or vanished disk costs the cache, not the training
-            self._save(path, data)
+        if not self.useless:
+            try:
+                self._save(path, data)
+            except OSError as error:  # a full or vanished disk costs the cache, not the training
+                self.useless = True
+                if str(self.folder) not in _warned:
+                    _warned.add(str(self.folder))
+                    why = f"{self.folder} cannot be written: {error.strerror}"
+                    print(f"WARNING: reading goes on without the disk cache ({why})", file=sys.stderr, flush=True)
         return data
 
     def forget(self, key: str, start: int, length: int, etag: str) -> None:
@@ -70,31 +78,35 @@ class CachedStore(Store):
     def _load(self, path: Path, length: int) -> bytes | None:
         try:
             raw = path.read_bytes()
-            os.utime(path)  # recently read: the last to go
         except OSError:
             return None
+        with contextlib.suppress(OSError):
+            os.utime(path)  # recently read: the last to go
         data, crc = raw[:-4], raw[-4:]
         return data if len(data) == length and zlib.crc32(data).to_bytes(4, "big") == crc else None
 
     def _save(self, path: Path, data: bytes) -> None:
         if len(data) + 4 > self.limit_bytes:
             return
-        temp = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
-        try:
-            temp.write_bytes(data + zlib.crc32(data).to_bytes(4, "big"))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with unfinished(self.folder) as (temp, file):
             self._evict(self.limit_bytes - len(data) - 4)
+            file.write(data)
+            file.write(zlib.crc32(data).to_bytes(4, "big"))
+            file.flush()
             os.replace(temp, path)
-        finally:
-            temp.unlink(missing_ok=True)
 
     def _evict(self, room: int) -> None:
-        """Deletes the entries read longest ago until the rest takes at most `room` bytes."""
-        entries = []
+        """Deletes what killed writers left, and the entries read longest ago until the rest takes at most `room` bytes."""
+        entries, total = [], 0
         for entry in os.scandir(self.folder):
             if ENTRY.fullmatch(entry.name):
                 with contextlib.suppress(FileNotFoundError):  # evicted by another process
-                    entries.append((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path))
-        total = sum(size for _, size, _ in entries)
+                    facts = entry.stat()
+                    entries.append((facts.st_mtime_ns, facts.st_size, entry.path))
+                    total += facts.st_size
+            else:
+                swept(Path(entry.path))
         for _, size, path in sorted(entries):
             if total <= room:
                 return
@@ -112,6 +124,15 @@ class CachedStore(Store):
 
     def put_file(self, key: str, path: Path) -> str:
         return self.store.put_file(key, path)
+
+    def create(self, key: str, data: bytes) -> bytes:
+        return self.store.create(key, data)
+
+    def sweep(self) -> int:
+        freed = self.store.sweep()
+        with contextlib.suppress(OSError):
+            freed += sum(swept(Path(entry.path)) for entry in os.scandir(self.folder))
+        return freed
 
     def stat(self, key: str) -> ObjectInfo:
         return self.store.stat(key)

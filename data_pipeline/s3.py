@@ -11,33 +11,54 @@ import contextlib
 import functools
 import hashlib
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import boto3
+import botocore
 import botocore.config
+import botocore.configprovider
 import botocore.exceptions as boto
 import botocore.parsers
 import urllib3.exceptions
 
 from configs.errors import StoreError
 from configs.loopback import reach_loopback_directly
-from data_pipeline.store import AGAIN, Cancelled, ChangedObject, MissingObject, ObjectInfo, Retry, Store, Traffic, checked
+from data_pipeline.store import (
+    AGAIN,
+    Access,
+    Cancelled,
+    ChangedObject,
+    Denied,
+    MissingObject,
+    ObjectInfo,
+    Retry,
+    Store,
+    Traffic,
+    checked,
+)
+from data_pipeline.unfinished import LEFT_S
 
 PIECE = 2**18  # most bytes of one read of a body: smaller ones cost CPU for calls, larger ones for memory that is not filled
 MULTIPART = 64 * 2**20  # bytes above which an upload goes in parts; S3 still publishes it at once
 MOST_PARTS = 10_000  # of one upload; S3 takes no more
 PARTS_AT_ONCE = 4  # each is in memory
-ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+UPLOADS = 3  # uploads in parts of one object, where somebody else removes what has arrived
+# What a client depends on.
+SURROUNDINGS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_CONFIG_FILE", "AWS_REGION")
 
 T = TypeVar("T")
 
 _clients: dict[tuple[object, ...], Any] = {}  # per process, since a client must not cross a fork, and per endpoint
+_unsigned: set[tuple[object, ...]] = set()  # clients that have found no credentials
 _contacted: set[tuple[int, str]] = set()  # buckets that have answered this process
 _lock = threading.Lock()
 
@@ -51,6 +72,12 @@ _FAULTS = (
 _BUSY = {"SlowDown", "ServiceUnavailable", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequests"}
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
 _WRONG_KEYS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "InvalidClientTokenId", "AuthFailure"}
+_CONFLICT = {"ConditionalRequestConflict", "OperationAborted"}
+_SKEWED = {"RequestTimeTooSkewed", "RequestInTheFuture"}
+_FULL = {"QuotaExceeded", "InsufficientStorage", "InsufficientCapacity", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded"}
+_ELSEWHERE = {"PermanentRedirect", "TemporaryRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
+_HOST_STYLE = {"SecondLevelDomainForbidden", "PathStyleDomainForbidden", "VirtualHostDomainRequired", "InvalidPathAccess"}
+_SETUP = (boto.ProfileNotFound, boto.ConfigParseError, boto.ConfigNotFound, boto.InvalidConfigError, boto.UnknownCredentialError)
 
 
 class _Fault(OSError):
@@ -59,6 +86,13 @@ class _Fault(OSError):
     def __init__(self, cause: str) -> None:
         super().__init__(cause)
         self.cause = cause
+
+
+STRANGERS = {  # what is reached is no S3 server, or not the one that has the bucket
+    "web page": "A web page answers in place of S3 at {}; check AWS_ENDPOINT_URL (a console's port?) and the network (a log-in?)",
+    "no S3": "What answers at {} does not speak S3; check AWS_ENDPOINT_URL and the network",
+    "redirected": "S3 sends elsewhere for {} without saying where; set AWS_DEFAULT_REGION or AWS_ENDPOINT_URL to its place",
+}
 
 
 def _cause(error: Exception) -> str | None:
@@ -71,6 +105,10 @@ def _cause(error: Exception) -> str | None:
             return "expired credentials"
         if code in _BUSY or status in (429, 503):
             return "busy"
+        if code in _CONFLICT:
+            return "conflict"
+        if code in _FULL or status in (501, 507):
+            return None
         if status >= 500 or code in ("RequestTimeout", "BadDigest", "XAmzContentSHA256Mismatch"):
             return "server error"
         return None
@@ -78,7 +116,7 @@ def _cause(error: Exception) -> str | None:
         return "time-out"
     if isinstance(error, boto.EndpointConnectionError | ConnectionRefusedError):
         return "no connection"
-    if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError | boto.ParamValidationError):
+    if isinstance(error, boto.SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(error):
         return None
     if isinstance(error, boto.HTTPClientError | botocore.parsers.ResponseParserError | urllib3.exceptions.HTTPError | OSError):
         return "connection broken"
@@ -94,13 +132,20 @@ def _code(error: boto.ClientError) -> tuple[str, int]:
 class S3Store(Store):
     """Objects of an S3 bucket under a prefix. Endpoint and credentials are botocore's own business (AWS_ENDPOINT_URL, ...)."""
 
-    def __init__(self, bucket: str, prefix: str, retry: Retry, traffic: Traffic | None = None) -> None:
+    def __init__(self, bucket: str, prefix: str, retry: Retry, access: Access, traffic: Traffic | None = None) -> None:
         self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
-        self.bucket, self.prefix, self.retry = bucket, prefix, retry
+        self.bucket, self.prefix, self.retry, self.access = bucket, prefix, retry, access
         self.traffic = traffic or Traffic()
 
     def check(self) -> None:
-        self._retrying("", lambda: self._client().list_objects_v2(Bucket=self.bucket, MaxKeys=1, Prefix=self._key("")))
+        try:
+            self._retrying("", lambda: self._client().list_objects_v2(**self._bucket(), MaxKeys=1, Prefix=self._key("")))
+        except Denied:  # who may read objects need not be allowed to list them
+            manifest = self._object("manifest.json") | {"Range": "bytes=0-0"}
+            with contextlib.suppress(*_FAULTS):
+                self._client().get_object(**manifest)["Body"].close()
+                return
+            raise
 
     def get(self, key: str) -> bytes:
         return self._download(key, 0, None, None, None, None)
@@ -120,12 +165,11 @@ class S3Store(Store):
         return self._download(key, start, length, etag, cancel, on_retry) if length else b""
 
     def put(self, key: str, data: bytes) -> str:
-        name = self._key(checked(key))
         if len(data) > MULTIPART:
             view = memoryview(data)
             return self._put_parts(key, len(data), lambda at, length: bytes(view[at : at + length]))
         # The digest lets the server refuse bytes that were damaged on their way.
-        sent = {"Bucket": self.bucket, "Key": name, "Body": data, "ContentMD5": _md5(data)}
+        sent = self._object(key) | {"Body": data, "ContentMD5": _md5(data)}
         answer = self._retrying(key, lambda: self._client().put_object(**sent))
         return str(answer["ETag"]).strip('"')
 
@@ -136,32 +180,63 @@ class S3Store(Store):
         with open(path, "rb") as file:
             return self._put_parts(key, size, lambda at, length: os.pread(file.fileno(), length, at))
 
+    def create(self, key: str, data: bytes) -> bytes:
+        sent = self._object(key) | {"Body": data, "ContentMD5": _md5(data), "IfNoneMatch": "*"}
+        try:
+            self._retrying(key, lambda: self._client().put_object(**sent))
+        except ChangedObject:
+            pass  # there is one, perhaps from a try whose answer was lost
+        except StoreError as error:
+            if not isinstance(error.__cause__, boto.ClientError) or _code(error.__cause__)[1] != 501:
+                raise
+            if not self.exists(key):  # the server knows no conditions
+                self.put(key, data)
+        return self.get(key)
+
     def _put_parts(self, key: str, size: int, part: Callable[[int, int], bytes]) -> str:
         """One large object, of which `part(place, length)` gives the bytes. A fault costs one part; boto3's transfer begins again.
 
-        As every upload in parts, one that is killed leaves what it had sent; a lifecycle rule of the bucket clears that away.
+        As every upload in parts, one that is killed leaves what it had sent; `sweep` clears that away.
         """
-        place = {"Bucket": self.bucket, "Key": self._key(checked(key))}
+        for _ in range(UPLOADS):
+            if (etag := self._upload(key, size, part)) is not None:
+                return etag
+        raise StoreError(
+            f"What was sent of {self.uri}/{key} was removed {UPLOADS} times before it was whole; see who aborts uploads."
+        )
+
+    def _upload(self, key: str, size: int, part: Callable[[int, int], bytes]) -> str | None:
+        """The etag, or None where the server does not know the upload any more and the object is not there."""
+        place = self._object(key)
         length = max(MULTIPART, -(-size // MOST_PARTS))
         upload = place | {"UploadId": self._retrying(key, lambda: self._client().create_multipart_upload(**place))["UploadId"]}
 
-        def send(number: int) -> dict[str, Any]:
+        def send(number: int) -> tuple[dict[str, Any], bytes]:
             data = part((number - 1) * length, length)
             sent = upload | {"PartNumber": number, "Body": data, "ContentMD5": _md5(data)}
             answer = self._retrying(key, functools.partial(self._upload_part, sent))
-            return {"PartNumber": number, "ETag": answer["ETag"]}
+            return {"PartNumber": number, "ETag": answer["ETag"]}, hashlib.md5(data, usedforsecurity=False).digest()
 
         pool = ThreadPoolExecutor(PARTS_AT_ONCE)
+        sums: list[bytes] = []
         try:
-            parts = list(pool.map(send, range(1, -(-size // length) + 1)))
+            parts, sums = map(list, zip(*pool.map(send, range(1, -(-size // length) + 1)), strict=True))
             whole = upload | {"MultipartUpload": {"Parts": parts}}
             self._retrying(key, lambda: self._client().complete_multipart_upload(**whole))
+        except _Gone:
+            # If the answer to the last request was lost, the object is there; S3 makes its etag from the parts' sums.
+            expected = f"{hashlib.md5(b''.join(sums), usedforsecurity=False).hexdigest()}-{len(sums)}"
+            try:
+                return expected if sums and self.stat(key).etag == expected else None
+            except MissingObject:
+                return None
         except BaseException:
             pool.shutdown(cancel_futures=True)
             with contextlib.suppress(*_FAULTS):
                 self._client().abort_multipart_upload(**upload)
             raise
-        pool.shutdown()
+        finally:
+            pool.shutdown(cancel_futures=True)
         return self.stat(key).etag  # Ceph's answer to the last request does not name it
 
     def _upload_part(self, request: dict[str, Any]) -> Any:
@@ -169,14 +244,19 @@ class S3Store(Store):
 
     def stat(self, key: str) -> ObjectInfo:
         checked(key)
-        if (os.getpid(), self.bucket) not in _contacted:
-            self.check()  # a HEAD has no body, so it cannot say whether the key, the bucket or the rights are missing
-        answer = self._retrying(key, lambda: self._client().head_object(Bucket=self.bucket, Key=self._key(key)))
+        try:
+            answer = self._retrying(key, lambda: self._client().head_object(**self._object(key)))
+        except StoreError as error:
+            # The answer to a HEAD has no body, so it cannot say whether the key, the bucket or the rights are missing.
+            if isinstance(error.__cause__, boto.ClientError | _Fault):
+                with contextlib.suppress(Denied):
+                    self.check()
+            raise
         return ObjectInfo(key, answer["ContentLength"], answer["ETag"].strip('"'))
 
     def list(self, prefix: str = "") -> list[ObjectInfo]:
         found: list[ObjectInfo] = []
-        query: dict[str, Any] = {"Bucket": self.bucket, "Prefix": self._key(prefix)}
+        query: dict[str, Any] = self._bucket() | {"Prefix": self._key(prefix)}
         skip = len(self._key(""))
         while True:
             answer = self._retrying(prefix, lambda: self._client().list_objects_v2(**query))
@@ -187,11 +267,35 @@ class S3Store(Store):
             query["ContinuationToken"] = answer["NextContinuationToken"]
 
     def delete(self, key: str) -> None:
-        name = self._key(checked(key))
-        self._retrying(key, lambda: self._client().delete_object(Bucket=self.bucket, Key=name))
+        place = self._object(key)
+        self._retrying(key, lambda: self._client().delete_object(**place))
+
+    def sweep(self) -> int:
+        freed = 0
+        if not self.prefix:  # a whole bucket may have others' uploads
+            return freed
+        with contextlib.suppress(*_FAULTS, KeyError, ValueError, TypeError):
+            client = self._client()
+            for page in client.get_paginator("list_multipart_uploads").paginate(**self._bucket(), Prefix=self._key("")):
+                for upload in page.get("Uploads", []):
+                    freed += self._abort_left(upload["Key"], upload["UploadId"], upload["Initiated"])
+        return freed
+
+    def _abort_left(self, name: str, upload: str, began: datetime) -> int:
+        """Aborts an upload that has got nothing for a day, by the server's clock; the bytes that were there."""
+        place = self._bucket() | {"Key": name, "UploadId": upload}
+        size, last = 0, began
+        for page in self._client().get_paginator("list_parts").paginate(**place):
+            now = parsedate_to_datetime(page["ResponseMetadata"]["HTTPHeaders"]["date"])
+            for part in page.get("Parts", []):
+                size, last = size + part["Size"], max(last, part["LastModified"])
+        if (now - last).total_seconds() <= LEFT_S:
+            return 0
+        self._client().abort_multipart_upload(**place)
+        return size
 
     def child(self, prefix: str) -> "S3Store":
-        return S3Store(self.bucket, self._key(checked(prefix.strip("/"))), self.retry, self.traffic)
+        return S3Store(self.bucket, self._key(checked(prefix.strip("/"))), self.retry, self.access, self.traffic)
 
     def create_bucket(self) -> None:
         self._retrying("", lambda: self._client().create_bucket(Bucket=self.bucket))
@@ -199,8 +303,16 @@ class S3Store(Store):
     def _key(self, key: str) -> str:
         return f"{self.prefix}/{key}" if self.prefix else key
 
+    def _bucket(self) -> dict[str, Any]:
+        """What every request says."""
+        return {"Bucket": self.bucket} | ({"RequestPayer": "requester"} if self.access.request_payer else {})
+
+    def _object(self, key: str) -> dict[str, Any]:
+        return self._bucket() | {"Key": self._key(checked(key))}
+
     def _where(self) -> tuple[object, ...]:
-        return (os.getpid(), self.retry, *map(os.environ.get, ENDPOINTS))
+        by_arn = self.bucket.startswith("arn:")
+        return (os.getpid(), self.retry, self.access.unsigned, by_arn, *map(os.environ.get, SURROUNDINGS))
 
     def _client(self) -> Any:
         """This process's client; made on first use, so that neither a fork nor a pickle carries a connection."""
@@ -209,18 +321,25 @@ class S3Store(Store):
             if where not in _clients:
                 reach_loopback_directly()  # in a worker too, whose node has an environment of its own
                 session = boto3.session.Session()
-                style = "path" if _endpoint_is_set(session) else "auto"
-                config = botocore.config.Config(
-                    connect_timeout=self.retry.connect_s,
-                    read_timeout=self.retry.read_s,
-                    retries={"total_max_attempts": 1},
-                    max_pool_connections=64,
-                    s3={"addressing_style": style},
-                    request_checksum_calculation="when_required",  # older servers do not know the newer headers
-                    response_checksum_validation="when_required",
-                )
-                _clients[where] = session.client("s3", config=config)
+                nobody = not self.access.unsigned and session.get_credentials() is None
+                if nobody:
+                    print(f"no AWS credentials are found: {self.uri} is read without, as public data", file=sys.stderr, flush=True)
+                    _unsigned.add(where)
+                config = _configuration(session, self.retry, self.access.unsigned or nobody, by_arn=self.bucket.startswith("arn:"))
+                try:
+                    _clients[where] = session.client("s3", config=config)
+                except ValueError as error:
+                    raise StoreError(
+                        f"The AWS configuration for {self.uri} cannot be used ({str(error).rstrip('.')}); correct it."
+                    ) from error
+                _clients[where].meta.events.register("before-parse.s3", _refuse_strangers)
             return _clients[where]
+
+    def _drop_client(self) -> None:
+        """The next request makes another session, which asks botocore's whole provider chain for credentials again."""
+        with _lock:
+            _clients.pop(self._where(), None)
+            _unsigned.discard(self._where())
 
     def _retrying(self, key: str, request: Callable[[], T]) -> T:
         """One small request, tried again after faults that may pass. Raises StoreError with the sentence for the rest."""
@@ -249,11 +368,11 @@ class S3Store(Store):
         cause = _cause(error)
         new = (os.getpid(), self.bucket) not in _contacted
         late = time.monotonic() - began + self.retry.read_s > self.retry.first_s or (cause == "no connection" and tries >= 3)
-        if cause is None or tries >= self.retry.attempts or (new and late) or (cause == "expired credentials" and tries > 3):
+        hopeless = cause is None or (new and (late or cause in STRANGERS)) or (cause == "expired credentials" and tries > 3)
+        if cause is None or hopeless or tries >= self.retry.attempts:
             self._explain(error, key, at)
         if cause == "expired credentials":
-            with _lock:
-                _clients.pop(self._where(), None)  # a new session asks botocore's whole provider chain again
+            self._drop_client()
         self.traffic.retried(cause)
         if on_retry is not None:
             on_retry(cause)
@@ -287,7 +406,7 @@ class S3Store(Store):
 
     def _receive(self, key: str, body: "_Body", cancel: threading.Event | None) -> None:
         """One answer: as many of the missing bytes as it brings. Raises one of _FAULTS where it does not bring them all."""
-        query: dict[str, Any] = {"Bucket": self.bucket, "Key": self._key(key)}
+        query = self._object(key)
         if body.length is not None:
             query["Range"] = f"bytes={body.start + body.reached}-{body.start + body.length - 1}"
         if body.etag is not None:
@@ -314,33 +433,136 @@ class S3Store(Store):
     def _explain(self, error: Exception, key: str, at: int | None) -> NoReturn:
         """Raises the StoreError whose sentence says what went wrong at byte `at` of `key`, and what to do."""
         where = f"{self.uri}/{key}".rstrip("/")
-        place = where if at is None else f"{where} at byte {at}"
-        code, status = _code(error) if isinstance(error, boto.ClientError) else ("", 0)
-        cause = _cause(error)
-        kind: type[StoreError] = StoreError
-        if code == "NoSuchBucket":
-            text = f"The bucket {self.bucket} does not exist; create it or correct the location {self.uri}"
-        elif code in ("NoSuchKey", "404") or status == 404:
-            kind, text = MissingObject, f"{where} does not exist; check the location"
-        elif code == "PreconditionFailed" or status == 412:
-            kind, text = ChangedObject, f"{place} has changed since its manifest was written; {AGAIN}"
-        elif status == 416:
-            text = f"{where} ends before byte {at}; {AGAIN}"
-        elif code in _WRONG_KEYS:
-            text = f"The credentials for {self.uri} are wrong ({code}); check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        elif cause == "expired credentials":
-            text = f"The credentials for {place} have expired; renew them and run the same command again"
-        elif status in (401, 403):
-            text = f"The credentials do not allow this at {where} ({code or status}); ask for the right to read, list and write"
-        elif isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError | boto.CredentialRetrievalError):
-            text = f"There are no credentials for {self.uri}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile"
-        elif cause in ("no connection", "time-out"):
-            text = f"The S3 endpoint of {place} does not answer ({cause}); check AWS_ENDPOINT_URL and the network"
-        elif cause is not None:
-            text = f"{place} could not be transferred ({cause}, after several tries); check the S3 server and the network"
-        else:
-            text = f"S3 refuses {place} ({code or status or type(error).__name__}); check the location and the server"
+        kind, text = StoreError, ""
+        if isinstance(error, boto.ClientError):
+            kind, text = self._refusal(error, where, at)
+        if not text:
+            text = _failure(error, self.uri, where if at is None else f"{where} at byte {at}")
         raise kind(f"{text}.") from error
+
+    def _refusal(self, error: boto.ClientError, where: str, at: int | None) -> tuple[type[StoreError], str]:
+        """The kind of error and the sentence, empty where there is none, of an answer of the server that is an error."""
+        code, status = _code(error)
+        place = where if at is None else f"{where} at byte {at}"
+        if code == "NoSuchBucket":
+            return StoreError, f"The bucket {self.bucket} does not exist; create it or correct the location {self.uri}"
+        if code == "NoSuchUpload":
+            return _Gone, f"The upload of {where} is gone; see who aborts uploads"
+        if code in _SKEWED:
+            return StoreError, f"The clock of this machine differs from that of S3, which refuses {where} ({code}); set the clock"
+        if code in _FULL or status == 507:
+            return (
+                StoreError,
+                f"The store is full or over its quota at {where} ({code or status}); delete something or raise the quota",
+            )
+        if code in _HOST_STYLE:
+            how = "set addressing_style = virtual under s3 = in the AWS config file"
+            return StoreError, f"The store of {self.uri} wants the bucket in the name of its host ({code}); {how}"
+        if code in _ELSEWHERE or status in (301, 307):
+            headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+            region = error.response.get("Error", {}).get("Region") or headers.get("x-amz-bucket-region")
+            there = f"in the region {region}" if region else "in another region or at another endpoint"
+            return StoreError, f"The bucket {self.bucket} is {there}; set AWS_DEFAULT_REGION (or AWS_ENDPOINT_URL) to that"
+        if code in ("NoSuchKey", "404") or status == 404:
+            return MissingObject, f"{where} does not exist; check the location"
+        if code == "PreconditionFailed" or status == 412:
+            return ChangedObject, f"{place} has changed since its manifest was written; {AGAIN}"
+        if status == 416:
+            return StoreError, f"{where} ends before byte {at}; {AGAIN}"
+        if code in _WRONG_KEYS:
+            return Denied, f"The credentials for {self.uri} are wrong ({code}); check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        if _cause(error) == "expired credentials":
+            return StoreError, f"The credentials for {place} have expired; renew them and run the same command again"
+        if status in (401, 403) and (self.access.unsigned or self._where() in _unsigned):
+            self._drop_client()
+            return Denied, (
+                f"There are no credentials for {self.uri}, which is not public; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY "
+                "or a profile" + (", and data.unsigned=false" if self.access.unsigned else "")
+            )
+        if status in (401, 403):
+            pays = "" if self.access.request_payer else ", or set data.request_payer=true where those who read pay"
+            which = "this" if where == self.uri else "this (S3 says the same of what is missing, to those who may not list)"
+            ask = f"ask for the right to read, list and write{pays}"
+            return Denied, f"The credentials do not allow {which} at {where} ({code or status}); {ask}"
+        return StoreError, "" if _cause(error) else f"S3 refuses {place} ({code or status}); check the location and the server"
+
+
+class _Gone(StoreError):
+    """The server does not know that upload: it was completed, or aborted."""
+
+
+def _failure(error: Exception, uri: str, place: str) -> str:
+    """The sentence for what went wrong before or on the way, without an error as answer."""
+    cause, reason = _cause(error), " ".join(str(error).split()).rstrip(".")
+    if isinstance(error, boto.ProfileNotFound):
+        return f"There is no AWS profile {error.kwargs.get('profile')!r} for {uri}; check AWS_PROFILE and the AWS config file"
+    if isinstance(error, _SETUP):
+        return f"The AWS configuration for {uri} cannot be used ({reason}); correct it"
+    if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError | boto.CredentialRetrievalError):
+        return f"There are no usable credentials for {uri} ({reason}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile"
+    if isinstance(error, boto.SSLError) and cause is None:
+        return (
+            f"The certificate of the S3 endpoint of {place} is not trusted; set AWS_CA_BUNDLE, or ca_bundle in the AWS config file"
+        )
+    if isinstance(error, boto.ProxyConnectionError):
+        return f"The proxy to the S3 endpoint of {place} does not answer; check HTTPS_PROXY, HTTP_PROXY and NO_PROXY"
+    if cause in STRANGERS:
+        return STRANGERS[cause].format(place)
+    if isinstance(error, botocore.parsers.ResponseParserError):
+        return STRANGERS["no S3"].format(place)
+    if cause in ("no connection", "time-out"):
+        return f"The S3 endpoint of {place} does not answer ({cause}); check AWS_ENDPOINT_URL and the network"
+    if cause is not None:
+        return f"{place} could not be transferred ({cause}, after several tries); check the S3 server and the network"
+    return f"S3 cannot be asked for {place} ({reason or type(error).__name__}); check the location and the AWS configuration"
+
+
+def _refuse_strangers(response_dict: dict[str, Any], operation_model: Any, **_: Any) -> None:
+    """Raises _Fault for what consoles, proxies and log-in pages answer, which botocore takes for objects or for missing ones."""
+    headers, body, status = response_dict["headers"], response_dict["body"], response_dict["status_code"]
+    html = "text/html" in str(headers.get("Content-Type", "")).lower()
+    if status > 500:
+        return
+    if not isinstance(body, bytes):  # the body of an object, not yet read
+        if html and not headers.get("ETag"):
+            raise _Fault("web page")
+        return
+    begin = body[:1024].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if status == 500 and not begin.startswith((b"{", b"[")):  # botocore says 500 for a 200 whose body is not XML
+        return
+    if html and begin.startswith((b"<!doctype html", b"<html")):
+        raise _Fault("web page")
+    if begin and not begin.startswith(b"<"):
+        raise _Fault("no S3")
+    if operation_model.name == "HeadObject" and status < 300 and not headers.get("ETag"):
+        raise _Fault("web page" if html else "no S3")
+    # botocore asks for the bucket's region in this way, and once more for each such answer, without end.
+    if operation_model.name == "HeadBucket" and status in (301, 302, 307) and not headers.get("x-amz-bucket-region"):
+        raise _Fault("redirected")
+
+
+def _configuration(session: Any, retry: Retry, unsigned: bool, by_arn: bool) -> botocore.config.Config:
+    """What we need to have our way in; all else, and whatever the user's own configuration says, stays as it is."""
+    core = session._session
+    profile = core.get_scoped_config()
+    endpoint = botocore.configprovider.ConfiguredEndpointProvider(core.full_config, profile, "s3").provide()
+    options: dict[str, Any] = {}
+    s3 = profile.get("s3")
+    styled = isinstance(s3, dict) and ("addressing_style" in s3 or "use_accelerate_endpoint" in s3)
+    if endpoint and not styled and not by_arn:
+        options["s3"] = {"addressing_style": "path"}  # loopback and house servers have no host name per bucket
+    for name in ("request_checksum_calculation", "response_checksum_validation"):
+        if name not in profile and f"AWS_{name.upper()}" not in os.environ:
+            options[name] = "when_required"  # older servers do not know the newer headers
+    if unsigned:
+        options["signature_version"] = botocore.UNSIGNED
+    return botocore.config.Config(
+        connect_timeout=retry.connect_s,
+        read_timeout=retry.read_s,
+        retries={"total_max_attempts": 1},
+        max_pool_connections=64,
+        **options,
+    )
 
 
 def _md5(data: bytes) -> str:
@@ -392,11 +614,3 @@ class _Body:
             self.first_byte = time.monotonic()
         self.pieces.append(piece)
         self.reached += len(piece)
-
-
-def _endpoint_is_set(session: Any) -> bool:
-    """Whether an endpoint other than AWS is configured: loopback and house servers have no host name per bucket."""
-    if any(map(os.environ.get, ENDPOINTS)):
-        return True
-    profile = session._session.get_scoped_config()
-    return bool(profile.get("endpoint_url"))

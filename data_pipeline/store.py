@@ -20,9 +20,9 @@ from typing import Any, BinaryIO, TypeVar
 
 from configs.errors import StoreError
 from configs.locations import locate
+from data_pipeline.unfinished import TEMP, sweep, unfinished
 
 AGAIN = "prepare or index the data again"
-TEMP = ".tmp-"  # names of unfinished files in a folder
 READERS = 16  # objects that `read_each` reads at a time
 
 T = TypeVar("T")
@@ -36,6 +36,10 @@ class ChangedObject(StoreError):
     """The object is no longer the one that the manifest or the first byte belonged to."""
 
 
+class Denied(StoreError):
+    """The rights do not allow it."""
+
+
 class Cancelled(Exception):
     """The reader that asked for the bytes has been closed."""
 
@@ -45,6 +49,14 @@ class ObjectInfo:
     key: str
     bytes: int
     etag: str
+
+
+@dataclass(frozen=True)
+class Access:
+    """How S3 is asked, beside all that botocore's own configuration says."""
+
+    request_payer: bool = False  # the reader pays, not the bucket's owner
+    unsigned: bool = False  # without credentials, although there may be some
 
 
 @dataclass(frozen=True)
@@ -137,6 +149,10 @@ class Store(ABC):
         """`put` of a local file of any size, which is never held in memory."""
 
     @abstractmethod
+    def create(self, key: str, data: bytes) -> bytes:
+        """Writes the object where there is none, and returns what is there now: of two that write, both get the first one's."""
+
+    @abstractmethod
     def stat(self, key: str) -> ObjectInfo:
         """Raises MissingObject."""
 
@@ -147,6 +163,13 @@ class Store(ABC):
     @abstractmethod
     def delete(self, key: str) -> None:
         """Removes the object; no error where there is none."""
+
+    @abstractmethod
+    def sweep(self) -> int:
+        """Removes what writers that were killed have left here, and nothing that a live one holds; returns its bytes.
+
+        For whoever owns the place, once at a start. Never raises: what cannot be removed stays.
+        """
 
     @abstractmethod
     def child(self, prefix: str) -> "Store":
@@ -164,14 +187,14 @@ class Store(ABC):
         return True
 
 
-def open_store(uri: str, retry: Retry | None = None) -> Store:
+def open_store(uri: str, retry: Retry | None = None, access: Access | None = None) -> Store:
     """The store at a location of `configs.locations`. Touches nothing yet; see `Store.check`. Raises StoreError."""
     place = locate(uri)
     if not place.bucket:
         return FolderStore(Path(place.path))
     from data_pipeline.s3 import S3Store  # boto3 takes long to import, and a folder has no use for it
 
-    return S3Store(place.bucket, place.path, retry or Retry())
+    return S3Store(place.bucket, place.path, retry or Retry(), access or Access())
 
 
 def read_each(store: Store, keys: Sequence[str], made: Callable[[str, bytes], T]) -> list[T]:
@@ -250,27 +273,30 @@ class FolderStore(Store):
         with open(path, "rb") as source:
             return self._publish(key, lambda file: shutil.copyfileobj(source, file))
 
-    def _publish(self, key: str, write: Callable[[BinaryIO], object]) -> str:
+    def _publish(self, key: str, write: Callable[[BinaryIO], object], *, new: bool = False) -> str:
+        """Writes the object; with `new`, only where there is none."""
         path = self.folder / checked(key)
-        temp = path.with_name(f"{TEMP}{os.getpid()}-{random.getrandbits(64):016x}")
         with self._errors(key):
             path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with open(temp, "wb") as file:
-                    write(file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                    size = file.tell()
-                os.replace(temp, path)
-            except BaseException:
-                temp.unlink(missing_ok=True)
-                raise
+            with unfinished(path.parent) as (temp, file):
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+                size = file.tell()
+                if new:
+                    _name_new(temp, path)
+                else:
+                    os.replace(temp, path)
             folder = os.open(path.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)  # the name itself must survive a power cut
             finally:
                 os.close(folder)
         return str(size)
+
+    def create(self, key: str, data: bytes) -> bytes:
+        self._publish(key, lambda file: file.write(data), new=True)
+        return self.get(key)
 
     def stat(self, key: str) -> ObjectInfo:
         with self._errors(key):
@@ -317,6 +343,9 @@ class FolderStore(Store):
         with self._errors(key):
             (self.folder / checked(key)).unlink(missing_ok=True)
 
+    def sweep(self) -> int:
+        return sweep(self.folder)
+
     def child(self, prefix: str) -> "FolderStore":
         return FolderStore(self.folder / checked(prefix.strip("/")), self.traffic)
 
@@ -334,4 +363,17 @@ class FolderStore(Store):
                     ) from error
             raise MissingObject(f"{where} does not exist; check the location.") from error
         except OSError as error:
-            raise StoreError(f"{where} cannot be used ({error.strerror}); check the disk and its rights.") from error
+            kind = Denied if isinstance(error, PermissionError) else StoreError
+            raise kind(f"{where} cannot be used ({error.strerror}); check the disk and its rights.") from error
+
+
+def _name_new(temp: Path, path: Path) -> None:
+    """Gives a finished file its name, unless there is one of that name."""
+    try:
+        os.link(temp, path)
+    except FileExistsError:
+        return
+    except OSError:  # a file system without links: the name is taken first, and filled a moment later
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            os.replace(temp, path)

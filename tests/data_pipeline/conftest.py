@@ -2,6 +2,8 @@
 
 import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -106,3 +108,11 @@ def data_config(**options: object) -> DataConfig:
 def no_hedges(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is read a second time because a busy machine read it slowly: bytes can be counted."""
     monkeypatch.setattr(Fetcher, "_patience", lambda _: None)
+
+
+def killed_while_writing(code: str, kills: int) -> None:
+    """Runs the lines in as many processes, each of which kills itself when it would give a finished file its name."""
+    dies = "os.replace = os.link = lambda *_: os.kill(os.getpid(), 9)\n"
+    lines = "import os\nfrom pathlib import Path\nfrom data_pipeline.store import open_store\n" + dies + code
+    started = [subprocess.Popen([sys.executable, "-c", lines]) for _ in range(kills)]
+    assert [process.wait(timeout=120) for process in started] == [-9] * kills

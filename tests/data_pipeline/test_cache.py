@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from configs.errors import StoreError
 from data_pipeline.cache import CachedStore
 from data_pipeline.order import Order
 from data_pipeline.store import ChangedObject, Store, open_store
 from data_pipeline.stream import Reader
-from tests.data_pipeline.conftest import data_config, write_noise
+from tests.data_pipeline.conftest import data_config, killed_while_writing, write_noise
 
 
 def cached(store: Store, folder: Path, limit: int = 10**6) -> CachedStore:
@@ -94,10 +93,57 @@ def test_a_range_over_the_limit_is_passed_through(tmp_path: Path) -> None:
     assert size(tmp_path) == 0
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(StoreError, match=r"cache folder .*file/cache"):
-        CachedStore(open_store(str(tmp_path)), tmp_path / "file" / "cache", 1)
+def refused(*_: object, **__: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("trouble", ["a file in the way", "full disk", "no right to write"])
+def test_a_folder_that_cannot_be_used_costs_the_cache_and_one_warning(
+    trouble: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    store = open_store(str(tmp_path / "data"))
+    etag = store.put("key", b"a" * 100)
+    folder = tmp_path / "cache"
+    if trouble == "a file in the way":
+        folder = folder / "below"
+        (tmp_path / "cache").write_bytes(b"")
+    if trouble == "full disk":
+        monkeypatch.setattr("data_pipeline.cache.os.replace", refused)
+    if trouble == "no right to write":  # also for root, whom no mode of a folder stops
+        monkeypatch.setattr("data_pipeline.unfinished.fcntl.flock", refused)
+        monkeypatch.setattr("data_pipeline.unfinished.open", lambda *_: refused(), raising=False)
+    for start in range(3):  # as many caches as a mixture has data sets
+        for _ in range(2):
+            assert CachedStore(store, folder, 10**6).get_range("key", start, 50, etag) == b"a" * 50
+    said = capfd.readouterr().err
+    assert said.count("WARNING: reading goes on without the disk cache") == 1
+    assert str(folder) in said
+    if trouble == "full disk":
+        assert list(folder.iterdir()) == []  # what was begun is gone
+
+
+def test_the_limit_holds_after_any_number_of_kills(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "data"))
+    etag = store.put("key", os.urandom(10_000))
+    killed_while_writing(
+        "from data_pipeline.cache import CachedStore\n"
+        f"CachedStore(open_store({str(tmp_path / 'data')!r}), Path({str(tmp_path / 'cache')!r}), 5000)"
+        f".get_range('key', 0, 2000, {etag!r})",
+        kills=4,
+    )
+    (tmp_path / "cache" / f"{'0' * 64}.12-34").write_bytes(bytes(2000))  # of an earlier version
+    os.utime(tmp_path / "cache" / f"{'0' * 64}.12-34", (1, 1))
+    assert size(tmp_path) > 2000
+    cached(store, tmp_path, 5000).get_range("key", 0, 1000, etag)
+    assert size(tmp_path) == 1004
+    killed_while_writing(
+        "from data_pipeline.cache import CachedStore\n"
+        f"CachedStore(open_store({str(tmp_path / 'data')!r}), Path({str(tmp_path / 'cache')!r}), 5000)"
+        f".get_range('key', 0, 2000, {etag!r})",
+        kills=1,
+    )
+    assert cached(store, tmp_path, 5000).sweep() > 0
+    assert size(tmp_path) == 1004
 
 
 def test_the_reader_keeps_its_reads_where_the_configuration_says(tmp_path: Path) -> None:

