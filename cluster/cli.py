@@ -207,7 +207,9 @@ _DEMO = (
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="freeguide", description="Train and measure classifier-free-guidance diffusion models on clusters."
+        prog="freeguide",
+        description="Train and measure classifier-free-guidance diffusion models on clusters.",
+        fromfile_prefix_chars="@",  # @FILE stands for the arguments in it, one a line: so they come to a submitted job
     )
     parser.add_argument(
         "--version", action=_Version, nargs=0, help="print the versions of freeguide and of what it needs, and stop"

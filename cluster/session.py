@@ -2,9 +2,11 @@
 
 import contextlib
 import fcntl
+import functools
 import logging
 import math
 import os
+import secrets
 import shutil
 import socket
 import stat
@@ -20,12 +22,12 @@ from typing import Any, TypeVar
 
 import ray
 import torch
+from ray._private import ray_constants
 
+from cluster.submit import ROOT, copy_packages
 from configs.errors import ConfigError, UserError
 from configs.schema import Config
 
-ROOT = Path(__file__).resolve().parents[1]  # the folder of the packages
-PACKAGES = ("configs", "data_pipeline", "trainer", "cluster")
 T = TypeVar("T")
 
 
@@ -50,38 +52,109 @@ def session(config: Config, processes: int, together: bool = False) -> Iterator[
     answer or lets nobody in, and for more GPUs than a private cluster has. Another cluster that is too small is waited for.
     """
     address = os.environ.get("RAY_ADDRESS", "")
-    cpus = config.cluster.cpus_per_worker
     runtime: dict[str, Any] = {"env_vars": dict(config.cluster.env)}
     gpus = config.cluster.gpus_per_worker
     if address and address != "local":
-        _probe(address)
-        options: dict[str, Any] = {"address": address}
-        if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # else this is a submitted job, and the code came with it
-            runtime["py_modules"] = [str(ROOT / package) for package in PACKAGES]
+        place = _connected(address, runtime, gpus)
     else:
-        # The command's own processes need a share too, and a laptop may have fewer cores than the config has workers.
-        room = max(os.cpu_count() or 1, math.ceil(processes * cpus)) + 1
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            dashboard = int(probe.getsockname()[1])
         gpus = _gpus_here(gpus, processes, together)
+        place = _private(runtime, math.ceil(processes * config.cluster.cpus_per_worker), gpus)
+    with place:
+        yield _resources(config.cluster.cpus_per_worker, gpus, processes)
+
+
+@contextmanager
+def _connected(address: str, runtime: dict[str, Any], gpus: float) -> Iterator[None]:
+    """The cluster at `address`; the code travels there, unless this is a submitted job, which it came with."""
+    _probe(address)
+    with scratch() as folder:
+        if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
+            runtime["py_modules"] = [str(package) for package in copy_packages(folder)]
+        _start({"address": address}, runtime, gpus)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _private(runtime: dict[str, Any], cpus: int, gpus: float) -> Iterator[None]:
+    """A cluster of this command alone on this machine: it listens on loopback, has its own token, and leaves nothing behind."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        dashboard = int(probe.getsockname()[1])
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    # Ray Train looks for the dashboard of the newest cluster on this machine, which may be another one, or dead.
+    runtime["env_vars"] |= {"PYTHONPATH": path, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away with notice
+    # Ray's switch for laptops, where the node's address is 127.0.0.1, whatever the network says; then all servers listen there.
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    runtime["env_vars"].setdefault("TMPDIR", tempfile.gettempdir())  # for workers; Ray's own servers leave files behind in theirs
+    with scratch(_short_folder()) as folder, _environment({"RAY_AUTH_TOKEN": _token(), "TMPDIR": str(folder)}):
+        # The command's own processes need a share too, and a laptop may have fewer cores than the config has workers.
+        room = max(os.cpu_count() or 1, cpus) + 1
         options = {"address": "local", "num_cpus": room, "logging_level": logging.ERROR, "dashboard_port": dashboard}
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-        # Ray Train looks for the dashboard of the newest cluster on this machine, which may be another one, or dead.
-        runtime["env_vars"] |= {"PYTHONPATH": path, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away with notice
+        _start(options | {"_temp_dir": str(folder)}, runtime, gpus)
+        try:
+            yield
+        except Exception:
+            ray.shutdown()
+            _keep_logs(folder)
+            raise
+        finally:
+            ray.shutdown()
+
+
+def _keep_logs(folder: Path) -> None:
+    """Ray's logs of the last session that failed stay with the user's temporary folder."""
+    kept = folder.parent / "ray-logs"
+    shutil.rmtree(kept, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        (folder / "session_latest").resolve().joinpath("logs").rename(kept)
+        print(f"Ray's logs of this are in {kept}", file=sys.stderr, flush=True)
+
+
+def _start(options: dict[str, Any], runtime: dict[str, Any], gpus: float) -> None:
     if gpus == 0:
         runtime["env_vars"]["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides no GPU from those who ask for none, and torch would take it
     try:
         ray.init(**options, runtime_env=runtime, log_to_driver=True)
     except ConnectionError as error:
         raise ConfigError(
-            f"RAY_ADDRESS={address}: the Ray cluster there did not let us in ({error}); check the address and RAY_AUTH_TOKEN_PATH"
+            f"RAY_ADDRESS={options['address']}: the Ray cluster there did not let us in ({error}); check the address and "
+            "RAY_AUTH_TOKEN_PATH"
         ) from error
+
+
+@functools.cache
+def _token() -> str:
+    """What the private clusters of this process ask for. Without one, Ray leaves a token in the user's home, and from then on
+    every `ray start --head` on this machine wants it."""
+    return secrets.token_hex(32)
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ |= variables
     try:
-        yield _resources(config.cluster.cpus_per_worker, gpus, processes)
+        yield
     finally:
-        ray.shutdown()
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _short_folder() -> str:
+    """Where a private cluster's folder may be: Ray's sockets have long names below it, and the kernel takes 107 bytes in all."""
+    longest = 107 - len(f"/freeguide-{os.getuid()}/run-12345678/session_2000-01-01_00-00-00_123456_1234567/sockets/plasma_store")
+    folders = [os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), "/tmp"]
+    for folder in folders:
+        if len(os.fsencode(folder)) <= longest and os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    raise UserError(
+        f"Ray keeps sockets in a temporary folder, whose path may have {longest} bytes at most: {folders[0]} is too long and /tmp "
+        "not for you to write to; set RAY_TMPDIR to a short one"
+    )
 
 
 def _gpus_here(gpus: float, processes: int, together: bool) -> float:

@@ -36,11 +36,17 @@ _REFERENCE = re.compile(r"(\\*)\$\{")
 _UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, ValueError, OverflowError)
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None, command: str = "train") -> Config:
+def load_config(
+    path: str | Path,
+    overrides: list[str] | None = None,
+    command: str = "train",
+    place: Callable[[str, str], str] | None = None,
+) -> Config:
     """Read `path` (see `find_config`), apply overrides such as `train.lr=1e-4`, check the result for `command`, and return it.
 
-    Raises ConfigError, one sentence, for a missing or malformed file, an unknown or ill-typed key, a location that means no place,
-    or values that are out of range or contradict each other.
+    `place(key, location)` says what each location means, given as it was typed; by default, it is made absolute here. Raises
+    ConfigError, one sentence, for a missing or malformed file, an unknown or ill-typed key, a location that means no place, or
+    values that are out of range or contradict each other.
     """
     path = find_config(path)
     merged = OmegaConf.structured(Config)
@@ -68,7 +74,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None, command: s
         _merge(merged, nested, where)
     config = _resolved(merged, str(path))
     try:
-        config = _placed(config, _absolute)
+        config = _placed(config, place or _absolute)
         validate(config, command)
     except ConfigError as error:
         raise ConfigError(_as_written(str(error), config)) from None

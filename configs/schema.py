@@ -58,6 +58,7 @@ WidthOrNone = Annotated[int, Range(0, 65_536)]
 Mib = Annotated[int, Range(1, 2**20)]
 Gib = Annotated[float, Range(0, 2**20, open="least")]
 Seconds = Annotated[float, Range(0, 10**7)]
+Minutes = Annotated[float, Range(0, 10**6)]
 Scale = Annotated[float, Range(0, 10**6, open="least")]
 Rate = Annotated[float, Range(0, 10, open="least")]  # of learning
 Small = Annotated[float, Range(0, 1, open="least")]
@@ -262,6 +263,8 @@ class ClusterConfig:
     cpus_per_worker: Cpus = 1.0  # CPU cores that Ray sets aside for one worker or actor, and threads of its torch
     gpus_per_worker: Gpus = -1.0  # GPUs per worker or actor; -1 = one where the cluster has GPUs, else none
     max_failures: Failures = 3  # worker failures repaired from the newest checkpoint, counted anew after a newer one; -1 = all
+    wait_minutes: Minutes = 0.0  # how long a command waits for a cluster that is too small for it to grow; 0 = not at all
+    shared_folders: list[str] = field(default_factory=list)  # folders that all nodes share under this path (NFS), for --submit
     env: dict[str, str] = field(default_factory=dict)  # environment variables for every worker (NCCL_DEBUG, ...)
 
 

@@ -69,6 +69,7 @@ def ray_head(s3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tupl
     )  # `python` is the node's, with the requirements
     port, dashboard, client = free_port(), free_port(), free_port()
     ports = [f"--port={port}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
+    ports.append("--dashboard-agent-listen-port=0")  # else the agent of another head here has it, and this one takes no jobs
     small = ["--num-cpus=4", "--object-store-memory=200000000", "--node-ip-address=127.0.0.1", "--disable-usage-stats"]
     head = subprocess.Popen(
         [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", *ports, *small],

@@ -1,6 +1,7 @@
 """Who gets a GPU, on a cluster of the command's own; and where commands keep what is gone when they end."""
 
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.session import _gpus_here, private_folder, scratch
+from cluster.session import _gpus_here, _short_folder, private_folder, scratch
 from configs.errors import ConfigError, UserError
 
 
@@ -104,3 +105,52 @@ def test_what_a_command_leaves_is_gone_at_its_end_or_when_the_next_begins_if_it_
             assert not theirs.exists()
             assert mine.is_dir()
     assert list(private_folder().iterdir()) == []
+
+
+ALONE = """
+import os, psutil, ray, tempfile
+from pathlib import Path
+from cluster.session import session
+from configs.load import load_config
+
+with session(load_config("configs/digits.yaml", ["cluster.gpus_per_worker=0"]), 2) as resources:
+    ray.get([ray.remote(lambda: None).remote() for _ in range(2)])
+    me = psutil.Process()
+    sockets = [c for p in (me, *me.children(recursive=True)) for c in p.net_connections("inet") if c.status == "LISTEN"]
+    print(*{c.laddr.ip for c in sockets})
+    print(len(sockets) > 5, resources)
+    print(os.environ.get("TMPDIR") != tempfile.gettempdir(), ray.get(ray.remote(lambda: os.environ["TMPDIR"]).remote()))
+"""
+
+
+def test_a_private_cluster_listens_on_loopback_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    """With the environment of a user, who has set nothing."""
+    home, temporary = tmp_path / "home", Path(tempfile.mkdtemp(dir="/tmp"))
+    home.mkdir()
+    clean = {"PATH": os.environ["PATH"], "HOME": str(home), "TMPDIR": str(temporary), "PYTHONPATH": "."}
+    ended = subprocess.run(
+        [sys.executable, "-c", ALONE], cwd=Path(__file__).parents[2], env=clean, capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == 0, ended.stderr
+    addresses, enough, folders = ended.stdout.splitlines()[-3:]
+    assert {*addresses.split()} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    assert enough == "True Resources(cpus=1.0, gpus=0.0)"
+    assert folders == f"True {temporary}"
+    assert list(home.rglob("*")) == []
+    left = [place for place in temporary.rglob("*") if place.is_file()]
+    shutil.rmtree(temporary)
+    assert left == []
+
+
+def test_a_private_cluster_takes_a_temporary_folder_that_is_short_enough_for_sockets(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("long" * 20)))
+    assert _short_folder() == "/tmp"
+    monkeypatch.setattr(tempfile, "tempdir", "/dev/shm")
+    assert _short_folder() == "/dev/shm"
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp/" + 40 * "x")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(UserError, match=r"may have 1[0-9] bytes at most: /tmp/xxx.* is too long"):
+        _short_folder()
