@@ -156,7 +156,9 @@ _ONLY = {
 
 
 def _check_locations(path: Path, overrides: list[str], command: str) -> None:
-    shared = [locate(each).path for each in load_config(path, overrides, command).cluster.shared_folders]
+    shared = load_config(path, overrides, command).cluster.shared_folders
+    if wrong := next((each for each in shared if not each.startswith("/")), None):
+        raise ConfigError(f"cluster.shared_folders={wrong}: give the whole path that the folder has on all nodes, /nfs for example")
 
     def seen(key: str, uri: str) -> str:
         place = locate(uri)
@@ -167,7 +169,7 @@ def _check_locations(path: Path, overrides: list[str], command: str) -> None:
             raise ConfigError(
                 f"{key}={uri}: with --submit, a path from here means another place on the cluster; give s3://bucket/prefix"
             )
-        if not any(f"{place.path}/".startswith(f"{each.rstrip('/')}/") for each in shared):
+        if not any(f"{place.path}/".startswith(f"{locate(each).path.rstrip('/')}/") for each in shared):
             raise ConfigError(
                 f"{key}={uri}: with --submit, a folder of this machine is not what the cluster's nodes see; give "
                 "s3://bucket/prefix, or name it in cluster.shared_folders if all nodes share it under this path"

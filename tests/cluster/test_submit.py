@@ -400,5 +400,10 @@ def test_a_place_that_the_cluster_does_not_see_is_refused_before_anything_is_sen
     assert server.asked == []
 
 
+def test_a_shared_folder_has_a_whole_path(server: Server) -> None:
+    with pytest.raises(ConfigError, match=r"^cluster.shared_folders=nfs: give the whole path"):
+        send(server, "data.uri=/nfs/x", "cluster.shared_folders=[nfs]")
+
+
 def test_the_oldest_ray_is_the_one_of_the_requirements() -> None:
     assert f"ray[data,default,train]>={'.'.join(map(str, submit.OLDEST_RAY))}" in Path("pyproject.toml").read_text()

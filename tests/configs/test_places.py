@@ -72,7 +72,7 @@ def test_every_text_of_the_schema_is_a_location_or_known_to_be_none() -> None:
         return kind is str or any(texts(part) for part in get_args(kind))
 
     found = {key for key, kind in options().items() if texts(kind)}
-    assert found - {"cluster.env", "train.deepspeed", "evaluate.sweep"} == TEXTS
+    assert found - {"cluster.env", "cluster.shared_folders", "train.deepspeed", "evaluate.sweep"} == TEXTS
 
 
 @pytest.mark.parametrize("key", ["run", "data.uri", "data.path", "data.disk_cache", "evaluate.extractor", "evaluate.others"])
