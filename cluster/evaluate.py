@@ -39,7 +39,7 @@ from configs.load import screen_images
 from configs.schema import Config
 from data_pipeline.manifest import load_manifest
 from data_pipeline.store import MissingObject, open_store
-from trainer.loop import check_data
+from trainer.loop import fitted
 from trainer.sampler import evaluations, sweep_evaluations
 from trainer.telemetry import event_file
 
@@ -57,7 +57,7 @@ def evaluate(config: Config) -> Path:
     for store in (home, data):
         store.check()
     manifest = load_manifest(data)
-    check_data(config, manifest)
+    config = fitted(config, manifest)
     found, others = trained_series(config, manifest), read_others(config.evaluate)
     with contextlib.ExitStack() as stack:
         # Where all is done already, Ray is not started.

@@ -120,7 +120,9 @@ def as_trained(config: Config, command: str) -> Trained:
     config = dataclasses.replace(config, model=stored.model, diffusion=stored.diffusion, train=stored.train)
     for name in ("image_size", "channels", "classes", "dtype", "latent_scale"):
         made, asked = getattr(stored.data, name), getattr(config.data, name)
-        if made != asked:
+        if (name, asked) == ("classes", 0):
+            config = dataclasses.replace(config, data=dataclasses.replace(config.data, classes=made))
+        elif made != asked:
             raise ConfigError(f"{config.run} was trained with data.{name}={made}, now it is {asked}; set data.{name}={made}")
     validate(config, command)
     step, steps = weights.step, config.train.steps

@@ -78,10 +78,13 @@ def _fit(config: Config, resources: Resources, note: Any) -> bool:
 
     Raises TrainingFailedError where workers have failed more often than `cluster.max_failures`.
     """
+
+    def work(job: dict[str, Any]) -> bool:  # not in the mapping below, which Ray shows in its dashboard and keeps
+        return _worker(config, job)
+
     trainer = TorchTrainer(
-        _worker,  # type: ignore[arg-type]  # in Ray Train V2 it may return something
-        # The config goes by reference: Ray Train shows this mapping in its dashboard and keeps it.
-        train_loop_config={"config": ray.put(config), "threads": resources.threads, "note": note},
+        work,  # type: ignore[arg-type]  # in Ray Train V2 it may return something
+        train_loop_config={"threads": resources.threads, "note": note},
         torch_config=_Group(backend="nccl" if resources.gpus else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=_workers(config),
@@ -171,7 +174,7 @@ def _leave() -> None:
 # --- in a worker ---
 
 
-def _worker(job: dict[str, Any]) -> bool:
+def _worker(config: Config, job: dict[str, Any]) -> bool:
     """Train; returns whether to the end, or False where the workers were asked to leave and have saved."""
     import torch
 
@@ -185,7 +188,7 @@ def _worker(job: dict[str, Any]) -> bool:
     os.environ["LOCAL_RANK"] = str(ray.train.get_context().get_local_rank())
     threading.Thread(target=_listen, args=(note,), name="freeguide-listen", daemon=True).start()
     try:
-        train(ray.get(job["config"]), _this_worker)
+        train(config, _this_worker)
     except SystemExit:
         return False
     except StoreError:

@@ -33,7 +33,7 @@ from data_pipeline.manifest import Manifest, load_manifest
 from data_pipeline.scan import scan_all
 from data_pipeline.store import MissingObject, Store, open_store
 from trainer.engine import choose_kernels
-from trainer.loop import check_data
+from trainer.loop import fitted
 
 EVALUATOR = "evaluator.safetensors"
 _SEEING = tuple(f"cluster/metrics/{name}.py" for name in ("dinov2", "evaluator", "features", "inception", "moments", "reference"))
@@ -65,7 +65,7 @@ def fit_evaluator(config: Config) -> str:
     data = open_store(config.data.uri)
     data.check()
     manifest = load_manifest(data)
-    check_data(config, manifest)
+    config = fitted(config, manifest)
     with contextlib.ExitStack() as stack:
         connect = functools.cache(lambda: stack.enter_context(session(config, 1)))
         found = _yardstick(config, data, manifest, connect, None, "", "")

@@ -167,7 +167,7 @@ def sweep(config: Config) -> list[Config]:
                 f"evaluate.sweep: {key} cannot be swept, as {{sampling.steps: [8, 16]}} can; {choices('options', str(key), known)}"
             )
         if not isinstance(values, list) or not values or any(values.count(value) > 1 for value in values):
-            raise ConfigError(f"evaluate.sweep: {key} is {shown(values)}; give a list of values, each once")
+            raise ConfigError(f"evaluate.sweep: {key} is {shown(values, quoted=True)}; give a list of values, each once")
         typed.append([_typed(key, value) for value in values])
     if (count := math.prod(map(len, typed))) > SERIES:
         raise ConfigError(f"evaluate.sweep: its values make {count:,} series; name fewer, {SERIES:,} at most")

@@ -49,6 +49,7 @@ class Length:
 Count = Annotated[int, Range(1, 10**9)]  # of images
 CountOrNone = Annotated[int, Range(0, 10**9)]
 Million = Annotated[int, Range(1, 10**6)]
+MillionOrNone = Annotated[int, Range(0, 10**6)]
 Few = Annotated[int, Range(1, 1024)]  # threads, batches in hand, blocks, heads
 Steps = Annotated[int, Range(1, 10**10)]
 StepsOrNone = Annotated[int, Range(0, 10**10)]
@@ -128,7 +129,7 @@ class DataConfig:
     channels: Width = 3  # 1 = grey, 3 = RGB; latents have any number
     dtype: Dtype = "uint8"  # what a sample is: uint8 (an image) | float16 | float32 (raw latents, .npy arrays (C, H, W))
     latent_scale: Scale = 1.0  # latents are multiplied by it when they are read; Stable Diffusion's autoencoder wants 0.18215
-    classes: Million = 1000  # number of classes; labels are 0 .. classes - 1
+    classes: MillionOrNone = 0  # number of classes, 0 = as many as the data have; labels are 0 .. classes - 1
     flip: bool = True  # random horizontal flip, drawn by global sample index
     shard_samples: Count = 4096  # samples per shard that `prepare` writes
     bad_images: Fraction = 0.0  # share of the source images that may be unreadable and left out before `prepare` stops

@@ -71,6 +71,10 @@ def index_shards(
     DataError names them. Memory: one tar per thread.
     """
     before = _before(store)
+    if not schema.classes:
+        if before is None:
+            raise DataError(f"The tars in {store.uri} do not say how many classes there are; set data.classes.")
+        schema = replace(schema, classes=before.schema.classes)
     if before is not None and replace(before.schema, class_names=()) == replace(schema, class_names=()):
         schema = replace(schema, class_names=schema.class_names or before.schema.class_names)
     tars = _find(store, pattern)

@@ -40,7 +40,7 @@ def open_source(data: DataConfig) -> Source:
             f"data.source={data.source} holds images; latents (data.dtype={data.dtype}) come from folder or webdataset."
         )
     if data.source == "digits":
-        if (data.image_size, data.channels, data.classes) != (8, 1, 10):
+        if (data.image_size, data.channels, data.classes or 10) != (8, 1, 10):
             raise ConfigError("data.source=digits is 8x8 grey with 10 classes; set data.image_size=8, channels=1 and classes=10.")
         return digits()
     if data.source == "folder":
@@ -71,7 +71,7 @@ def image_folder(
     """Images at `path/class/name.png` (or jpg, jpeg, webp), brought to image_size. Sorted class names become 0, 1, ...
 
     With another dtype than uint8: latents at `path/class/name.npy`, taken as they are. Raises DataError where the folder, its class
-    folders or their files are missing, or there are more than `classes` of them.
+    folders or their files are missing, or there are not `classes` of them.
     """
     root = Path(path)
     if not path or not root.is_dir():
@@ -79,8 +79,7 @@ def image_folder(
     names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not names:
         raise DataError(f"{path} has no class folders; put the images of each class into {path}/CLASS/.")
-    if classes is not None and len(names) > classes:
-        raise DataError(f"{path} has {len(names)} class folders, but data.classes is {classes}; set data.classes={len(names)}.")
+    _check_classes(f"{path} has {len(names)} class folders", len(names), classes)
     extensions = EXTENSIONS if dtype == "uint8" else {".npy"}
     files = [
         (file, label)
@@ -129,8 +128,7 @@ def idx(path: str, image_size: int | None = None, classes: int | None = None, sp
     if size < images.shape[1]:
         images = np.stack([fit(image[..., None], size, "area")[..., 0] for image in images])
     found = int(labels.max()) + 1
-    if classes is not None and found > classes:
-        raise DataError(f"{path} has {found} classes, but data.classes is {classes}; set data.classes={found}.")
+    _check_classes(f"{path} has labels up to {found - 1}", found, classes)
     return _from_arrays(images[..., None], labels, Schema(size, 1, classes or found))
 
 
@@ -155,8 +153,9 @@ def parquet(
     firsts = np.cumsum([0, *(len(group.labels) for group in groups)])
     labels = np.concatenate([np.empty(0, np.int64), *(group.labels for group in groups)])
     found = int(labels.max(initial=-1)) + 1
-    if (classes is not None and found > classes) or labels.min(initial=0) < 0:
-        raise DataError(f"{path} has labels {labels.min()} to {found - 1}; set data.classes={found}, and number classes from 0.")
+    if labels.min(initial=0) < 0:
+        raise DataError(f"{path} has the label {labels.min()}; number classes from 0.")
+    _check_classes(f"{path} has labels up to {found - 1}", found, classes)
 
     def use(data: bytes | None, group: int, row: int) -> Sample:
         try:
@@ -168,6 +167,12 @@ def parquet(
     digest = hashlib.sha256("".join(f"{file.name}\0{file.stat().st_size}\0" for file in files).encode()).hexdigest()
     schema = Schema(image_size, channels, classes or found)
     return Source(schema, len(labels), read, f"parquet {RECORDED[resize]} {digest}")
+
+
+def _check_classes(what: str, found: int, stated: int | None) -> None:
+    """Raises DataError where a number is stated that is not the one of the data: a class without images would be sampled."""
+    if stated and stated != found:
+        raise DataError(f"{what}, but data.classes is {stated}; set data.classes={found}, or leave it out.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,18 +212,17 @@ def _row_groups(path: str, files: Sequence[Path], image: str, label: str) -> lis
     return groups
 
 
-def tars(uri: str, image_size: int, channels: int, classes: int, resize: str = "adm", dtype: str = "uint8") -> Source:
+def tars(uri: str, image_size: int, channels: int, classes: int | None = None, resize: str = "adm", dtype: str = "uint8") -> Source:
     """WebDataset tars in a folder or bucket that `freeguide index` has been run on, read in blocks of about 4 MiB.
 
-    Raises DataError where there is no manifest, or it speaks of more classes or another dtype.
+    Raises DataError where there is no manifest, or it speaks of another number of classes or another dtype.
     """
     store = open_store(uri)
     manifest = load_manifest(store)
-    if manifest.schema.classes > classes:
-        raise DataError(f"{uri} has {manifest.schema.classes} classes, but data.classes is {classes}; set it to that number.")
+    _check_classes(f"{uri} has {manifest.schema.classes} classes", manifest.schema.classes, classes)
     if manifest.schema.dtype != dtype:
         raise DataError(f"{uri} has samples of {manifest.schema.dtype}, but data.dtype is {dtype}; set it to that.")
-    schema = Schema(image_size, channels, classes, manifest.schema.class_names, dtype)
+    schema = Schema(image_size, channels, manifest.schema.classes, manifest.schema.class_names, dtype)
     chunk_bytes = max(1, manifest.bytes * manifest.chunk_samples // manifest.samples)
     per_block = manifest.chunk_samples * max(1, BLOCK_BYTES // chunk_bytes)
     rows = [min(per_block, manifest.samples - first) for first in range(0, manifest.samples, per_block)]

@@ -80,7 +80,7 @@ def assemble(config: Config) -> tuple[Run, int]:
     join_process_group()
     store, data = open_store(config.run, PATIENT), open_store(config.data.uri, PATIENT)
     manifest = load_manifest(data)
-    check_data(config, manifest)
+    config = fitted(config, manifest)
     images = {"image_size": config.data.image_size, "channels": config.data.channels, "classes": config.data.classes}
     engine = Engine(build_network(config.model, **images, seed=config.seed), config.train)
     limit_collectives(_PATIENCE)  # DeepSpeed's own groups would give the first step, which may compile, ten minutes
@@ -194,7 +194,7 @@ def preflight(config: Config) -> int:
     for place in (data, store):
         place.check()
     manifest = load_manifest(data)
-    check_data(config, manifest)
+    config = fitted(config, manifest)
     order = Order.choose(manifest, config.train.global_batch, config.seed)
     forward_flops(config.model, image_size=config.data.image_size, channels=config.data.channels, classes=config.data.classes)
     newest = next(checkpoint.candidates(store), None)
@@ -277,14 +277,15 @@ def run_identity(config: Config, manifest: Manifest, order: Order) -> dict[str, 
     }
 
 
-def check_data(config: Config, manifest: Manifest) -> None:
-    """Raises ConfigError where the manifest's samples are not those that the config speaks of."""
+def fitted(config: Config, manifest: Manifest) -> Config:
+    """The config with the number of classes that the data have. Raises ConfigError where it speaks of other samples than theirs."""
     for name in ("image_size", "channels", "classes", "dtype"):
         expected, found = getattr(config.data, name), getattr(manifest.schema, name)
-        if expected != found:
+        if expected != found and (name, expected) != ("classes", 0):
             raise ConfigError(
                 f"data.{name}={expected}, but {config.data.uri} was prepared with {name}={found}; set data.{name}={found}"
             )
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, classes=manifest.schema.classes))
 
 
 def draw_samples(run: Run, step: int) -> None:

@@ -105,7 +105,7 @@ def test_a_sweep_is_the_product_of_its_lists_and_an_empty_one_is_the_config_itse
         ({"sampling.labels": ["random"]}, "sampling.labels cannot be swept"),
         ({"evaluate.w": [[0]]}, "evaluate.w cannot be swept"),
         ({"sampling.steps": ["many"]}, "sampling.steps takes a whole number, not 'many'"),
-        ({"sampling.steps": [4, 0]}, "sampling.steps=0: must be at least 1"),
+        ({"sampling.steps": [4, 0]}, "sampling.steps=0: must be a whole number from 1"),
     ],
 )
 def test_what_cannot_be_swept_is_refused_when_the_config_is_read(lab: Path, axes: dict[str, object], words: str) -> None:
@@ -160,7 +160,8 @@ def test_items_hold_all_w_that_share_a_beginning_and_those_of_a_network_follow_e
     series = [Series(config, Weights(config.run, 8, "ema", (), ""), store) for config in swept]
     todo = [units.split([0.0, 1.0], 40, 20)] * 3 + [units.split([1.0], 20, 20)]
     found = items(series, todo)
-    assert [(swept[i.series].run, swept[i.series].sampling.interval != [], i.first, i.weights) for i in found] == [
+    name = {config.run: config.run[-1] for config in swept}
+    assert [(name[swept[i.series].run], swept[i.series].sampling.interval != [], i.first, i.weights) for i in found] == [
         *(("a", False, first, (w,)) for first in (0, 20) for w in (0.0, 1.0)),
         *(("a", True, first, (0.0, 1.0)) for first in (0, 20)),
         *(("b", False, first, (w,)) for first in (0, 20) for w in (0.0, 1.0)),

@@ -79,10 +79,10 @@ def test_area_resize_is_the_mean_of_what_each_pixel_covers(tmp_path: Path, chann
     pixels = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
     pixels = pixels if channels == 3 else np.repeat(pixels[..., :1], 3, axis=2)
     Image.fromarray(pixels).save(tmp_path / "a" / "0.png")
-    source = open_source(data_config(source="folder", path=str(tmp_path), channels=channels, resize="area"))
+    source = open_source(data_config(source="folder", path=str(tmp_path), classes=0, channels=channels, resize="area"))
     means = pixels[:, 8:32].reshape(8, 3, 8, 3, 3).mean((1, 3))[..., :channels]
     assert np.abs(source.read(0).image - means).max() <= 0.5
-    adm = image_folder(str(tmp_path), 8, channels, 10)
+    adm = image_folder(str(tmp_path), 8, channels)
     assert adm.identity != source.identity
     assert not np.array_equal(adm.read(0).image, source.read(0).image)
 
@@ -113,6 +113,8 @@ def test_missing_empty_and_overfull_folders(tmp_path: Path) -> None:
     folder(tmp_path, {"b": 1, "c": 1})
     with pytest.raises(DataError, match=r"has 3 class folders, but data\.classes is 2; set data\.classes=3"):
         image_folder(str(tmp_path), 8, 3, 2)
+    with pytest.raises(DataError, match=r"has 3 class folders, but data\.classes is 4; set data\.classes=3"):
+        image_folder(str(tmp_path), 8, 3, 4)
 
 
 def write_idx(path: Path, name: str, values: np.ndarray, compress: bool) -> None:
@@ -307,4 +309,6 @@ def test_the_configuration_names_the_source(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="choose digits, folder, idx, parquet or webdataset"):
         open_source(data_config(source="imagenet"))
     folder(tmp_path, {"a": 2})
-    assert open_source(data_config(source="folder", path=str(tmp_path))).items == 2
+    assert open_source(data_config(source="folder", path=str(tmp_path), classes=1)).items == 2
+    with pytest.raises(DataError, match=r"has 1 class folders, but data\.classes is 10; set data\.classes=1, or leave it out"):
+        open_source(data_config(source="folder", path=str(tmp_path)))

@@ -90,19 +90,19 @@ def has_digits(place: "Place") -> None:
 
 RUN = {
     "make demo": Run(r"demo done in", ("runs/digits/index.html", "runs/digits/table.md"), sizes=FEW_W),
-    "freeguide prepare configs/image_folder.yaml data.path=IMAGES data.classes=10": Run(
+    "freeguide prepare configs/image_folder.yaml data.path=IMAGES": Run(
         r"120 images 32x32x3, 10 classes", ("runs/image_folder/data/manifest.json", "runs/image_folder/data/**/*.tar")
     ),
-    "freeguide train configs/image_folder.yaml data.classes=10": Run(
+    "freeguide train configs/image_folder.yaml": Run(
         r"trained to step 4", ("runs/image_folder/store/checkpoints/step-00000004/manifest.json",), "nothing to do"
     ),
-    "freeguide evaluate configs/image_folder.yaml data.classes=10": Run(
+    "freeguide evaluate configs/image_folder.yaml": Run(
         r"\| FID", ("runs/image_folder/index.html", "runs/image_folder/table.md"), sizes=FEW_W
     ),
-    "freeguide generate configs/image_folder.yaml data.classes=10 generate.w=0.5 generate.images=50000": Run(
+    "freeguide generate configs/image_folder.yaml generate.w=0.5 generate.images=50000": Run(
         makes=("runs/image_folder/store/**/samples.npz", "runs/image_folder/store/**/*.tar")
     ),
-    "freeguide export configs/image_folder.yaml data.classes=10": Run(
+    "freeguide export configs/image_folder.yaml": Run(
         makes=("runs/image_folder/store/export/*.safetensors", "runs/image_folder/store/export/*.md")
     ),
     "freeguide train configs/imagenet64.yaml --submit http://HEAD:8265": Run(

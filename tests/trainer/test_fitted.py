@@ -1,0 +1,75 @@
+"""The number of classes follows the data; a config that states another one is refused."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cluster.prepare import index, prepare
+from cluster.sweep import as_trained
+from configs.errors import ConfigError, DataError
+from configs.load import load_config
+from data_pipeline.manifest import load_manifest
+from data_pipeline.order import Order
+from data_pipeline.store import open_store
+from tests.cluster.untrained import write_run
+from trainer.loop import fitted, preflight, run_identity
+
+Tiny = Callable[..., Path]
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[str]:
+    """Overrides for a folder of 3 classes."""
+    for label, name in enumerate(("ant", "bee", "cat")):
+        for item in range(4):
+            (tmp_path / "images" / name).mkdir(parents=True, exist_ok=True)
+            pixels = np.full((8, 8, 3), 40 * label + item, np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{item}.png")
+    places = [f"run={tmp_path}/run", f"data.uri={tmp_path}/data", f"data.path={tmp_path}/images", "data.image_size=8"]
+    return [
+        *places,
+        "train.global_batch=4",
+        "model.channels=16",
+        "model.channel_mult=[1]",
+        "model.attention=[]",
+        "model.head_channels=16",
+    ]
+
+
+def test_the_classes_are_those_of_the_folder(pictures: list[str]) -> None:
+    config = load_config("image_folder", pictures, "prepare")
+    assert config.data.classes == 0
+    manifest = prepare(config)
+    assert (manifest.schema.classes, manifest.schema.class_names) == (3, ("ant", "bee", "cat"))
+    assert fitted(config, manifest).data.classes == 3
+    assert preflight(config) == 0
+    # A config that states the number is the same run, as all were that older versions began.
+    stated = load_config("image_folder", [*pictures, "data.classes=3"])
+    order = Order.choose(manifest, 4, 0)
+    assert run_identity(fitted(config, manifest), manifest, order) == run_identity(fitted(stated, manifest), manifest, order)
+    for command in (prepare, preflight):
+        with pytest.raises((ConfigError, DataError), match=r"data.classes(=| is )10.*3"):
+            command(load_config("image_folder", [*pictures, "data.classes=10"], "prepare"))
+
+
+def test_a_run_is_sampled_with_the_classes_that_it_was_trained_on(pictures: list[str]) -> None:
+    manifest = prepare(load_config("image_folder", pictures, "prepare"))
+    write_run(fitted(load_config("image_folder", pictures), manifest))
+    assert as_trained(load_config("image_folder", pictures, "generate"), "generate").config.data.classes == 3
+    with pytest.raises(ConfigError, match=r"was trained with data\.classes=3, now it is 10; set data\.classes=3"):
+        as_trained(load_config("image_folder", [*pictures, "data.classes=10"], "generate"), "generate")
+
+
+def test_tars_have_as_many_classes_as_they_are_said_to_have(pictures: list[str]) -> None:
+    config = load_config("image_folder", pictures, "prepare")
+    made = prepare(config)
+    assert index(config).schema == made.schema
+    open_store(config.data.uri).delete("manifest.json")
+    with pytest.raises(DataError, match=r"do not say how many classes there are; set data\.classes"):
+        index(config)
+    stated = replace(config, data=replace(config.data, classes=5))
+    assert index(stated).schema.classes == load_manifest(open_store(config.data.uri)).schema.classes == 5
