@@ -30,6 +30,8 @@ class Weights:
     ema: str
     of: tuple[str, ...]
     data: str  # fingerprint of the data that they were trained on
+    lost: bool = False  # whether they may be made without the snapshots that are lost
+    distance: float = 0.0  # of a reconstructed average to the profile that its name says, see `trainer.checkpoint.Recipe`
 
     @property
     def key(self) -> str:
@@ -50,9 +52,9 @@ class Weights:
 
     def _average(self, run: Store) -> dict[str, Tensor]:
         found = checkpoint.find(run, self.step)
-        if _made_of(run, found, self.ema) != self.of:
+        if checkpoint.recipe(run, found, self.ema, self.lost).of != self.of:
             raise CheckpointError(f"{self.run}: the checkpoint of step {self.step} has been replaced meanwhile; start again")
-        return checkpoint.average(run, found, self.ema)
+        return checkpoint.average(run, found, self.ema, self.lost)
 
 
 def weights_of(config: Config) -> Weights:
@@ -76,11 +78,8 @@ def weights_of(config: Config) -> Weights:
             f"{', '.join([*found.averages, 'master'])}"
         )
     data = found.identity.get("data.fingerprint", "")
-    return Weights(config.run, found.step, average, _made_of(run, found, average), data)
-
-
-def _made_of(run: Store, found: checkpoint.Checkpoint, average: str) -> tuple[str, ...]:
-    return (found.sha256, *(snapshot.sha256 for snapshot in checkpoint.snapshots_of(run, found, average)))
+    made = checkpoint.recipe(run, found, average, config.sampling.lost_snapshots)
+    return Weights(config.run, found.step, average, made.of, data, config.sampling.lost_snapshots, made.distance)
 
 
 def _prefix(step: int, average: str) -> str:

@@ -99,6 +99,7 @@ Noise = Literal["cosine", "uniform", "normal", "flow"]
 Prediction = Literal["eps", "x", "v", "edm"]
 LossWeight = Literal["paper", "v", "min_snr", "edm", "elbo"]
 Decline = Literal["constant", "cosine", "inverse_sqrt"]
+LostAverages = Literal["stop", "drop"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Autocast = Literal["fp32", "bf16"]
 ZeroStage = Literal[0, 1, 2, 3]
@@ -192,6 +193,7 @@ class TrainConfig:
     ema_decay: Decay = 0.9999  # decay per step of the averaged weights that sampling uses
     ema_half_lives: HalfLives = field(default_factory=list)  # further averages, by half-life in images
     ema_sigma_rel: SigmaRels = field(default_factory=list)  # EDM2's power-function averages, as [0.05, 0.1]: any other follows
+    lost_averages: LostAverages = "stop"  # of a checkpoint: stop (unless an earlier one has all) | drop (go on without them)
     precision: Precision = "bf16"  # fp32 | bf16 | fp16 (GPUs only, with loss scaling); master weights and moments are fp32 always
     recompute: bool = False  # activation checkpointing: a second forward in the backward pass saves memory
     compile: bool = False  # torch.compile the network; the first step takes minutes
@@ -213,6 +215,7 @@ class SamplingConfig:
 
     checkpoint: StepsOrNone = 0  # step of the checkpoint whose averaged weights are sampled; 0 = the newest
     ema: Average = "ema"  # weights to sample: ema (train.ema_decay) | half_life_N | sigma_rel_X (from snapshots) | master (raw)
+    lost_snapshots: bool = False  # whether sigma_rel_X may be made of the snapshots that are left, where some are lost
     sampler: SamplerName = "ancestral"  # ancestral (Algorithm 2) | ddim | dpmpp_2m | heun
     spacing: Spacing = "u"  # how the log-SNR levels are spaced: u (the paper's, as in training) | logsnr | karras
     steps: Levels = 256  # T: network levels; T - 1 noisy transitions and one noiseless last step

@@ -9,17 +9,22 @@ that overlap what it needs by ranged reads, without conversion and without pickl
     snapshots/step-00000500/...      the power-function averages alone: they stay when the checkpoint goes
 
 Readers take the names of files from the manifest. They end with the first digits of the content's SHA-256: none ever changes.
+A checkpoint stands in the folder of the step that its manifest states; copies in other folders are passed over. Averages may be
+lost and the weights and moments be there: then a training goes on without them, if it is told to (`train.lost_averages`).
 
 There is one resume mechanism: every start looks for the newest checkpoint that is whole. `trainer.writer` writes them.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import math
 import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,8 +32,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from configs.errors import CheckpointError, StoreError
+from configs.untrusted import JSON_BYTES, parse_json, whole
 from data_pipeline.order import FIRST_ROUNDS
-from data_pipeline.store import MissingObject, Store
+from data_pipeline.store import MissingObject, Store, checked
 from trainer.ema import Ema, reconstruction, sigma_rel_of
 from trainer.engine import KINDS, Engine, Fragment
 
@@ -41,6 +47,7 @@ DATA, CONTENT = "data.fingerprint", "data.content"  # the second is the same wit
 _UNRECORDED = ["train.ema_decay"]  # what the identity in older manifests does not say
 _LISTINGS = 10  # of a run that deletes what was listed before it can be read
 _READ = 32 * 2**20  # bytes of one ranged read at most, unless one piece is larger
+_RESTORE = "restore it from a copy"
 _KEPT = "a training keeps its newest checkpoints only: name one of those, or have train.keep_every keep more"
 _log = logging.getLogger("freeguide.checkpoint")
 
@@ -75,6 +82,8 @@ class Checkpoint:
     shapes: dict[str, tuple[int, ...]]
     files: dict[str, int]  # key -> bytes
     pieces: list[Piece]
+    snapshots: tuple[int, ...] | None = None  # steps of the run's snapshots up to this one; None: older manifests do not say
+    lost: dict[str, str] = field(default_factory=dict)  # averages whose files are not there, and what is wrong
 
     @property
     def rounds(self) -> int:
@@ -84,6 +93,11 @@ class Checkpoint:
     @property
     def averages(self) -> list[str]:
         """Names of the averages that it holds."""
+        return [name for name in self.kept if name not in self.lost]
+
+    @cached_property
+    def kept(self) -> list[str]:
+        """Names of the averages that it was saved with."""
         return sorted({piece.kind for piece in self.pieces} - set(KINDS))
 
 
@@ -95,19 +109,29 @@ def survey(store: Store, kind: str = CHECKPOINTS) -> Iterator[Checkpoint | Check
     """
     seen: set[str] = set()
     for _ in range(_LISTINGS):
-        whole = gone = False
-        for key in manifests(store, kind):
-            if key in seen:
-                continue
-            seen.add(key)
+        found_one = gone = False
+        listed = _listed(store, kind)
+        steps = {step for step, key in listed if key == manifest_of(step, kind)}
+        turns = []
+        for step, key in listed:
+            if key not in seen:
+                seen.add(key)
+                with contextlib.suppress(MissingObject):
+                    turns.append((step if step >= 0 else stated_step(store, key) or -1, key))
+        for _, key in sorted(turns, reverse=True):
             try:
-                yield read_manifest(store, key)
-                whole = True
+                found = _parsed(store, key)
+                if key == manifest_of(found.step, kind):
+                    yield _present(store, found)
+                    found_one = True
+                elif found.step not in steps:  # else it is a copy
+                    place = folder_of(found.step, kind)
+                    yield CheckpointError(f"{store.uri}/{key}: holds step {found.step}; rename its folder to {place}")
             except MissingObject:
                 gone = True
             except CheckpointError as error:
                 yield error
-        if whole or not gone:
+        if found_one or not gone:
             return
     raise CheckpointError(
         f"{store.uri}: its {kind} were deleted before they could be read, {_LISTINGS} times in a row; "
@@ -118,10 +142,10 @@ def survey(store: Store, kind: str = CHECKPOINTS) -> Iterator[Checkpoint | Check
 def newest(store: Store, kind: str = CHECKPOINTS) -> Iterator[Checkpoint]:
     """Those of `survey` that are whole."""
     for found in survey(store, kind):
-        yield from _whole(found)
+        yield from _usable(found)
 
 
-def _whole(found: Checkpoint | CheckpointError) -> Iterator[Checkpoint]:
+def _usable(found: Checkpoint | CheckpointError) -> Iterator[Checkpoint]:
     """`found`, or a warning that names what is wrong with it."""
     if isinstance(found, Checkpoint):
         yield found
@@ -144,47 +168,70 @@ def find(store: Store, step: int = 0) -> Checkpoint:
 def read_manifest(store: Store, key: str) -> Checkpoint:
     """Raises CheckpointError if the manifest is damaged, of another format, or names a file that is missing or of another size.
 
+    A snapshot's file that is missing or of another size costs a checkpoint the averages in it: they are `lost`.
     Raises MissingObject if there is no such checkpoint, or no more: a training deletes the manifest before the files.
     """
+    return _present(store, _parsed(store, key))
+
+
+def _present(store: Store, found: Checkpoint) -> Checkpoint:
+    """Raises as `read_manifest` does for files."""
+    key = found.key
+    folders = {file.rsplit("/", 1)[0] for file in found.files}
+    present = {info.key: info.bytes for folder in folders for info in store.list(f"{folder}/")}
+    wrong = {
+        file: f"{store.uri}/{file}: has {present.get(file, 'no')} bytes, its checkpoint says {size}"
+        for file, size in found.files.items()
+        if present.get(file) != size
+    }
+    lost = {piece.kind: wrong[piece.file] for piece in found.pieces if piece.file in wrong}
+    needed = [why for file, why in wrong.items() if file.split("/")[0] == key.split("/")[0]]
+    if needed or lost.keys() & set(KINDS):
+        store.stat(key)
+        raise CheckpointError(f"{next(iter(needed or lost.values()))}; {_RESTORE}")
+    return replace(found, lost=lost)
+
+
+def stated_step(store: Store, key: str) -> int | None:
+    """The step that the manifest at `key` states, None where it is damaged. Raises MissingObject."""
+    try:
+        return _parsed(store, key).step
+    except CheckpointError:
+        return None
+
+
+def _parsed(store: Store, key: str) -> Checkpoint:
+    """What a manifest says, whatever became of the files that it names. Raises as `read_manifest` does."""
     place = f"{store.uri}/{key}"
     try:
+        if (size := store.stat(key).bytes) > JSON_BYTES:
+            raise ValueError(f"it has {size:,} bytes")
         data = store.get(key)
-        manifest = json.loads(data)
+        manifest = parse_json(data)
         if manifest["format"] != FORMAT:
             raise CheckpointError(
-                f"{place}: checkpoint format {manifest['format']}, this version reads {FORMAT}; use the version that wrote it"
+                f"{place}: checkpoint format {manifest['format']!r:.40}, this version reads {FORMAT}; use the version that wrote it"
             )
-        stated = manifest.pop("sha256", None)  # older manifests have none
-        if stated is not None and stated != _checksum(manifest):
-            raise ValueError("its checksum does not fit")
+        _check_seal(manifest)
         found = Checkpoint(
             key=key,
             sha256=hashlib.sha256(data).hexdigest(),
-            step=int(manifest["step"]),
-            adam_steps=int(manifest["adam_steps"]),
-            loss_scale=dict(manifest.get("loss_scale", {})),
-            bad_steps=[int(step) for step in manifest.get("bad_steps", [])],
-            undone=int(manifest.get("undone", 0)),
-            world_size=int(manifest["world_size"]),
-            zero_stage=int(manifest["zero_stage"]),
+            step=whole(manifest["step"]),
+            adam_steps=whole(manifest["adam_steps"]),
+            loss_scale={str(name): float(value) for name, value in manifest.get("loss_scale", {}).items()},
+            bad_steps=[whole(step) for step in manifest.get("bad_steps", [])],
+            undone=whole(manifest.get("undone", 0)),
+            world_size=whole(manifest["world_size"], 1),
+            zero_stage=whole(manifest["zero_stage"], most=3),
             identity=dict(manifest["identity"]),
-            shapes={name: tuple(shape) for name, shape in manifest["shapes"].items()},
-            files={file["key"]: int(file["bytes"]) for file in manifest["files"]},
+            shapes={name: tuple(whole(side) for side in shape) for name, shape in manifest["shapes"].items()},
+            files={checked(file["key"]): whole(file["bytes"]) for file in manifest["files"]},
             pieces=[Piece(file["key"], *piece) for file in manifest["files"] for piece in file["pieces"]],
+            snapshots=tuple(whole(step) for step in manifest["snapshots"]) if "snapshots" in manifest else None,
         )
         _check_places(found)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{place}: damaged checkpoint manifest ({type(error).__name__}: {error}); delete this checkpoint"
-        ) from error
-    folders = {file.rsplit("/", 1)[0] for file in found.files}
-    present = {info.key: info.bytes for folder in folders for info in store.list(f"{folder}/")}
-    for file, size in found.files.items():
-        if present.get(file) != size:
-            store.stat(key)
-            raise CheckpointError(
-                f"{store.uri}/{file}: has {present.get(file, 'no')} bytes, its checkpoint says {size}; delete this checkpoint"
-            )
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise CheckpointError(f"{place}: damaged checkpoint manifest ({type(error).__name__}: {error}); {_RESTORE}") from error
     return found
 
 
@@ -193,65 +240,130 @@ def sealed(manifest: dict[str, Any]) -> bytes:
     return json.dumps(manifest | {"sha256": _checksum(manifest)}).encode()
 
 
+def unsealed(data: bytes) -> Any:
+    """What `sealed` was given. Raises ValueError where that is not what this is."""
+    manifest = parse_json(data)
+    if not isinstance(manifest, dict) or "sha256" not in manifest:
+        raise ValueError("it has no checksum")
+    _check_seal(manifest)
+    return manifest
+
+
+def _check_seal(manifest: dict[str, Any]) -> None:
+    """Takes the checksum out; older manifests have none. Raises ValueError where it does not fit to the rest."""
+    stated = manifest.pop("sha256", None)
+    if stated is not None and stated != _checksum(manifest):
+        raise ValueError("its checksum does not fit")
+
+
 def _checksum(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _check_places(checkpoint: Checkpoint) -> None:
-    """Raises ValueError for a file outside the run's checkpoints, or a piece outside its file or its parameter."""
+    """Raises ValueError for a file outside the run's checkpoints, or a piece outside its file or its parameter.
+
+    No byte and no value stands in two pieces, so that what a checkpoint claims to hold is never more than its files do hold.
+    """
     for file in checkpoint.files:
-        if file.split("/")[0] not in (CHECKPOINTS, SNAPSHOTS) or ".." in file:
+        if file.split("/")[0] not in (CHECKPOINTS, SNAPSHOTS):
             raise ValueError(f"it names the file {file}")
+    places: dict[tuple[str, ...], list[tuple[int, int]]] = {}
     for piece in checkpoint.pieces:
         room = math.prod(checkpoint.shapes[piece.name])
-        inside = piece.offset >= 0 and piece.numel > 0 and piece.offset + piece.numel <= room
-        if not inside or piece.begin < 0 or piece.begin + 4 * piece.numel > checkpoint.files[piece.file]:
+        offset, numel, begin = whole(piece.offset), whole(piece.numel, 1), whole(piece.begin)
+        whole(piece.crc32)
+        if offset + numel > room or begin + 4 * numel > checkpoint.files[piece.file]:
             raise ValueError(f"a piece of {piece.name} lies outside it or its file")
+        places.setdefault((piece.file,), []).append((begin, begin + 4 * numel))
+        places.setdefault((str(piece.kind), piece.name), []).append((offset, offset + numel))
+    for spans in places.values():
+        spans.sort()
+        if any(after < end for (_, end), (after, _) in pairwise(spans)):
+            raise ValueError("two of its pieces overlap")
 
 
-def resume(store: Store, engine: Engine, ema: Ema, identity: dict[str, Any], before: int = 0, every: int = 1) -> Checkpoint | None:
+def resume(
+    store: Store,
+    engine: Engine,
+    ema: Ema,
+    identity: dict[str, Any],
+    before: int = 0,
+    every: int = 1,
+    drop: bool = False,
+) -> Checkpoint | None:
     """Load the newest whole checkpoint into `engine` and `ema` and return it; None for a new run.
 
     With `before`, the newest one of an earlier step that `every` divides, and None where there is none: a run may go back.
+    With `drop`, averages that are lost leave `ema`; else the newest checkpoint that has them all is taken.
     All ranks call it together and take the same checkpoint. Everything is read and checked before a weight is touched.
     Raises CheckpointError if the run was started with another network, data set, seed or fewer averages, or if there are
     checkpoints and none can be used.
     """
+    names, without = [p.name for p in ema.profiles], list[str]()
     earlier = (c for c in newest(store) if c.step < before and c.step % every == 0)
-    offers = (earlier if before else candidates(store)) if engine.rank == 0 else iter(())
+    offers = (earlier if before else candidates(store, names, drop, without)) if engine.rank == 0 else iter(())
     while (checkpoint := _offer(offers)) is not None:
         check_identity(store, checkpoint, identity)
         check_shapes(store, checkpoint, engine.shapes)
-        check_averages(store, checkpoint, [p.name for p in ema.profiles])
+        check_averages(store, checkpoint, names, drop)
+        lost: dict[str, str] = {name: checkpoint.lost.get(name, "") for name in names if name not in checkpoint.averages}
         try:
-            staged, damage = _stage(store, checkpoint, engine, ema), ""
+            staged, damage = _stage(store, checkpoint, engine, ema, lost), ""
         except (CheckpointError, StoreError) as error:
             staged, damage = [], str(error)
-        damages: list[str] = [""] * engine.world_size
-        dist.all_gather_object(damages, damage)
-        if any(damages):
+        told: list[tuple[str, dict[str, str]]] = [("", {})] * engine.world_size
+        dist.all_gather_object(told, (damage, lost))
+        damage = next((text for text, _ in told if text), "")
+        lost = {name: why for _, each in told for name, why in each.items()}
+        if not damage and lost and not drop:
+            damage = _without(checkpoint, lost)
+            without.append(damage)
+        if damage:
             if engine.rank == 0:
-                _log.warning("%s; trying the checkpoint before it", next(d for d in damages if d))
+                _log.warning("%s; trying the checkpoint before it", damage)
             continue
         with torch.no_grad():
-            for live, values in staged:
-                live.copy_(values)
+            for name, live, values in staged:
+                if name not in lost:
+                    live.copy_(values)
         engine.loaded(checkpoint.adam_steps, checkpoint.loss_scale)
+        if lost:
+            ema.drop(lost)
+            if engine.rank == 0:
+                _log.warning("step %d goes on without the averages %s", checkpoint.step, ", ".join(sorted(lost)))
         return checkpoint
     return None
 
 
-def candidates(store: Store) -> Iterator[Checkpoint]:
-    """The checkpoints that a run can go on from, newest first. Raises CheckpointError where there are some, and none is left."""
-    count = 0
+def candidates(
+    store: Store, names: Sequence[str] = (), drop: bool = False, without: list[str] | None = None
+) -> Iterator[Checkpoint]:
+    """The checkpoints that a run with the averages `names` can go on from, newest first: those that have all, or any with `drop`.
+
+    Raises CheckpointError where there are some, and none is left. `without` are those that could be gone on from with `drop`; who
+    finds that more averages are lost than the manifests tell adds to it.
+    """
+    count, without = 0, [] if without is None else without
     for found in survey(store):
         count += 1
-        yield from _whole(found)
+        for each in _usable(found):
+            lost = {name: why for name, why in each.lost.items() if name in names}
+            if lost and not drop:
+                without.append(_without(each, lost))
+                _log.warning("%s; trying the one before it", without[-1])
+                continue
+            yield each
     if count:
+        choice = f"{without[0]}: {_RESTORE}, or go on without by train.lost_averages=drop" if without else "restore one from a copy"
         raise CheckpointError(
-            f"{store.uri}: none of its {count} checkpoints can be used; "
-            f"restore one, or delete {store.uri}/{CHECKPOINTS} to begin anew"
+            f"{store.uri}: none of its {count} checkpoints can be used as it is; {choice}, or begin anew at another run=URI"
         )
+
+
+def _without(checkpoint: Checkpoint, lost: dict[str, str]) -> str:
+    why = next(iter(lost.values()))
+    return f"the training state of step {checkpoint.step} is there, but its averages {', '.join(sorted(lost))} are not ({why})"
 
 
 def _offer(offers: Iterator[Checkpoint]) -> Checkpoint | None:
@@ -268,77 +380,199 @@ def _offer(offers: Iterator[Checkpoint]) -> Checkpoint | None:
     return found
 
 
-def snapshots_of(store: Store, checkpoint: Checkpoint, name: str) -> list[Checkpoint]:
-    """The snapshots from which `average` makes `name`; none where the checkpoint itself holds it."""
-    if name in (*checkpoint.averages, "master") or not sigma_rel_of(name):
-        return []
-    return [snapshot for snapshot in newest(store, SNAPSHOTS) if snapshot.step <= checkpoint.step]
+@dataclass(frozen=True)
+class Recipe:
+    """How the weights `name` of a checkpoint are made: the sum of coefficient times values over (snapshot or itself, kind)."""
+
+    checkpoint: Checkpoint
+    name: str
+    parts: tuple[tuple[Checkpoint, str, float], ...]
+    distance: float = 0.0  # of the profile that they make to the one that `name` says, relative; 0 for what is stored
+
+    @property
+    def of(self) -> tuple[str, ...]:
+        """Checksums of all that they are made of."""
+        return (self.checkpoint.sha256, *dict.fromkeys(part.sha256 for part, *_ in self.parts if part is not self.checkpoint))
 
 
-def average(store: Store, checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
-    """The weights that `sampling.ema` names, as `load` returns them: a stored average, "master", or a reconstructed sigma_rel_X.
+def recipe(store: Store, checkpoint: Checkpoint, name: str, lost: bool = False) -> Recipe:
+    """How to make the weights that `sampling.ema` names: a stored average, "master", or a sigma_rel_X from all snapshots.
 
-    Raises CheckpointError for an average that the run does not keep and that cannot be reconstructed.
+    Raises CheckpointError for an average that the run does not keep and that cannot be reconstructed, and where snapshots are lost;
+    with `lost` (`sampling.lost_snapshots`) those that are left are read and checked, and the best is made of the good ones.
     """
-    if name in (*checkpoint.averages, "master"):
-        return load(store, checkpoint, name)
-    stored = [(s, kind) for s in snapshots_of(store, checkpoint, name) for kind in s.averages]
-    if not stored:
+    width = sigma_rel_of(name)
+    if name in (*checkpoint.averages, "master") and not (lost and width and _damage(store, checkpoint, [name])):
+        return Recipe(checkpoint, name, ((checkpoint, name, 1.0),))
+    wanted = _snapshot_steps(store, checkpoint) if width else []
+    if not wanted:
+        why = f"has lost its average {name} ({checkpoint.lost[name]})" if name in checkpoint.lost else f"holds no average {name}"
         raise CheckpointError(
-            f"{store.uri}/{checkpoint.key}: holds no average {name}; set sampling.ema to one of "
-            f"{', '.join([*checkpoint.averages, 'master'])}"
+            f"{store.uri}/{checkpoint.key}: {why}; set sampling.ema to one of {', '.join([*checkpoint.averages, 'master'])}"
         )
+    good, broken = _snapshots(store, checkpoint, wanted, every_byte=lost)
+    if broken and not (lost and good):
+        raise _shortage(store, checkpoint, name, good, broken)
+    stored = [(snapshot, kind) for snapshot in good for kind in snapshot.averages]
     times = [(snapshot.step, sigma_rel_of(kind)) for snapshot, kind in stored]
-    coefficients, distance = reconstruction(times, checkpoint.step, sigma_rel_of(name))
+    coefficients, distance = reconstruction(times, checkpoint.step, width)
     _log.info("%s from %d snapshots, its profile met to %.1e", name, len(stored), distance)
-    sums = {key: torch.zeros(shape, dtype=torch.float64) for key, shape in checkpoint.shapes.items()}
-    for (snapshot, kind), x in zip(stored, coefficients.tolist(), strict=True):
-        for key, values in load(store, snapshot, kind).items():
-            sums[key].add_(values, alpha=x)  # in float64: coefficients of both signs cancel
+    if broken:
+        _log.warning("%s is made without the lost snapshots of steps %s, its profile met to %.1e", name, _numbers(broken), distance)
+    parts = [(*one, x) for one, x in zip(stored, coefficients.tolist(), strict=True)]
+    return Recipe(checkpoint, name, tuple(parts), distance)
+
+
+def average(store: Store, checkpoint: Checkpoint, name: str, lost: bool = False) -> dict[str, Tensor]:
+    """The weights that `recipe` says how to make, as `load` returns them. Raises as both do."""
+    made = recipe(store, checkpoint, name, lost)
+    try:
+        if len(made.parts) == 1 and made.parts[0][0] is made.checkpoint:
+            return load(store, made.checkpoint, made.name)
+        sums = {key: torch.zeros(shape, dtype=torch.float64) for key, shape in made.checkpoint.shapes.items()}
+        for snapshot, kind, x in made.parts:
+            for key, values in load(store, snapshot, kind).items():
+                sums[key].add_(values, alpha=x)  # in float64: coefficients of both signs cancel
+    except CheckpointError:
+        if not sigma_rel_of(made.name):
+            raise
+        good, broken = _snapshots(store, made.checkpoint, _snapshot_steps(store, made.checkpoint), every_byte=True)
+        if not broken:
+            raise
+        raise _shortage(store, made.checkpoint, made.name, good, broken) from None
     return {key: values.float() for key, values in sums.items()}
+
+
+def _snapshot_steps(store: Store, checkpoint: Checkpoint) -> list[int]:
+    """Of the snapshots that there have to be, newest first: of its own step, and of those that the run has saved before."""
+    steps = checkpoint.snapshots
+    if steps is None:
+        steps = tuple(step for step, key in _listed(store, SNAPSHOTS) if key == manifest_of(step, SNAPSHOTS))
+    own = {checkpoint.step} if steps or any(sigma_rel_of(name) for name in checkpoint.kept) else set()
+    return sorted({step for step in steps if step <= checkpoint.step} | own, reverse=True)
+
+
+def _snapshots(
+    store: Store, checkpoint: Checkpoint, steps: Sequence[int], every_byte: bool
+) -> tuple[list[Checkpoint], dict[int, str]]:
+    """The whole snapshots of `steps`, and what is wrong with the others."""
+    good: list[Checkpoint] = []
+    broken: dict[int, str] = {}
+    for step in steps:
+        key = manifest_of(step, SNAPSHOTS)
+        try:
+            found = read_manifest(store, key)
+        except MissingObject:
+            broken[step] = f"{store.uri}/{key} does not exist"
+            continue
+        except CheckpointError as error:
+            broken[step] = str(error)
+            continue
+        both = found.identity.keys() & checkpoint.identity.keys()
+        if (found.step, found.shapes) != (step, checkpoint.shapes) or any(
+            found.identity[k] != checkpoint.identity[k] for k in both
+        ):
+            broken[step] = f"{store.uri}/{key} is of another step or another run"
+        elif damage := every_byte and _damage(store, found, found.averages):
+            broken[step] = damage
+        else:
+            good.append(found)
+    return good, broken
+
+
+def _damage(store: Store, checkpoint: Checkpoint, kinds: Sequence[str]) -> str:
+    """What is wrong with the values of these kinds, "" for nothing."""
+    try:
+        for _ in _read(store, [piece for piece in checkpoint.pieces if piece.kind in kinds]):
+            pass
+    except (CheckpointError, MissingObject) as error:
+        return str(error)
+    return ""
+
+
+def _shortage(store: Store, checkpoint: Checkpoint, name: str, good: list[Checkpoint], broken: dict[int, str]) -> CheckpointError:
+    """Which snapshots are lost, and how far what can be made without them is from the profile wanted."""
+    widths = {sigma_rel_of(kind) for c in (checkpoint, *good) for kind in c.kept} - {0.0}
+    times = [(snapshot.step, sigma_rel_of(kind)) for snapshot in good for kind in snapshot.averages]
+    every = [(step, width) for step in (*broken, *(snapshot.step for snapshot in good)) for width in sorted(widths)]
+    far, near = (reconstruction(t, checkpoint.step, sigma_rel_of(name))[1] if t else None for t in (times, every))
+    rest = "nothing is left to make it of" if far is None else f"made of the rest, its profile would be {far:.1e} of itself away"
+    also = "" if near is None or far is None else f" instead of {near:.1e}"
+    choice = "" if far is None else ", or set sampling.lost_snapshots=true to go on with the rest"
+    return CheckpointError(
+        f"{store.uri}: {name} of step {checkpoint.step} needs {len(good) + len(broken)} snapshots, and those of steps "
+        f"{_numbers(broken)} are lost ({next(iter(broken.values()))}); {rest}{also}: restore them from a copy{choice}"
+    )
+
+
+def _numbers(steps: Iterable[int]) -> str:
+    texts = [str(step) for step in sorted(steps)]
+    return ", ".join(texts if len(texts) < 8 else [*texts[:6], f"... ({len(texts)} in all)"])
 
 
 def load(store: Store, checkpoint: Checkpoint, kind: str = EMA) -> dict[str, Tensor]:
     """One kind of values by parameter name, fp32 on the CPU: an average, the weights ("master") or a moment. No process group."""
+    pieces = [piece for piece in checkpoint.pieces if piece.kind == kind]
+    held = dict.fromkeys(checkpoint.shapes, 0)
+    for piece in pieces:
+        held[piece.name] += piece.numel
+    for name, count in held.items():
+        if count != math.prod(checkpoint.shapes[name]):  # before anything is allocated
+            raise CheckpointError(
+                f"{store.uri}/{checkpoint.key}: holds {count} of {math.prod(checkpoint.shapes[name])} {kind} values of {name}; "
+                f"{_RESTORE}"
+            )
     flat = {name: torch.zeros(math.prod(shape)) for name, shape in checkpoint.shapes.items()}
-    seen = dict.fromkeys(flat, 0)
     try:
-        for piece, values in _read(store, [p for p in checkpoint.pieces if p.kind == kind]):
+        for piece, values in _read(store, pieces):
             flat[piece.name][piece.offset : piece.offset + piece.numel] = values
-            seen[piece.name] += piece.numel
     except MissingObject as error:
         raise CheckpointError(f"{store.uri}/{checkpoint.key}: deleted while it was read; {_KEPT}") from error
-    for name, values in flat.items():
-        if seen[name] != values.numel():
-            raise CheckpointError(
-                f"{store.uri}/{checkpoint.key}: holds {seen[name]} of {values.numel()} {kind} values of {name}; delete it"
-            )
     return {name: values.view(checkpoint.shapes[name]) for name, values in flat.items()}
 
 
-def _stage(store: Store, checkpoint: Checkpoint, engine: Engine, ema: Ema) -> list[tuple[Tensor, Tensor]]:
-    """(live tensor, its new values) for everything this rank holds."""
-    wanted: list[tuple[str, Fragment, Tensor]] = [(kind, f, engine.values(f, kind)) for kind in KINDS for f in engine.fragments]
-    wanted += [(name, f, values) for name, own in ema.values.items() for f, values in zip(ema.fragments, own, strict=True)]
-    by_name: dict[tuple[str, str], list[tuple[Fragment, Tensor]]] = {}
+def _stage(
+    store: Store, checkpoint: Checkpoint, engine: Engine, ema: Ema, lost: dict[str, str]
+) -> list[tuple[str, Tensor, Tensor]]:
+    """(kind, live tensor, its new values) for everything this rank holds. Adds to `lost` the averages that cannot be read, and why.
+
+    Raises CheckpointError or StoreError where weights or moments cannot be.
+    """
+    wanted = {kind: [(f, engine.values(f, kind)) for f in engine.fragments] for kind in KINDS}
+    wanted |= {name: list(zip(ema.fragments, own, strict=True)) for name, own in ema.values.items() if name not in lost}
     staged = []
-    for kind, fragment, live in wanted:
-        staged.append((live, torch.full((fragment.numel,), math.nan)))
-        by_name.setdefault((kind, fragment.name), []).append((fragment, staged[-1][1]))
-    overlapping = [p for p in checkpoint.pieces if any(_overlap(p, f) for f, _ in by_name.get((p.kind, p.name), []))]
-    covered: dict[int, int] = {}
-    for piece, values in _read(store, overlapping):
-        for fragment, target in by_name[piece.kind, piece.name]:
-            if both := _overlap(piece, fragment):
-                begin, end = both
-                target[begin - fragment.offset : end - fragment.offset] = values[begin - piece.offset : end - piece.offset]
-                covered[id(target)] = covered.get(id(target), 0) + end - begin
-    for (kind, fragment, _), (_, target) in zip(wanted, staged, strict=True):
-        if covered.get(id(target), 0) != fragment.numel:
-            raise CheckpointError(
-                f"{store.uri}/{checkpoint.key}: does not hold all {kind} values of {fragment.name}; delete this checkpoint"
-            )
+    for kind, live in wanted.items():
+        try:
+            values = _fragments(store, checkpoint, kind, [f for f, _ in live])
+        except (CheckpointError, MissingObject) as error:
+            if kind in KINDS:
+                raise
+            lost[kind] = str(error)
+            continue
+        staged += [(kind, to, new) for (_, to), new in zip(live, values, strict=True)]
     return staged
+
+
+def _fragments(store: Store, checkpoint: Checkpoint, kind: str, fragments: Sequence[Fragment]) -> list[Tensor]:
+    """The values of one kind of each fragment. Raises CheckpointError where they are damaged or incomplete."""
+    targets = [torch.full((fragment.numel,), math.nan) for fragment in fragments]
+    covered = [0] * len(fragments)
+    by_name: dict[str, list[int]] = {}
+    for i, fragment in enumerate(fragments):
+        by_name.setdefault(fragment.name, []).append(i)
+    pieces = [p for p in checkpoint.pieces if p.kind == kind and any(_overlap(p, fragments[i]) for i in by_name.get(p.name, []))]
+    for piece, values in _read(store, pieces):
+        for i in by_name[piece.name]:
+            if both := _overlap(piece, fragments[i]):
+                begin, end = both
+                targets[i][begin - fragments[i].offset : end - fragments[i].offset] = values[
+                    begin - piece.offset : end - piece.offset
+                ]
+                covered[i] += end - begin
+    for fragment, count in zip(fragments, covered, strict=True):
+        if count != fragment.numel:
+            raise CheckpointError(f"{store.uri}/{checkpoint.key}: does not hold all {kind} values of {fragment.name}; {_RESTORE}")
+    return targets
 
 
 def _overlap(piece: Piece, fragment: Fragment) -> tuple[int, int] | None:
@@ -361,7 +595,7 @@ def _read(store: Store, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Tensor
                 at = part.begin - start
                 if zlib.crc32(memoryview(data)[at : at + 4 * part.numel]) != part.crc32:
                     raise CheckpointError(
-                        f"{store.uri}/{part.file}: {part.kind} values of {part.name} at byte {part.begin} are damaged; delete it"
+                        f"{store.uri}/{part.file}: {part.kind} values of {part.name} at byte {part.begin} are damaged; {_RESTORE}"
                     )
                 yield part, torch.frombuffer(data, dtype=torch.float32, count=part.numel, offset=at)
         run = [piece] if piece is not None else []
@@ -390,10 +624,13 @@ def check_shapes(store: Store, checkpoint: Checkpoint, shapes: dict[str, tuple[i
             )
 
 
-def check_averages(store: Store, checkpoint: Checkpoint, names: list[str]) -> None:
-    """Raises CheckpointError for an average that the run has not kept so far: begun now, it would be another one."""
+def check_averages(store: Store, checkpoint: Checkpoint, names: Sequence[str], drop: bool = False) -> None:
+    """Raises CheckpointError for an average that the run has not kept so far: begun now, it would be another one.
+
+    With `drop` the run goes on without it.
+    """
     for name in names:
-        if name not in checkpoint.averages:
+        if name not in checkpoint.kept and not drop:
             raise CheckpointError(
                 f"{store.uri}: the average {name} was not kept up to step {checkpoint.step} and cannot begin there; "
                 f"take it out of train.ema_half_lives or train.ema_sigma_rel, or name another run=URI"
@@ -419,7 +656,8 @@ def describe(store: Store) -> dict[str, Any]:
             "averages": last.averages,
             "bad_steps": last.bad_steps,
             "undone": last.undone,
-            "snapshots": len(manifests(store, SNAPSHOTS)),
+            "lost": last.lost,
+            "snapshots": len([key for step, key in _listed(store, SNAPSHOTS) if key == manifest_of(step, SNAPSHOTS)]),
             "identity": last.identity,
         }
     return state
@@ -434,15 +672,28 @@ def manifest_of(step: int, kind: str = CHECKPOINTS) -> str:
 
 
 def contents(store: Store, kind: str = CHECKPOINTS) -> dict[int, list[str]]:
-    """The keys in the folder of each step, whether its checkpoint is whole or not. Names that are not ours belong to no step."""
+    """The keys in the folder of each step, whether its checkpoint is whole or not. Folders with other names belong to no step."""
     found: dict[int, list[str]] = {}
     for info in store.list(f"{kind}/"):
-        digits = info.key.split("/")[1].removeprefix("step-")
-        if digits.isdecimal():
-            found.setdefault(int(digits), []).append(info.key)
+        if (step := _step_of(info.key)) >= 0:
+            found.setdefault(step, []).append(info.key)
     return found
 
 
 def manifests(store: Store, kind: str = CHECKPOINTS) -> list[str]:
-    """Keys of all manifests, newest first."""
-    return sorted((info.key for info in store.list(f"{kind}/") if info.key.endswith(MANIFEST)), reverse=True)
+    """Keys of all manifests, newest first, those in folders of no step last."""
+    return [key for _, key in _listed(store, kind)]
+
+
+def _listed(store: Store, kind: str) -> list[tuple[int, str]]:
+    """(step of its folder, key) of all manifests, newest first; what stands in the folder of no step has -1."""
+    keys = [info.key for info in store.list(f"{kind}/") if info.key.endswith(MANIFEST)]
+    return sorted(((_step_of(key), key) for key in keys), reverse=True)
+
+
+def _step_of(key: str) -> int:
+    """The step in whose folder a key stands, -1 for none: "step-00000500 (copy)", "old/step-00000500"."""
+    kind, folder, *_ = key.split("/")
+    digits = folder.removeprefix("step-")
+    step = int(digits) if digits.isdecimal() else -1
+    return step if step >= 0 and key.startswith(f"{folder_of(step, kind)}/") else -1

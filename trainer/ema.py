@@ -17,7 +17,7 @@ One fused update a step and profile, without communication.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,6 +72,11 @@ class Ema:
         self.fragments = engine.owned()
         self._weights = [engine.values(f, "master") for f in self.fragments]
         self.values: dict[str, list[Tensor]] = {p.name: [w.clone() for w in self._weights] for p in self.profiles}
+
+    def drop(self, names: Container[str]) -> None:
+        """Keep these averages no more."""
+        self.profiles = tuple(p for p in self.profiles if p.name not in names)
+        self.values = {p.name: self.values[p.name] for p in self.profiles}
 
     @torch.no_grad()
     def update(self, update: int) -> None:

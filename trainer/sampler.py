@@ -49,7 +49,8 @@ class Sampler:
         store, network = open_store(config.run), _network(config)
         found = checkpoint.find(store, step)
         checkpoint.check_shapes(store, found, {name: tuple(p.shape) for name, p in network.named_parameters()})
-        return Sampler._of(config, network, checkpoint.average(store, found, config.sampling.ema), device)
+        weights = checkpoint.average(store, found, config.sampling.ema, config.sampling.lost_snapshots)
+        return Sampler._of(config, network, weights, device)
 
     @staticmethod
     def from_weights(config: Config, weights: Mapping[str, Tensor], device: torch.device | None = None) -> "Sampler":
