@@ -124,7 +124,7 @@ def survey(store: Store, kind: str = CHECKPOINTS) -> Iterator[Checkpoint | Check
                 if key == manifest_of(found.step, kind):
                     yield _present(store, found)
                     found_one = True
-                elif found.step not in steps:  # else it is a copy
+                elif all(step < found.step for step in steps if key != manifest_of(step, kind)):  # else a copy of one of ours
                     place = folder_of(found.step, kind)
                     yield CheckpointError(f"{store.uri}/{key}: holds step {found.step}; rename its folder to {place}")
             except MissingObject:
@@ -362,7 +362,7 @@ def candidates(
 
 
 def _without(checkpoint: Checkpoint, lost: dict[str, str]) -> str:
-    why = next(iter(lost.values()))
+    why = next(iter(lost.values())).removesuffix(f"; {_RESTORE}")
     return f"the training state of step {checkpoint.step} is there, but its averages {', '.join(sorted(lost))} are not ({why})"
 
 
@@ -466,7 +466,7 @@ def _snapshots(
             broken[step] = f"{store.uri}/{key} does not exist"
             continue
         except CheckpointError as error:
-            broken[step] = str(error)
+            broken[step] = str(error).removesuffix(f"; {_RESTORE}")
             continue
         both = found.identity.keys() & checkpoint.identity.keys()
         if (found.step, found.shapes) != (step, checkpoint.shapes) or any(
@@ -486,7 +486,7 @@ def _damage(store: Store, checkpoint: Checkpoint, kinds: Sequence[str]) -> str:
         for _ in _read(store, [piece for piece in checkpoint.pieces if piece.kind in kinds]):
             pass
     except (CheckpointError, MissingObject) as error:
-        return str(error)
+        return str(error).removesuffix(f"; {_RESTORE}")
     return ""
 
 

@@ -196,8 +196,9 @@ class Incidents:
         bad = [step for step in self.bad_steps if step > self.undone]
         return UserError(
             f"the gradients of {len(bad)} steps were not finite (the last of them {bad[-1]}), more than "
-            f"train.bad_steps={self._budget}, {why}; {self._store.uri}/incidents.jsonl names the samples: delete the checkpoints "
-            f"from step {self._last_row()} on and lower train.lr, or raise train.bad_steps; mended data need another run=URI"
+            f"train.bad_steps={self._budget}, {why}; {self._store.uri}/incidents.jsonl names the samples: move the checkpoints "
+            f"from step {self._last_row()} on out of checkpoints/ and lower train.lr, or raise train.bad_steps; "
+            f"mended data need another run=URI"
         )
 
     def _worst(self, losses: Tensor, index: Tensor) -> list[dict[str, Any]]:

@@ -86,7 +86,8 @@ def assemble(config: Config) -> tuple[Run, int]:
     limit_collectives(_PATIENCE)  # DeepSpeed's own groups would give the first step, which may compile, ten minutes
     ema = Ema(engine, profiles(config.train))
     order = Order.choose(manifest, config.train.global_batch, config.seed)
-    found = checkpoint.resume(store, engine, ema, run_identity(config, manifest, order))
+    drop = config.train.lost_averages == "drop"
+    found = checkpoint.resume(store, engine, ema, run_identity(config, manifest, order), drop=drop)
     if found:
         order = order.with_rounds(found.rounds)
     identity = run_identity(config, manifest, order)
@@ -102,7 +103,8 @@ def assemble(config: Config) -> tuple[Run, int]:
         data=config.data,
     )
     telemetry = Telemetry(config, store, engine.device, start, forward_flops(config.model, **images))
-    writer = Writer(store, engine, ema, identity, config.train, start, before_manifest=telemetry.upload)
+    snapshots = found.snapshots if found else ()
+    writer = Writer(store, engine, ema, identity, config.train, start, snapshots, before_manifest=telemetry.upload)
     incidents = Incidents(store, order, found.bad_steps if found else [], config.train, found.undone if found else 0)
     return Run(config, store, engine, ema, reader, telemetry, writer, incidents, identity), start
 
@@ -161,7 +163,7 @@ def take_step(run: Run, step: int) -> None:
     except OverflowError as error:
         raise UserError(
             f"the gradients of step {step + 1} overflow in fp16 even with a loss scale of 1; go on with train.precision=bf16, or "
-            f"delete the checkpoints in {run.store.uri} from where the overflows began and go on with a lower train.lr"
+            f"move the checkpoints from where they began out of {run.store.uri}/checkpoints and go on with a lower train.lr"
         ) from error
     run.ema.update(step + 1)
     run.telemetry.record(losses, logsnr, batch.index, norm, lr, waited)
@@ -197,11 +199,12 @@ def preflight(config: Config) -> int:
     config = fitted(config, manifest)
     order = Order.choose(manifest, config.train.global_batch, config.seed)
     forward_flops(config.model, image_size=config.data.image_size, channels=config.data.channels, classes=config.data.classes)
-    newest = next(checkpoint.candidates(store), None)
+    names, drop = [p.name for p in profiles(config.train)], config.train.lost_averages == "drop"
+    newest = next(checkpoint.candidates(store, names, drop), None)
     if newest is None:
         return 0
     checkpoint.check_identity(store, newest, run_identity(config, manifest, order))
-    checkpoint.check_averages(store, newest, [p.name for p in profiles(config.train)])
+    checkpoint.check_averages(store, newest, names, drop)
     return newest.step
 
 

@@ -19,22 +19,35 @@ import json
 import logging
 import os
 import platform
+import re
 import secrets
 import struct
 import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from configs.errors import CheckpointError, StoreError, UserError
+from configs.errors import CheckpointError, StoreError, UserError, visible
 from configs.schema import TrainConfig
 from data_pipeline.store import MissingObject, Store
-from trainer.checkpoint import CHECKPOINTS, FORMAT, MANIFEST, SNAPSHOTS, contents, folder_of, manifest_of, sealed
+from trainer.checkpoint import (
+    CHECKPOINTS,
+    FORMAT,
+    MANIFEST,
+    SNAPSHOTS,
+    contents,
+    folder_of,
+    manifest_of,
+    read_manifest,
+    sealed,
+    stated_step,
+    unsealed,
+)
 from trainer.ema import Ema
 from trainer.engine import KINDS, Engine, Fragment
 
@@ -81,7 +94,8 @@ class File:
 class Writer:
     """Writes the checkpoints of a run, and beside them the snapshots of its power-function averages, which are never deleted.
 
-    The training goes on from `start`: what stands after that step, and was not saved since, is none of its past.
+    The training goes on from `start`: what stands after that step, and was not saved since, is none of its past. `snapshots` are
+    the steps of the snapshots that belong to its past, None: those that are there. Copies in folders of other names stay.
 
     `error` and `uploaded` (the step whose files of this rank are in the store) are what the ranks agree on.
     """
@@ -94,12 +108,15 @@ class Writer:
         identity: dict[str, Any],
         config: TrainConfig,
         start: int = 0,
+        snapshots: Iterable[int] | None = None,
         before_manifest: Callable[[], object] = lambda: None,  # called by rank 0's thread
     ) -> None:
         self.error: UserError | None = None
         self.uploaded = 0
         self._store, self._engine, self._identity, self._config = store, engine, identity, config
         self._start, self._saved, self._before_manifest = start, set[int](), before_manifest
+        self._snapshots = None if snapshots is None else set(snapshots)
+        self._stated: dict[str, int | None] = {}  # steps that manifests state, see `_states`
         token = [secrets.token_hex(4)]
         dist.broadcast_object_list(token)
         self._token = token[0]
@@ -116,8 +133,18 @@ class Writer:
             self._files.append(File(SNAPSHOTS, [(name, f, values) for name in power for f, values in averages[name]]))
 
     def claim(self) -> None:
-        """Take the run from any other training that may still write there. Rank 0 calls it before the first step."""
+        """Take the run from any other training that may still write there, and delete what interrupted saves have left behind.
+
+        Rank 0 calls it before the first step.
+        """
         self._store.put(CLAIM, self._claim())
+        if self._snapshots is None:
+            listed = contents(self._store, SNAPSHOTS)
+            self._snapshots = {at for at, keys in listed.items() if at <= self._start and manifest_of(at, SNAPSHOTS) in keys}
+        try:
+            self._sweep_at_start()
+        except (StoreError, CheckpointError) as error:
+            _log.warning("%s; what interrupted saves have left behind stays for now", error)
 
     def start(self, step: int, bad_steps: list[int], undone: int = 0) -> float:
         """Begin the checkpoint of `step`; all ranks call it together. Returns the seconds for which the training stood still.
@@ -166,8 +193,12 @@ class Writer:
 
         Rank 0 calls it, while no checkpoint is under way. Raises CheckpointError if another training has taken over the run.
         """
-        found = [contents(self._store, kind) for kind in (CHECKPOINTS, SNAPSHOTS)]
-        self._delete([key for folders in found for step, keys in folders.items() if step > after for key in keys])
+        unwanted = []
+        for kind in (CHECKPOINTS, SNAPSHOTS):
+            found = contents(self._store, kind)
+            unwanted += [key for at, keys in found.items() if at > after and self._own(kind, at, keys) for key in keys]
+        self._delete(unwanted)
+        self._snapshots = {at for at in self._snapshots or () if at <= after}
 
     # --- in the thread ---
 
@@ -177,14 +208,15 @@ class Writer:
         for file in self._files:
             notes.append(file.note(step, rank))
             self._store.put(notes[-1]["key"], file.data)  # type: ignore[arg-type]  # a bytearray serves as bytes in every store
-        self._store.put(self._note_key(rank), json.dumps(notes).encode())
+        self._store.put(self._note_key(rank), sealed({"files": notes}))
         self.uploaded = step
 
     def _publish(self) -> None:
         engine, step = self._engine, self._pending
         self._before_manifest()
         self._check_claim()  # before the notes are read: who has taken over sweeps them
-        notes = [json.loads(self._store.get(self._note_key(rank))) for rank in range(engine.world_size)]
+        notes = [self._noted(rank) for rank in range(engine.world_size)]
+        snapshots = (self._snapshots or set()) | ({step} if len(self._files) > 1 else set())
         manifest = {
             "format": FORMAT,
             **self._facts,
@@ -192,6 +224,7 @@ class Writer:
             "zero_stage": engine.stage,
             "identity": self._identity,
             "shapes": engine.shapes,
+            "snapshots": sorted(snapshots),
         }
         named = set()
         for i, file in reversed(list(enumerate(self._files))):  # the checkpoint last: it lists the files of the snapshot too
@@ -200,6 +233,7 @@ class Writer:
             self._store.put(key, sealed(manifest | {"files": files}))
             named |= {key, *(file["key"] for file in files)}
         self._saved.add(step)
+        self._snapshots = snapshots
         try:
             self._sweep(step, named)
         except StoreError as error:  # the checkpoint exists: what is left over costs room only
@@ -214,14 +248,55 @@ class Writer:
         every, keep = self._config.keep_every, self._config.keep_checkpoints
         unwanted: list[str] = []
         for kind in (CHECKPOINTS, SNAPSHOTS):
-            found = {at: keys for at, keys in contents(self._store, kind).items() if at <= step}
+            found = {at: keys for at, keys in contents(self._store, kind).items() if at <= step and self._own(kind, at, keys)}
             past = [at for at, keys in found.items() if manifest_of(at, kind) in keys and (at <= self._start or at in self._saved)]
+            if kind == CHECKPOINTS:  # a damaged one takes no good one's place
+                past = [at for at in past if at in self._saved or self._states(kind, at) == at]
             regular = [at for at in past if at % self._config.checkpoint_every == 0]  # a run may have to go back to one
             newest = past if kind == SNAPSHOTS else [*sorted(past)[-keep:], *sorted(regular)[-keep:]]
             kept = {*newest, *(at for at in past if every and at % every == 0)} - {step}
             held = named | {key for at in kept for key in found[at] if not _is_note(key)}
             unwanted += [key for keys in found.values() for key in keys if key not in held]
         self._delete(unwanted)
+
+    def _sweep_at_start(self) -> None:
+        """Delete what no manifest names: unfinished saves of any step, and what the last save before may not have come to delete.
+
+        A folder of a later step that holds anything which we do not write is left alone: somebody has put it aside.
+        """
+        unwanted: list[str] = []
+        for kind in (CHECKPOINTS, SNAPSHOTS):
+            for at, keys in contents(self._store, kind).items():
+                manifest = manifest_of(at, kind)
+                if manifest not in keys and (at <= self._start or all(_is_ours(key) for key in keys)):
+                    unwanted += keys
+                elif manifest in keys and at == self._start and self._states(kind, at) == at:
+                    named = read_manifest(self._store, manifest).files
+                    unwanted += [key for key in keys if _is_ours(key) and key not in named]
+        self._delete(unwanted)
+
+    def _own(self, kind: str, at: int, keys: list[str]) -> bool:
+        """Whether the folder of step `at` is this run's, and no copy of another step's that was given its name."""
+        return at in self._saved or manifest_of(at, kind) not in keys or self._states(kind, at) in (at, None)
+
+    def _states(self, kind: str, at: int) -> int | None:
+        """The step that the manifest in the folder of step `at` states, read once; None where it is damaged or gone."""
+        key = manifest_of(at, kind)
+        if key not in self._stated:
+            try:
+                self._stated[key] = stated_step(self._store, key)
+            except MissingObject:
+                self._stated[key] = None
+        return self._stated[key]
+
+    def _noted(self, rank: int) -> list[dict[str, Any]]:
+        """What a rank says of its files."""
+        key = self._note_key(rank)
+        try:
+            files: list[dict[str, Any]] = unsealed(self._store.get(key))["files"]
+        except (ValueError, KeyError) as error:
+            raise StoreError(f"{self._store.uri}/{key}: is not what rank {rank} wrote ({error}); look at the disk") from error
+        return files
 
     def _delete(self, listed: list[str]) -> None:
         """Delete these objects, manifests first: from there on their checkpoints do not exist."""
@@ -236,9 +311,14 @@ class Writer:
         except MissingObject:
             return
         if found != self._claim():
+            who = visible(found[:200].decode(errors="replace").strip())
+            if not re.fullmatch(r"\w+\W+process \d+ on .+", who):
+                raise CheckpointError(
+                    f"{self._store.uri}/{CLAIM}: is damaged ({who[:40]!r}), so another training may have this run; "
+                    f"see that none has and start again"
+                )
             raise CheckpointError(
-                f"{self._store.uri}: another training ({found.decode(errors='replace').strip()}) has taken over this run; "
-                f"stop one of the two, or name another run=URI"
+                f"{self._store.uri}: another training ({who}) has taken over this run; stop one of the two, or name another run=URI"
             )
 
     def _claim(self) -> bytes:
@@ -275,3 +355,8 @@ class Writer:
 
 def _is_note(key: str) -> bool:
     return "/rank-" in key and key.endswith(".json")
+
+
+def _is_ours(key: str) -> bool:
+    """Whether it is the name of a rank's file or note."""
+    return re.fullmatch(r"\w+/step-\d+/rank-\d{5}(-[0-9a-f]+)?\.(safetensors|json)", key) is not None

@@ -301,7 +301,7 @@ def test_a_run_whose_weights_have_blown_up_goes_on_as_its_sentence_says_and_not_
     first, second = (line for line in said.splitlines() if line.startswith("freeguide: error: "))
     assert "resuming from step 4 of 8" in said
     assert first == second  # a lower rate alone does not help weights that have grown already
-    assert "delete the checkpoints from step 2 on and lower train.lr" in first
+    assert "move the checkpoints from step 2 on out of checkpoints/ and lower train.lr" in first
     shutil.rmtree(Path(load_config(path).run) / "checkpoints")
     assert ended(start(lower)) == [0, 0], output(lower)
     assert (found(lower).step, found(lower).bad_steps) == (8, [])

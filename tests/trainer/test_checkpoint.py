@@ -308,6 +308,176 @@ def test_a_run_whose_checkpoints_cannot_be_listed_does_not_begin_anew(
     assert same(before, training.state())
 
 
+# --- copies, and folders with other names ---
+
+
+def copied(run: Path, name: str) -> None:
+    shutil.copytree(run / "checkpoints/step-00000004", run / "checkpoints" / name)
+
+
+COPIES = [
+    "step-00000004 (copy)",
+    "step-00000004.bak",
+    "old/step-00000004",
+    "step-00009999",
+    "step-4",
+    "step-00000002",
+    "step-0000000",
+]
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_a_copy_of_a_checkpoint_changes_nothing(
+    engine: Engine, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither which is taken, nor what is deleted, nor what stands in the copy."""
+    training = Training(engine, FolderStore(tmp_path / "run"))
+    training.train = dataclasses.replace(TRAIN, keep_checkpoints=3)
+    training.save(4)
+    copied(training.store.folder, name)
+    training.save(1)
+    shutil.move(training.store.folder, tmp_path / "moved")
+    training.store = FolderStore(tmp_path / "moved")
+    copy = tmp_path / "moved/checkpoints" / name
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    saved = training.state()
+    with caplog.at_level(logging.WARNING):
+        assert training.resume() == 5
+    assert same(saved, training.state())
+    assert [found.step for found in checkpoint.newest(training.store)] == [5, 4]
+    assert checkpoint.describe(training.store)["damaged"] == []
+    for _ in range(6):
+        training.save()
+    training.save(19)  # beyond every name
+    assert [found.step for found in checkpoint.newest(training.store)] == [30, 11, 10]
+    training.writer.discard(after=10)
+    assert not caplog.records
+    assert [c.step for c in checkpoint.newest(training.store)] == [10]
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["step-00000002.bak", "step-00009999", "old/step-00000002"])
+def test_a_checkpoint_whose_folder_was_renamed_is_named_and_no_run_begins_anew_beside_it(
+    training: Training, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    training.save()
+    training.save()
+    folder = training.store.folder / "checkpoints"
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / "step-00000002").rename(folder / name)
+    with caplog.at_level(logging.WARNING):
+        assert training.resume() == 1
+    assert f"{name}/manifest.json: holds step 2; rename its folder to checkpoints/step-00000002; trying the one" in caplog.text
+    shutil.rmtree(folder / "step-00000001")
+    with pytest.raises(CheckpointError, match="none of its 1 checkpoints can be used"):
+        training.resume()
+    (folder / name).rename(folder / "step-00000002")
+    assert training.resume() == 2
+
+
+def test_steps_of_nine_digits_are_newer_than_those_of_eight(training: Training) -> None:
+    training._begin(99_999_999)
+    training.save()
+    training.save()
+    assert [c.step for c in checkpoint.newest(training.store)] == [100_000_001, 100_000_000]
+    training.step = training.step
+    assert training.resume() == 100_000_001
+
+
+# --- averages that are lost, and the training state that is not ---
+
+
+def emptied(run: Path) -> None:
+    shutil.rmtree(run / "snapshots")
+
+
+def removed(run: Path) -> None:
+    for path in run.glob("snapshots/*/*.safetensors"):
+        path.unlink()
+
+
+def zeroed(run: Path) -> None:
+    for path in run.glob("snapshots/*/*.safetensors"):
+        path.write_bytes(bytes(path.stat().st_size))
+
+
+@pytest.mark.parametrize("loss", [emptied, removed, zeroed])
+def test_lost_snapshots_cost_the_averages_and_not_the_training_state(
+    training: Training, loss: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    training.save(3)
+    training.save(3)
+    before = training.state()
+    loss(training.store.folder)
+    with pytest.raises(
+        CheckpointError,
+        match=r"none of its 2 checkpoints can be used as it is; the training state of step 6 is there, but its averages "
+        r"sigma_rel_0\.05, sigma_rel_0\.1 are not \(.*snapshots/step-00000006/.*train\.lost_averages=drop",
+    ) as raised:
+        training.resume()
+    assert "delete" not in str(raised.value)
+    training.move()
+    with caplog.at_level(logging.WARNING):
+        found = checkpoint.resume(training.store, training.engine, training.ema, IDENTITY, drop=True)
+    assert found is not None
+    assert found.step == 6
+    assert "step 6 goes on without the averages sigma_rel_0.05, sigma_rel_0.1" in caplog.text
+    assert list(training.ema.values) == ["ema", "half_life_40"]
+    assert same({k: v for k, v in before.items() if not k.startswith("sigma_rel")}, training.state())
+    training._begin(6)
+    training.save()
+    with pytest.raises(CheckpointError, match=r"sigma_rel_0\.05 was not kept up to step 7"):
+        Training(training.engine, training.store).resume()
+    again = Training(training.engine, training.store)
+    found = checkpoint.resume(again.store, again.engine, again.ema, IDENTITY, drop=True)
+    assert (found and found.step, list(again.ema.values)) == (7, ["ema", "half_life_40"])
+
+
+def test_preflight_finds_lost_averages(training: Training) -> None:
+    training.save()
+    training.save()
+    emptied(training.store.folder)
+    names = [p.name for p in training.ema.profiles]
+    with pytest.raises(CheckpointError, match=r"train\.lost_averages=drop"):
+        next(checkpoint.candidates(training.store, names))
+    assert next(checkpoint.candidates(training.store, names, drop=True)).step == 2
+    assert next(checkpoint.candidates(training.store, ["ema"])).step == 2
+
+
+def test_an_average_that_is_not_kept_any_more_may_be_lost(training: Training) -> None:
+    training.save()
+    emptied(training.store.folder)
+    few = Training(training.engine, training.store, dataclasses.replace(TRAIN, ema_sigma_rel=[]))
+    assert few.resume() == 1
+
+
+def test_weights_are_read_although_other_averages_are_lost(training: Training) -> None:
+    training.save()
+    ema = checkpoint.average(training.store, checkpoint.find(training.store), "ema")
+    emptied(training.store.folder)
+    found = checkpoint.find(training.store)
+    assert same(checkpoint.average(training.store, found, "ema"), ema)
+    assert found.averages == ["ema", "half_life_40"]
+    assert "sigma_rel_0.1" in checkpoint.describe(training.store)["lost"]
+
+
+@pytest.mark.parametrize("damage", [truncated, flipped, missing])
+def test_one_lost_snapshot_goes_back_to_the_checkpoint_that_has_all_averages(
+    training: Training, damage: Callable[[Path, Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    training.save()
+    before = training.state()
+    training.save()
+    folder = training.store.folder / "snapshots/step-00000002"
+    damage(rank_file(folder), folder)
+    with caplog.at_level(logging.WARNING):
+        assert training.resume() == 1
+    assert same(before, training.state())
+    assert re.search(
+        r"the training state of step 2 is there, but its averages .*sigma_rel_0\.1 are not \(.*; trying the", caplog.text
+    )
+
+
 def test_an_unknown_format_is_named(training: Training) -> None:
     training.save()
     edited(lambda content: content.update(format=99))(Path(), training.store.folder / "checkpoints/step-00000001/manifest.json")
@@ -881,6 +1051,101 @@ def test_any_power_function_average_follows_from_the_snapshots(training: Trainin
     stored = checkpoint.average(training.store, found, "sigma_rel_0.1")["0.weight"].view(-1).double().numpy()
     error = np.abs(got - exact).max() / np.abs(stored - exact).max()
     assert error < 1e-3, error  # of the distance to its neighbour: what is left are the 200 steps, where profiles are continuous
+
+
+def many_snapshots(training: Training) -> checkpoint.Checkpoint:
+    for _ in range(12):
+        training.save(10)
+    return checkpoint.find(training.store)
+
+
+def whole_step(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
+def its_file(folder: Path) -> None:
+    rank_file(folder).unlink()
+
+
+def its_manifest(folder: Path) -> None:
+    garbage(folder, folder / "manifest.json")
+
+
+def its_last_byte(folder: Path) -> None:
+    flipped(rank_file(folder), folder)
+
+
+def another_ones(folder: Path) -> None:
+    """The snapshot of another step under this one's name."""
+    shutil.rmtree(folder)
+    shutil.copytree(folder.with_name("step-00000020"), folder)
+
+
+@pytest.mark.parametrize("loss", [whole_step, its_file, its_manifest, its_last_byte, another_ones])
+def test_a_lost_snapshot_is_named_with_what_it_costs_and_takes_an_option_to_go_on(
+    training: Training, loss: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    found = many_snapshots(training)
+    name = "sigma_rel_0.2"
+    with_all = checkpoint.recipe(training.store, found, name)
+    assert len(with_all.of) == 13
+    for step in (40, 50, 60):
+        loss(training.store.folder / f"snapshots/step-{step:08d}")
+    said = (
+        r"sigma_rel_0\.2 of step 120 needs 12 snapshots, and those of steps 40, 50, 60 are lost \(.*; made of the rest, its profile"
+    )
+    with pytest.raises(CheckpointError, match=said) as raised:
+        checkpoint.average(training.store, found, name)
+    assert "sampling.lost_snapshots=true" in str(raised.value)
+    assert f"instead of {with_all.distance:.1e}" in str(raised.value)
+    with caplog.at_level(logging.WARNING):
+        made = checkpoint.recipe(training.store, found, name, lost=True)
+    assert made.distance > 3 * with_all.distance
+    assert f"would be {made.distance:.1e} of itself away" in str(raised.value)
+    assert f"without the lost snapshots of steps 40, 50, 60, its profile met to {made.distance:.1e}" in caplog.text
+    assert len(made.of) == 10
+    assert set(made.of) < set(with_all.of)
+    weights = checkpoint.average(training.store, found, name, lost=True)
+    assert all(torch.isfinite(values).all() for values in weights.values())
+
+
+def test_a_stored_power_average_that_is_lost_is_made_of_others_only_if_that_is_asked_for(training: Training) -> None:
+    found = many_snapshots(training)
+    its_last_byte(training.store.folder / "snapshots/step-00000120")
+    with pytest.raises(CheckpointError, match=r"sigma_rel_0\.1 of step 120 needs 12 snapshots, and those of steps 120 are lost"):
+        checkpoint.average(training.store, found, "sigma_rel_0.1")
+    assert checkpoint.recipe(training.store, found, "sigma_rel_0.1", lost=True).distance > 0
+    emptied(training.store.folder)
+    with pytest.raises(CheckpointError, match=r"nothing is left to make it of: restore them from a copy$"):
+        checkpoint.average(training.store, checkpoint.find(training.store), "sigma_rel_0.1", lost=True)
+
+
+def test_a_resumed_run_knows_the_snapshots_of_its_past_and_an_undone_one_is_none_of_them(training: Training) -> None:
+    for _ in range(3):
+        training.save()
+    training.resume()
+    training.writer = Writer(
+        training.store, training.engine, training.ema, IDENTITY, TRAIN, 3, checkpoint.find(training.store).snapshots
+    )
+    training.writer.claim()
+    training.save()
+    assert checkpoint.find(training.store).snapshots == (1, 2, 3, 4)
+    training.writer.discard(after=3)
+    training.save()
+    assert checkpoint.find(training.store).snapshots == (1, 2, 3, 5)
+
+
+def test_snapshots_of_checkpoints_that_do_not_list_them_are_those_that_are_there(training: Training) -> None:
+    found = many_snapshots(training)
+    old = json.loads(training.store.get(found.key))
+    del old["sha256"], old["snapshots"]
+    training.store.put(found.key, checkpoint.sealed(old))
+    found = checkpoint.find(training.store)
+    assert found.snapshots is None
+    assert len(checkpoint.recipe(training.store, found, "sigma_rel_0.2").of) == 13
+    assert training.resume() == 120
+    training.save()
+    assert checkpoint.find(training.store).snapshots == (*range(10, 121, 10), 121)
 
 
 def test_an_average_that_was_not_kept_is_refused_with_those_that_were(training: Training) -> None:

@@ -144,7 +144,8 @@ def test_going_back_is_recorded_begins_the_budget_anew_and_happens_once_also_aft
     again = Incidents(store, ORDER, incidents.bad_steps, TrainConfig(bad_steps=2), undone=incidents.undone)
     sentence = (
         r"the gradients of 3 steps were not finite \(the last of them 20\), more than train\.bad_steps=2, "
-        r"although the steps up to 12 had been undone; .* delete the checkpoints from step 20 on and lower train\.lr"
+        r"although the steps up to 12 had been undone; .* move the checkpoints from step 20 on out of checkpoints/ and "
+        r"lower train\.lr"
     )
     with pytest.raises(UserError, match=sentence):
         judged(again, interval(19, [math.nan]))
@@ -207,7 +208,7 @@ def test_a_stopwatch_adds_up_what_it_was_around(monkeypatch: pytest.MonkeyPatch)
         (["model.learn_sigma=true"], "model.learn_sigma=true cannot be trained"),
         (["cluster.workers=4", "cluster.min_workers=3"], "cannot be shared by 3 workers"),
         (["cluster.min_workers=2"], "cluster.min_workers=2"),
-        (["train.ema_sigma_rel=[0.3]"], "relative widths lie below 0.2886"),
+        (["train.ema_sigma_rel=[0.3]"], "above 0 and below 0.2886"),
         (["train.ema_half_lives=[8,8]"], "each once"),
         (["sampling.ema=best"], "sampling.ema=best: one of"),
         (["sampling.ema=half_life_7"], "sampling.ema=half_life_7 is not kept by this training"),
