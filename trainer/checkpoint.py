@@ -270,13 +270,15 @@ def _check_places(checkpoint: Checkpoint) -> None:
             raise ValueError(f"it names the file {file}")
     places: dict[tuple[str, ...], list[tuple[int, int]]] = {}
     for piece in checkpoint.pieces:
+        if not isinstance(piece.kind, str):
+            raise ValueError(f"it has a piece of kind {piece.kind!r:.40}")
         room = math.prod(checkpoint.shapes[piece.name])
         offset, numel, begin = whole(piece.offset), whole(piece.numel, 1), whole(piece.begin)
         whole(piece.crc32)
         if offset + numel > room or begin + 4 * numel > checkpoint.files[piece.file]:
             raise ValueError(f"a piece of {piece.name} lies outside it or its file")
         places.setdefault((piece.file,), []).append((begin, begin + 4 * numel))
-        places.setdefault((str(piece.kind), piece.name), []).append((offset, offset + numel))
+        places.setdefault((piece.kind, piece.name), []).append((offset, offset + numel))
     for spans in places.values():
         spans.sort()
         if any(after < end for (_, end), (after, _) in pairwise(spans)):

@@ -138,6 +138,7 @@ class Writer:
         Rank 0 calls it before the first step.
         """
         self._store.put(CLAIM, self._claim())
+        self._store.sweep()
         if self._snapshots is None:
             listed = contents(self._store, SNAPSHOTS)
             self._snapshots = {at for at, keys in listed.items() if at <= self._start and manifest_of(at, SNAPSHOTS) in keys}

@@ -10,7 +10,10 @@ import pickle
 import re
 import resource
 import shutil
+import subprocess
+import sys
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -35,6 +38,7 @@ from trainer.engine import KINDS, Engine, join_process_group
 from trainer.loop import run_identity
 from trainer.writer import Writer
 
+ROOT = Path(__file__).parents[2]
 IDENTITY = {"seed": 0, "data.fingerprint": "abc"}
 TRAIN = TrainConfig(
     precision="fp32",
@@ -478,6 +482,91 @@ def test_one_lost_snapshot_goes_back_to_the_checkpoint_that_has_all_averages(
     )
 
 
+HOSTILE: dict[str, Callable[[dict[str, Any]], object]] = {
+    "shape bomb": lambda m: m["shapes"].update({"0.weight": [2**31, 2**31]}),
+    "shape of nothing": lambda m: m["shapes"].update({"bomb": [2**20, 2**20]}),
+    "negative shape": lambda m: m["shapes"].update({"0.weight": [-5, -3]}),
+    "negative offset": lambda m: m["files"][0]["pieces"][0].__setitem__(2, -1),
+    "negative begin": lambda m: m["files"][0]["pieces"][0].__setitem__(4, -8),
+    "fraction": lambda m: m["files"][0]["pieces"][0].__setitem__(3, 1.5),
+    "one byte twice": lambda m: m["files"][0]["pieces"].append(["bomb", *m["files"][0]["pieces"][0][1:]]),
+    "infinite step": lambda m: m.update(step=float("inf")),
+    "huge step": lambda m: m.update(step=10**30),
+    "negative step": lambda m: m.update(step=-1),
+    "a step in words": lambda m: m.update(step="3"),
+    "no ranks": lambda m: m.update(world_size=0),
+    "deep": lambda m: m.update(identity=json.loads("[" * 500 + "]" * 500)),
+    "files as text": lambda m: m.update(files="abc"),
+    "a key of another place": lambda m: m["files"][0].update(key="checkpoints//../../x"),
+    "a number for a kind": lambda m: m["files"][0]["pieces"][0].__setitem__(0, ["exp_avg"]),
+}
+
+
+@pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE.keys())
+def test_a_hostile_manifest_is_one_sentence_and_allocates_nothing(
+    training: Training, change: Callable[[dict[str, Any]], object]
+) -> None:
+    training.save()
+    key = "checkpoints/step-00000001/manifest.json"
+    manifest = json.loads(training.store.get(key))
+    del manifest["sha256"]
+    change(manifest)
+    training.store.put(key, checkpoint.sealed(manifest))
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError) as raised:
+            checkpoint.load(training.store, checkpoint.read_manifest(training.store, key), "master")
+        assert tracemalloc.get_traced_memory()[1] < 5 * 2**20
+    finally:
+        tracemalloc.stop()
+    assert "step-00000001/manifest.json: " in str(raised.value)
+    assert str(raised.value).endswith("restore it from a copy")
+    with pytest.raises(CheckpointError):
+        training.resume()
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"format": 1, "format": 1}', '{"format": NaN}', "9" * 5000])
+def test_a_hostile_text_for_a_manifest_is_one_sentence(training: Training, text: str) -> None:
+    training.store.put("checkpoints/step-00000001/manifest.json", text.encode())
+    with pytest.raises(CheckpointError, match="damaged checkpoint manifest"):
+        checkpoint.read_manifest(training.store, "checkpoints/step-00000001/manifest.json")
+
+
+def test_a_manifest_of_any_size_is_not_read(training: Training) -> None:
+    path = training.store.folder / "checkpoints/step-00000001/manifest.json"
+    path.parent.mkdir(parents=True)
+    with open(path, "wb") as file:
+        file.truncate(2**40)  # a hole
+    with pytest.raises(CheckpointError, match=r"it has 1,099,511,627,776 bytes"):
+        checkpoint.read_manifest(training.store, "checkpoints/step-00000001/manifest.json")
+
+
+def test_a_note_of_a_rank_that_is_damaged_makes_no_checkpoint(engine: Engine, tmp_path: Path) -> None:
+    class Flipping(FolderStore):
+        def put(self, key: str, data: bytes) -> str:
+            return super().put(key, data.replace(b"ema", b"emb") if "rank-00000" in key and key.endswith(".json") else data)
+
+    training = Training(engine, Flipping(tmp_path))
+    training.move()
+    training.writer.start(1, [])
+    with pytest.raises(StoreError, match=r"step 1 could not be saved: .*is not what rank 0 wrote"):
+        training.writer.finish()
+    assert training.resume() == 0
+
+
+@pytest.mark.parametrize("claim", [b"\x1b[2J\xff", b"", bytes(10**6)])
+def test_a_damaged_claim_is_one_sentence(training: Training, claim: bytes) -> None:
+    training.save()
+    training.store.put("writer.txt", claim)
+    training.move()
+    training.writer.start(2, [])
+    with pytest.raises(CheckpointError, match=r"writer.txt: is damaged \(.*see that none has and start again") as raised:
+        training.writer.finish()
+    assert str(raised.value).isprintable()
+    assert len(str(raised.value)) < 400
+    assert training.resume() == 1
+
+
 def test_an_unknown_format_is_named(training: Training) -> None:
     training.save()
     edited(lambda content: content.update(format=99))(Path(), training.store.folder / "checkpoints/step-00000001/manifest.json")
@@ -836,6 +925,55 @@ def test_what_interrupted_saves_left_behind_is_swept_by_the_next(training: Train
         "checkpoints/step-00000004/rank-00007.safetensors",
         "snapshots/step-00000004/rank-00007.safetensors",
     ]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from data_pipeline.store import FolderStore
+store = FolderStore(Path(sys.argv[1]))
+sync = os.fsync
+os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL) if os.fstat(file).st_size > 99 else sync(file)
+store.put(sys.argv[2], bytes(100_000))
+"""
+
+
+def test_a_training_that_starts_sweeps_what_killed_ones_have_left_behind(training: Training) -> None:
+    """Files that no manifest names, whatever their step, and unfinished ones; nothing that is whole or somebody else's."""
+    training.save(2)
+    training.save(2)
+    store = training.store
+    before = {path for path in store.folder.rglob("*") if path.is_file()}
+    for step in (3, 4, 9):
+        for kind in ("checkpoints", "snapshots"):
+            store.put(f"{kind}/step-{step:08d}/rank-00000-0123456789ab.safetensors", bytes(10))
+    store.put("checkpoints/step-00000009/rank-00000-0123abcd.json", b"{}")
+    killed = "checkpoints/step-00000009/rank-00001-0123456789ab.safetensors"
+    ended = subprocess.run([sys.executable, "-c", KILLED, str(store.folder), killed], cwd=ROOT, timeout=60)
+    assert ended.returncode == -9
+    assert len(list(store.folder.rglob(".tmp-*"))) == 1
+    store.put("checkpoints/step-00000008/rank-00000-0123456789ab.safetensors", bytes(10))
+    store.put("checkpoints/step-00000008/manifest.json.off", b"put aside")
+    store.put("checkpoints/notes.txt", b"a user's own")
+    aside = {store.folder / "checkpoints/notes.txt", *(store.folder / "checkpoints/step-00000008").iterdir()}
+    assert training.resume() == 4
+    assert {path for path in store.folder.rglob("*") if path.is_file()} == before | aside
+
+
+def test_a_limit_on_checkpoints_holds_after_any_number_of_kills(engine: Engine, tmp_path: Path) -> None:
+    """Killed right after a manifest, before anything is deleted, again and again."""
+    store = Undeletable(tmp_path)
+    training = Training(engine, store)
+    for _ in range(6):
+        store.allowed = 1  # a note
+        training.save()
+        training.resume()
+    store.allowed = 999
+    training.resume()
+    training.save()
+    assert [found.step for found in checkpoint.newest(store)] == [7, 6]
+    assert len(store.list("checkpoints/")) == 4
+    assert len(store.list("snapshots/")) == 14
 
 
 def test_damaged_checkpoints_of_later_steps_cost_no_good_one_and_stay_until_their_step_is_passed(
