@@ -37,6 +37,7 @@ from cluster.yardstick import warn_of_few, yardsticks_of
 from configs.errors import StoreError
 from configs.load import screen_images
 from configs.schema import Config
+from data_pipeline.data_store import open_data
 from data_pipeline.manifest import load_manifest
 from data_pipeline.store import MissingObject, open_store
 from trainer.loop import fitted
@@ -53,7 +54,7 @@ def evaluate(config: Config) -> Path:
     Finished units are not made again. Raises UserError before any expensive work for whatever can be known before.
     """
     began = time.monotonic()
-    home, data = open_store(config.run), open_store(config.data.uri)
+    home, data = open_store(config.run), open_data(config.data)
     for store in (home, data):
         store.check()
     manifest = load_manifest(data)

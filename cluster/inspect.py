@@ -6,6 +6,7 @@ from configs.errors import CheckpointError
 from configs.load import screen_images, sweep, to_yaml
 from configs.schema import Config, TrainConfig
 from data_pipeline import quality
+from data_pipeline.data_store import open_data
 from data_pipeline.manifest import load_manifest
 from data_pipeline.order import Order
 from data_pipeline.store import open_store
@@ -63,8 +64,8 @@ def inspect_run(uri: str) -> None:
 
 def inspect_order(config: Config) -> None:
     """Print how well this config's order of its data set mixes, beside independent draws. Raises UserError without the data set."""
-    store = open_store(config.data.uri)
-    store.check()
+    store = open_data(config.data)
+    store.check(write=False)
     manifest = load_manifest(store)
     batch = config.train.global_batch
     print()

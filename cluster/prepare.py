@@ -12,19 +12,21 @@ from dataclasses import replace
 from cluster import units
 from cluster.session import session
 from configs.schema import Config
+from data_pipeline.data_store import open_data
 from data_pipeline.index import index_shards
 from data_pipeline.manifest import Manifest, Schema, save_mixture
 from data_pipeline.shards import Plan, Source, write_shards
 from data_pipeline.sources import open_source
-from data_pipeline.store import Store, open_store
+from data_pipeline.store import Store
 
 FEW = 16  # shards that are written before a Ray cluster would have started
 
 
 def prepare(config: Config) -> Manifest:
     """Write `data.source` to `data.uri`; where it already is, do nothing. Raises UserError."""
-    store = open_store(config.data.uri)
+    store = open_data(config.data)
     store.check()
+    store.sweep()
     source = open_source(config.data)
     began, left_out = time.monotonic(), 0
 
@@ -73,8 +75,9 @@ def index(config: Config) -> Manifest:
 
     Raises UserError, naming what is broken.
     """
-    store, data = open_store(config.data.uri), config.data
+    store, data = open_data(config.data), config.data
     store.check()
+    store.sweep()
     began = time.monotonic()
     if data.mixture:
         mixture = save_mixture(store, data.mixture)

@@ -29,9 +29,10 @@ from cluster.metrics.measure import Yardstick
 from cluster.session import Resources, session
 from configs.errors import UserError
 from configs.schema import Config
+from data_pipeline.data_store import open_data
 from data_pipeline.manifest import Manifest, load_manifest
 from data_pipeline.scan import scan_all
-from data_pipeline.store import MissingObject, Store, open_store
+from data_pipeline.store import MissingObject, Store
 from trainer.engine import choose_kernels
 from trainer.loop import fitted
 
@@ -62,7 +63,7 @@ def fit_evaluator(config: Config) -> str:
 
     Raises UserError before Ray starts for whatever can be known before.
     """
-    data = open_store(config.data.uri)
+    data = open_data(config.data)
     data.check()
     manifest = load_manifest(data)
     config = fitted(config, manifest)
@@ -177,7 +178,7 @@ def _publish(config: Config, store: Store, given: tuple[str, str] | None, refere
 
     What another job has put there first is taken, never replaced: its units name it.
     """
-    data = open_store(config.data.uri)
+    data = open_data(config.data)
     manifest = load_manifest(data)
     if given:
         extractor = load_extractor(*given)

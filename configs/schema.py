@@ -120,6 +120,9 @@ Average = Annotated[
 @dataclass
 class DataConfig:
     uri: Uri = MISSING  # where the shards and their manifest stand
+    manifest: Uri = ""  # where the manifest and all else that belongs to the data stands, if `uri` may only be read; empty = there
+    request_payer: bool = False  # the bucket's owner has those who read it pay, and you agree to
+    unsigned: bool = False  # read public data without credentials, although you have some; without any that is so anyway
     source: Source = "folder"  # what `prepare` reads: scikit-learn's digits | folder (class/name.png) | idx | parquet | webdataset
     path: Uri = ""  # the folder of class folders, IDX or Parquet files; the URI of tars that `index` has been run on
     mixture: dict[Uri, Million] = field(default_factory=dict)  # `index` joins these data sets, {URI: weight}, into one at `uri`

@@ -113,8 +113,8 @@ class CachedStore(Store):
             Path(path).unlink(missing_ok=True)
             total -= size
 
-    def check(self) -> None:
-        self.store.check()
+    def check(self, write: bool = True) -> None:
+        self.store.check(write)
 
     def get(self, key: str) -> bytes:
         return self.store.get(key)

@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from configs.errors import DataError
-from data_pipeline.store import MissingObject, Store, open_store
+from data_pipeline.store import MissingObject, Store, open_like
 from data_pipeline.tar import BLOCK
 
 NAME = "manifest.json"
@@ -307,17 +307,17 @@ def join(parts: Sequence[tuple[str, int, Manifest]]) -> Manifest:
 
 def save_mixture(store: Store, weights: Mapping[str, int]) -> Manifest:
     """Writes the mixture of the data sets at these URIs. Raises DataError where one is missing or does not fit to the others."""
-    parts = [(uri, weight, load_manifest(open_store(uri))) for uri, weight in weights.items()]
+    parts = [(uri, weight, load_manifest(open_like(store, uri))) for uri, weight in weights.items()]
     joined = join(parts)
     rows = [{"uri": uri, "weight": weight, "fingerprint": manifest.fingerprint} for uri, weight, manifest in parts]
     store.put(NAME, json.dumps({"format": "freeguide mixture", "version": VERSION, "parts": rows}, indent=1).encode())
     return joined
 
 
-def _load_mixture(where: str, header: dict[str, Any]) -> Manifest:
+def _load_mixture(store: Store, where: str, header: dict[str, Any]) -> Manifest:
     parts = []
     for row in header["parts"]:
-        manifest = load_manifest(open_store(row["uri"]))
+        manifest = load_manifest(open_like(store, row["uri"]))
         if row["fingerprint"] not in (manifest.fingerprint, manifest.content):
             raise DataError(
                 f"{row['uri']} has changed since it became part of {where}; run `freeguide index` with data.mixture again."
@@ -352,7 +352,7 @@ def save_manifest(store: Store, manifest: Manifest) -> None:
 
 def load_manifest(store: Store) -> Manifest:
     """Raises DataError where there is no manifest, or one that is damaged or of another version."""
-    where = f"{store.uri}/{NAME}"
+    where = f"{store.home}/{NAME}"
     try:
         raw = store.get(NAME)
     except MissingObject as error:
@@ -362,7 +362,7 @@ def load_manifest(store: Store) -> Manifest:
     try:
         header = json.loads(raw)
         if header["format"] == "freeguide mixture" and header["version"] == VERSION:
-            return _load_mixture(where, header)
+            return _load_mixture(store, where, header)
         if header["format"] != "freeguide manifest" or header["version"] != VERSION:
             raise DataError(f"{where} is a manifest of another version; run `freeguide index` again.")
         index = store.get(header["index"]["key"])

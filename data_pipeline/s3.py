@@ -137,7 +137,7 @@ class S3Store(Store):
         self.bucket, self.prefix, self.retry, self.access = bucket, prefix, retry, access
         self.traffic = traffic or Traffic()
 
-    def check(self) -> None:
+    def check(self, write: bool = True) -> None:
         try:
             self._retrying("", lambda: self._client().list_objects_v2(**self._bucket(), MaxKeys=1, Prefix=self._key("")))
         except Denied:  # who may read objects need not be allowed to list them

@@ -116,9 +116,17 @@ class Store(ABC):
     uri: str
     traffic: Traffic
 
+    @property
+    def home(self) -> str:
+        """The URI under which what is written stands."""
+        return self.uri
+
     @abstractmethod
-    def check(self) -> None:
-        """Raises StoreError, within 15 s, where the store cannot be used: no such bucket, credentials, endpoint, rights."""
+    def check(self, write: bool = True) -> None:
+        """Raises StoreError, within 15 s, where the store cannot be used: no such bucket, credentials, endpoint, rights.
+
+        Without `write` it need not be there, nor be more than readable. What a bucket lets one write, the first write tells.
+        """
 
     @abstractmethod
     def get(self, key: str) -> bytes:
@@ -197,6 +205,13 @@ def open_store(uri: str, retry: Retry | None = None, access: Access | None = Non
     return S3Store(place.bucket, place.path, retry or Retry(), access or Access())
 
 
+def open_like(store: Store, uri: str) -> Store:
+    """The store at `uri`, asked as patiently and in the same way as `store`, and counted with it."""
+    found = open_store(uri, getattr(store, "retry", None), getattr(store, "access", None))
+    found.traffic = store.traffic
+    return found
+
+
 def read_each(store: Store, keys: Sequence[str], made: Callable[[str, bytes], T]) -> list[T]:
     """`made(key, object)` of each key, in their order. Several at a time, as reading thousands of small ones is mostly waiting."""
     with ThreadPoolExecutor(READERS) as pool:
@@ -227,7 +242,7 @@ class FolderStore(Store):
         self.uri = str(self.folder)
         self.traffic = traffic or Traffic()
 
-    def check(self) -> None:
+    def check(self, write: bool = True) -> None:
         there = self.folder
         with self._errors(""):
             while not there.exists():
@@ -236,8 +251,8 @@ class FolderStore(Store):
                 there = there.parent
         if not there.is_dir():
             raise StoreError(f"{there} is a file; give a folder.")
-        if not os.access(there, os.W_OK | os.X_OK):
-            raise StoreError(f"{there} may not be written; choose another folder or change its rights.")
+        if not os.access(there, os.R_OK | os.X_OK | (os.W_OK if write else 0)):
+            raise Denied(f"{there} may not be {'written' if write else 'read'}; choose another folder or change its rights.")
 
     def get(self, key: str) -> bytes:
         with self._errors(key):

@@ -32,7 +32,7 @@ from data_pipeline.decode import BadSample, decode_sample
 from data_pipeline.fetch import Fetch, Fetcher, Fields, plan
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import Ints, Order, slots
-from data_pipeline.store import Cancelled, Store, open_store
+from data_pipeline.store import Cancelled, Store, open_like
 
 MIB = 2**20
 DONORS = 16  # donors tried for one position
@@ -85,7 +85,7 @@ class Reader:
             raise ConfigError(
                 f"The windows of this run take {window // MIB + 1} MiB per worker; set data.cache_mib={2 * window // MIB + 1}."
             )
-        parts = {part.uri: _cached(_part(store, part.uri), data) for part in manifest.parts}
+        parts = {part.uri: _cached(open_like(store, part.uri), data) for part in manifest.parts}
         self._fetcher = Fetcher(_cached(store, data), manifest, data.fetch_threads, parts)
         self._plan = plan(manifest, order, global_batch, self.slots, start_step, self._resident)
         self._step = self._next_build = start_step  # next to be consumed; next to be built
@@ -312,13 +312,6 @@ class Reader:
 
 def _cached(store: Store, data: DataConfig) -> Store:
     return CachedStore(store, Path(data.disk_cache), int(data.disk_cache_gib * 2**30)) if data.disk_cache else store
-
-
-def _part(store: Store, uri: str) -> Store:
-    """The store of a mixture's data set: as patient as the mixture's own, and counted with it."""
-    part = open_store(uri, getattr(store, "retry", None))
-    part.traffic = store.traffic
-    return part
 
 
 def _size(sample: Fields | BadSample) -> int:

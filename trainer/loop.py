@@ -19,6 +19,7 @@ from torch import Tensor
 from configs.errors import ConfigError, UserError
 from configs.load import to_yaml
 from configs.schema import Config, TrainConfig
+from data_pipeline.data_store import open_data
 from data_pipeline.manifest import Manifest, load_manifest
 from data_pipeline.order import Order
 from data_pipeline.store import Retry, Store, open_store
@@ -78,7 +79,7 @@ def assemble(config: Config) -> tuple[Run, int]:
     """Everything that the steps need, as the run's newest checkpoint left it, and the step to go on from. All ranks call it."""
     choose_kernels(config.train.deterministic)
     join_process_group()
-    store, data = open_store(config.run, PATIENT), open_store(config.data.uri, PATIENT)
+    store, data = open_store(config.run, PATIENT), open_data(config.data, PATIENT)
     manifest = load_manifest(data)
     config = fitted(config, manifest)
     images = {"image_size": config.data.image_size, "channels": config.data.channels, "classes": config.data.classes}
@@ -192,9 +193,9 @@ def preflight(config: Config) -> int:
     Raises UserError: a store that does not answer, data that is not there or is not what the config says, a network that cannot
     be built, or a run that was started with something else.
     """
-    store, data = open_store(config.run), open_store(config.data.uri)
-    for place in (data, store):
-        place.check()
+    store, data = open_store(config.run), open_data(config.data)
+    data.check(write=False)
+    store.check()
     manifest = load_manifest(data)
     config = fitted(config, manifest)
     order = Order.choose(manifest, config.train.global_batch, config.seed)
