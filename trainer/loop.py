@@ -7,7 +7,9 @@ any number of workers computes the same step.
 
 import dataclasses
 import math
+import sys
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +38,8 @@ from trainer.sampler import Sampler, grid, noise_schedule
 from trainer.telemetry import Stopwatch, Telemetry
 from trainer.writer import Writer
 
+MOST_LOOKS = 5000  # at each sample; EDM's 200 million images of CIFAR-10 (arXiv 2206.00364, table 7) are 4000 of each
+GOOD_LOOKS = 1000
 _PATIENCE = 1800.0  # seconds that ranks wait for each other before the watchdogs' limit holds
 GRID_STEPS = 32  # of the sample grids in TensorBoard
 PATIENT = Retry(attempts=24)  # a store that is gone for a minute or two does not end a training
@@ -198,6 +202,8 @@ def preflight(config: Config) -> int:
     store.check()
     manifest = load_manifest(data)
     config = fitted(config, manifest)
+    for sentence in misfits(config, manifest.samples):
+        print(f"WARNING: {sentence}", file=sys.stderr, flush=True)
     order = Order.choose(manifest, config.train.global_batch, config.seed)
     forward_flops(config.model, image_size=config.data.image_size, channels=config.data.channels, classes=config.data.classes)
     names, drop = [p.name for p in profiles(config.train)], config.train.lost_averages == "drop"
@@ -279,6 +285,24 @@ def run_identity(config: Config, manifest: Manifest, order: Order) -> dict[str, 
         **{f"model.{name}": getattr(config.model, name) for name in network_options(config.model)},
         **{f"diffusion.{name}": value for name, value in vars(config.diffusion).items()},
     }
+
+
+def misfits(config: Config, samples: int) -> Iterator[str]:
+    """What is allowed but absurd for a data set of so many samples, each with a number that would do."""
+    train, batch = config.train, config.train.global_batch
+    if batch > samples:
+        better = 1 << max(samples // 4, 1).bit_length() - 1
+        yield (
+            f"train.global_batch={batch} is more than the {samples:,} samples of the data, so that each step sees some of them "
+            f"several times; train.global_batch={better} would do"
+        )
+    looks = train.steps * batch / samples
+    if looks > MOST_LOOKS:
+        steps = max(1, GOOD_LOOKS * samples // batch)
+        yield (
+            f"train.steps={train.steps} of {batch} images look at each of the {samples:,} samples {looks:,.0f} times, which a "
+            f"network learns by heart; train.steps={steps} looks {GOOD_LOOKS:,} times"
+        )
 
 
 def fitted(config: Config, manifest: Manifest) -> Config:

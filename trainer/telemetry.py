@@ -6,7 +6,8 @@ writes the very scalars that the undisturbed one would have written. Event files
 little is sent again. Scalars past the step that a run resumes from are purged.
 
 MFU is the model's FLOPs (2 per multiply-accumulate; a backward pass counts as two forwards, a recomputed forward not at all) over
-what the devices could do. All ranks move at the pace of the slowest: the time of each rank's own forward passes tells which.
+what the devices could do in `train.precision`. All ranks move at the pace of the slowest: the time of each rank's own forward
+passes tells which.
 """
 
 import logging
@@ -28,27 +29,13 @@ from torch.utils.tensorboard import SummaryWriter
 from configs.errors import StoreError
 from configs.schema import Config
 from data_pipeline.store import Store
+from trainer.devices import peak_flops
 
 BAND_EDGES = (-8.0, -4.0, 0.0, 4.0, 8.0)  # log-SNR; 83 % of the paper's p(lambda) lies in [-4, 4]
 BANDS = ("below_-8", "-8_to_-4", "-4_to_0", "0_to_4", "4_to_8", "above_8")
 _UPLOAD_SECONDS = 30.0
 _FILE_BYTES = 4 * 2**20  # of an event file, before a new one is begun
 _log = logging.getLogger("freeguide.telemetry")
-PEAK_FLOPS = {  # dense bf16, by the maker's data sheet
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-}
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 FLOP/s of the device by its maker's data sheet, or None where we know of none (a CPU)."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
 @contextmanager
@@ -108,7 +95,10 @@ class Telemetry:
 
     def __init__(self, config: Config, store: Store, device: torch.device, start: int, flops_per_image: int) -> None:
         self._config, self._store, self._device = config, store, device
-        self._peak, self._flops = peak_flops(device), 3 * flops_per_image  # a backward pass costs two forwards
+        self._peak, self._flops = (
+            peak_flops(device, config.train.precision),
+            3 * flops_per_image,
+        )  # a backward pass costs two forwards
         self._edges = torch.tensor(BAND_EDGES, device=device)
         self._writer: SummaryWriter | None = None
         if dist.get_rank() == 0:

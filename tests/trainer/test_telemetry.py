@@ -21,7 +21,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [0.0]
     monkeypatch.setattr(telemetry.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(telemetry.time, "time", lambda: 1e9 + now[0])  # event files are read in the order of their seconds
-    monkeypatch.setattr(telemetry, "peak_flops", lambda device: 1e12)
+    monkeypatch.setattr(telemetry, "peak_flops", lambda device, precision: 1e12)
     monkeypatch.setattr(telemetry.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(telemetry.dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(telemetry.dist, "all_reduce", lambda values: None)
