@@ -6,6 +6,7 @@ any number of workers computes the same step.
 """
 
 import dataclasses
+import logging
 import math
 import sys
 import time
@@ -35,11 +36,12 @@ from trainer.failures import TERMINATED, Agreement, Incidents, Terminated, Watch
 from trainer.networks.build import build_network, forward_flops, network_options
 from trainer.networks.layers import DropoutKey
 from trainer.sampler import Sampler, grid, noise_schedule
-from trainer.telemetry import Stopwatch, Telemetry
+from trainer.telemetry import Stopwatch, Telemetry, say
 from trainer.writer import Writer
 
 MOST_LOOKS = 5000  # at each sample; EDM's 200 million images of CIFAR-10 (arXiv 2206.00364, table 7) are 4000 of each
 GOOD_LOOKS = 1000
+_log = logging.getLogger("freeguide.loop")
 _PATIENCE = 1800.0  # seconds that ranks wait for each other before the watchdogs' limit holds
 GRID_STEPS = 32  # of the sample grids in TensorBoard
 PATIENT = Retry(attempts=24)  # a store that is gone for a minute or two does not end a training
@@ -120,7 +122,7 @@ def run_steps(run: Run, start: int, terminated: Terminated) -> None:
     if engine.rank == 0:
         run.writer.claim()
         run.store.put("config.yaml", to_yaml(config).encode())
-        print(f"{'resuming from' if start else 'starting at'} step {start} of {options.steps}", flush=True)
+        say(f"{'resuming from' if start else 'starting at'} step {start} of {options.steps}")
     agreement = Agreement(3)
     with Watchdog(options.watchdog_seconds) as watchdog, terminated:
         for step in range(start, options.steps):
@@ -148,7 +150,7 @@ def run_steps(run: Run, start: int, terminated: Terminated) -> None:
             watchdog.progress(f"step {done}")
             if stop and not last:
                 if engine.rank == 0:
-                    print(f"asked to end: saved at step {done}; the next start goes on from there", flush=True)
+                    say(f"asked to end: saved at step {done}; the next start goes on from there")
                 raise SystemExit(TERMINATED)
     agreement.close()
 
@@ -322,18 +324,25 @@ def draw_samples(run: Run, step: int) -> None:
     It is a look, on the device that trains, and must end before the watchdogs do: a fast sampler with GRID_STEPS steps at most.
     """
     if run.engine.rank == 0:
-        config = run.config
-        columns, rows = min(config.data.classes, 10), 4
-        sampling = dataclasses.replace(
-            config.sampling,
-            sampler="dpmpp_2m",
-            spacing="logsnr",
-            steps=min(config.sampling.steps, GRID_STEPS),
-            precision="fp32" if config.train.precision == "fp32" else "bf16",
-            compile=False,
-        )
-        sampler = Sampler.from_run(dataclasses.replace(config, sampling=sampling), step, run.engine.device)
-        index = torch.arange(rows * columns)
-        x = sampler.sample(index, index % columns, config.generate.w)
-        run.telemetry.images(step, f"samples/w={config.generate.w:g}", grid(x, columns))
+        try:
+            _draw(run, step)
+        except UserError as error:
+            _log.warning("%s; there is no sample grid of step %d", error, step)
     dist.barrier()
+
+
+def _draw(run: Run, step: int) -> None:
+    config = run.config
+    columns, rows = min(config.data.classes, 10), 4
+    sampling = dataclasses.replace(
+        config.sampling,
+        sampler="dpmpp_2m",
+        spacing="logsnr",
+        steps=min(config.sampling.steps, GRID_STEPS),
+        precision="fp32" if config.train.precision == "fp32" else "bf16",
+        compile=False,
+    )
+    sampler = Sampler.from_run(dataclasses.replace(config, sampling=sampling), step, run.engine.device)
+    index = torch.arange(rows * columns)
+    x = sampler.sample(index, index % columns, config.generate.w)
+    run.telemetry.images(step, f"samples/w={config.generate.w:g}", grid(x, columns))
