@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from configs.errors import ConfigError, UserError
-from configs.load import to_yaml
+from configs.load import sealed, to_yaml
 from configs.schema import Config, TrainConfig
 from data_pipeline.data_store import open_data
 from data_pipeline.manifest import Manifest, load_manifest
@@ -121,7 +121,7 @@ def run_steps(run: Run, start: int, terminated: Terminated) -> None:
     config, options, engine = run.config, run.config.train, run.engine
     if engine.rank == 0:
         run.writer.claim()
-        run.store.put("config.yaml", to_yaml(config).encode())
+        run.store.put("config.yaml", sealed(to_yaml(config)).encode())
         say(f"{'resuming from' if start else 'starting at'} step {start} of {options.steps}")
     agreement = Agreement(3)
     with Watchdog(options.watchdog_seconds) as watchdog, terminated:
