@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import http.client
 import json
+import logging
 import os
 import re
 import secrets
@@ -66,6 +67,8 @@ def submit(address: str, command: str, config: Path, overrides: list[str]) -> in
         os.environ.pop(name, None)
     from ray.job_submission import JobStatus, JobSubmissionClient
 
+    for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
+        logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)  # they tell of every upload and connection
     client = _patiently(lambda: _asked(address, lambda: JobSubmissionClient(address)))
     job = f"freeguide-{command}-{secrets.token_hex(4)}"
     with tempfile.TemporaryDirectory(prefix="freeguide-submit-") as folder:
@@ -291,7 +294,7 @@ def _token_sentence(address: str, said: str) -> str:
     if mode.lower() != "token":
         return f"{there} wants a token, and RAY_AUTH_MODE={mode} sends none; unset it"
     give = "set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file, with what `ray get-auth-token` prints on its head"
-    if "required" in said:
+    if "Authentication failed" not in said:
         return f"{there} wants a token, and there is none here; {give}"
     ours = next((name for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH") if os.environ.get(name)), "~/.ray/auth_token")
     return f"{there} does not take the token of {ours}; {give}"
