@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import functools
+import json
 import logging
 import math
 import os
@@ -13,6 +14,7 @@ import stat
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,14 +23,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
+import ray.autoscaler.sdk
 import torch
 from ray._private import ray_constants
+from ray.autoscaler.v2.sdk import get_cluster_status
+from ray.experimental import internal_kv
 
 from cluster.submit import ROOT, copy_packages
 from configs.errors import ConfigError, UserError
-from configs.schema import Config
+from configs.schema import ClusterConfig, Config
 
 T = TypeVar("T")
+
+_LOOK_SECONDS = 5.0  # between two looks at a cluster that is too small
+_REPORTS = 20.0  # seconds after its start in which an autoscaler has reported
 
 
 @dataclass(frozen=True)
@@ -43,13 +51,17 @@ class Resources:
         """Threads for torch: part of what makes results repeat to the bit."""
         return max(1, int(self.cpus))
 
+    @property
+    def bundle(self) -> dict[str, float]:
+        return {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
+
 
 @contextmanager
 def session(config: Config, processes: int, together: bool = False) -> Iterator[Resources]:
     """Connect, yield the resources of each of `processes` workers or actors, and disconnect.
 
     Workers that compute `together` all need a GPU, or none; actors do with fewer. Raises ConfigError where RAY_ADDRESS does not
-    answer or lets nobody in, and for more GPUs than a private cluster has. Another cluster that is too small is waited for.
+    answer or lets nobody in, and where the cluster has too few resources, unless it grows.
     """
     address = os.environ.get("RAY_ADDRESS", "")
     runtime: dict[str, Any] = {"env_vars": dict(config.cluster.env)}
@@ -60,7 +72,7 @@ def session(config: Config, processes: int, together: bool = False) -> Iterator[
         gpus = _gpus_here(gpus, processes, together)
         place = _private(runtime, math.ceil(processes * config.cluster.cpus_per_worker), gpus)
     with place:
-        yield _resources(config.cluster.cpus_per_worker, gpus, processes)
+        yield _resources(config.cluster, gpus, processes, together)
 
 
 @contextmanager
@@ -93,7 +105,7 @@ def _private(runtime: dict[str, Any], cpus: int, gpus: float) -> Iterator[None]:
     with scratch(_short_folder()) as folder, _environment({"RAY_AUTH_TOKEN": _token(), "TMPDIR": str(folder)}):
         # The command's own processes need a share too, and a laptop may have fewer cores than the config has workers.
         room = max(os.cpu_count() or 1, cpus) + 1
-        options = {"address": "local", "num_cpus": room, "logging_level": logging.ERROR, "dashboard_port": dashboard}
+        options = {"address": "local", "num_cpus": room, "dashboard_port": dashboard}
         _start(options | {"_temp_dir": str(folder)}, runtime, gpus)
         try:
             yield
@@ -118,7 +130,7 @@ def _start(options: dict[str, Any], runtime: dict[str, Any], gpus: float) -> Non
     if gpus == 0:
         runtime["env_vars"]["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides no GPU from those who ask for none, and torch would take it
     try:
-        ray.init(**options, runtime_env=runtime, log_to_driver=True)
+        ray.init(**options, runtime_env=runtime, log_to_driver=True, logging_level=logging.ERROR)
     except ConnectionError as error:
         raise ConfigError(
             f"RAY_ADDRESS={options['address']}: the Ray cluster there did not let us in ({error}); check the address and "
@@ -172,16 +184,83 @@ def _gpus_here(gpus: float, processes: int, together: bool) -> float:
     return gpus
 
 
-def _resources(cpus: float, gpus: float, processes: int) -> Resources:
-    total = ray.cluster_resources()
-    if gpus < 0:
-        gpus = 1.0 if total.get("GPU", 0) else 0.0
-    wanted = {"CPU": processes * cpus, "GPU": processes * gpus}
-    for kind, amount in wanted.items():
-        if amount > total.get(kind, 0):
-            need = f"the cluster has {total.get(kind, 0):g} {kind}, {processes} processes need {amount:g}"
-            print(f"{need}: what does not fit starts when it grows", flush=True)
-    return Resources(cpus, gpus)
+# --- a cluster that is too small ---
+
+
+def _resources(options: ClusterConfig, gpus: float, processes: int, together: bool) -> Resources:
+    """What each of `processes` gets, once those that have to run at the same time have a place: all `together`, or one.
+
+    A cluster that is too small is waited for where it grows by itself, or for `cluster.wait_minutes`. Raises ConfigError.
+    """
+    began, least, asked = time.monotonic(), processes if together else 1, None
+    while True:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        each = Resources(options.cpus_per_worker, _gpus(gpus, nodes))
+        room = sum(_places(each, node) for node in nodes)
+        if room >= least:
+            break
+        grows = _grows()
+        bound = 60 * options.wait_minutes if options.wait_minutes or grows is False else math.inf
+        if grows is None:  # its autoscaler, if it has one, has not reported yet
+            bound = max(60 * options.wait_minutes, _REPORTS)
+        lack, mend = _lack(each, least, room, nodes)
+        if time.monotonic() - began >= bound:
+            raise ConfigError(f"{lack}; {mend}")
+        if asked is None and grows is not None:
+            until = "" if bound == math.inf else f", for {options.wait_minutes:g} minutes at most"
+            print(f"{lack}; waiting for it to grow{until}", flush=True)
+        if grows is not None and asked != each:
+            _ask_autoscaler([each.bundle] * least)
+            asked = each
+        time.sleep(_LOOK_SECONDS)
+    if asked is not None:
+        _ask_autoscaler([])  # what it waits for from here on, Ray knows
+    if room < processes:
+        print(f"the cluster has room for {room} of {processes} processes: what does not fit starts when it grows", flush=True)
+    return each
+
+
+def _gpus(gpus: float, nodes: list[dict[str, float]]) -> float:
+    return gpus if gpus >= 0 else float(any(node.get("GPU", 0) for node in nodes))
+
+
+def _places(each: Resources, node: dict[str, float]) -> int:
+    """How many processes fit on a node that has nothing else to do."""
+    return min(int(node.get(kind, 0) / amount + 1e-6) for kind, amount in each.bundle.items())
+
+
+def _lack(each: Resources, least: int, room: int, nodes: list[dict[str, float]]) -> tuple[str, str]:
+    """What is missing, and what to do about it."""
+    kinds = each.bundle
+    has = Counter(" and ".join(f"{node.get(kind, 0):g} {kind}" for kind in kinds) for node in nodes)
+    there = ", ".join(f"{count} of {what}" for what, count in has.most_common(4))
+    processes = "1 process" if least == 1 else f"{least} processes"
+    wanted = " and ".join(f"{amount:g} {kind}" for kind, amount in kinds.items())
+    return (
+        f"the cluster is too small for {processes} of {wanted}, it has room for {room} (nodes: {there})",
+        "lower cluster.workers, cluster.cpus_per_worker or cluster.gpus_per_worker, or set cluster.wait_minutes if it will grow",
+    )
+
+
+def _grows() -> bool | None:
+    """Whether an autoscaler adds nodes; None where nobody has said yet. One without a configuration calls each type node_ID."""
+    if os.environ.get("RAY_ADDRESS", "").startswith("ray://"):
+        return None
+    report = internal_kv._internal_kv_get(ray_constants.DEBUG_AUTOSCALING_STATUS)
+    status = get_cluster_status(ray.get_runtime_context().gcs_address)
+    kinds = {node.ray_node_type_name for node in (*status.active_nodes, *status.idle_nodes)}
+    if report:
+        kinds |= {*json.loads(report).get("autoscaler_report", {}).get("node_type_mapping", {}).values()}
+    if any(not kind.startswith("node_") for kind in kinds):
+        return True
+    return False if report else None
+
+
+def _ask_autoscaler(bundles: list[dict[str, float]]) -> None:
+    ray.autoscaler.sdk.request_resources(bundles=bundles)
+
+
+# --- its address ---
 
 
 def _probe(address: str) -> None:

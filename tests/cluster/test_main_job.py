@@ -151,6 +151,14 @@ def test_a_submitted_job_that_fails_gives_its_exit_code_and_its_sentence(freegui
     assert "no-such-bucket" in ended.stdout
 
 
+def test_a_cluster_that_is_too_small_is_one_sentence(freeguide, ray_head) -> None:  # type: ignore[no-untyped-def]
+    many = ["data.uri=s3://lab/data/too-small", "data.shard_samples=50", "cluster.cpus_per_worker=99"]
+    ended = freeguide("prepare", DIGITS, *many, RAY_ADDRESS=ray_head[0])
+    assert ended.returncode == 2, ended.stdout + ended.stderr
+    assert ended.stderr.startswith("freeguide: error: the cluster is too small for 1 process of 99 CPU, it has room for 0")
+    assert len(ended.stderr.splitlines()) == 1
+
+
 def test_rays_own_submit_runs_the_same_command(ray_head, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """`ray job submit --working-dir . -- python -m cluster ...` from a checkout, without the distribution installed."""
     copy = tmp_path / "checkout"
