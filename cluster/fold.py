@@ -5,10 +5,7 @@ published as units are, under a name that says what decides them, and whoever as
 more then. BLAS has a fixed number of threads meanwhile: another number adds in another order and gives other bits.
 """
 
-import io
 import json
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +24,12 @@ from cluster.session import Resources
 from cluster.sweep import COLUMNS, Series
 from cluster.units import Unit
 from configs.errors import DataError
+from data_pipeline.artifact import read_npz, to_npz
+from data_pipeline.closure import code_version
 from data_pipeline.store import Store
 from trainer.sampler import evaluations
+
+_AGAIN = "delete it and give the command again"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,12 @@ class Fold:
 
 def planned(weights: Sequence[Sequence[float]], images: int, yardsticks: Sequence[Yardstick]) -> list[Fold]:
     """The rows of images [0, `images`) of each series at its `weights`."""
-    decides = {"format": 1, "measured": measure.conditions(*yardsticks), "code": units.code_version(), "numpy": np.__version__}
+    decides = {
+        "format": 1,
+        "measured": measure.conditions(*yardsticks),
+        "code": code_version(units.MEASURING),
+        "numpy": np.__version__,
+    }
     name = units.fingerprint(decides)
     return [Fold(series, w, images, f"rows/w{w:g}-n{images}-{name}.npz") for series, curve in enumerate(weights) for w in curve]
 
@@ -86,15 +92,17 @@ class Folded:
         arrays: dict[str, Any] = {"values": np.str_(json.dumps(self.values)), "made": np.str_(json.dumps(made))}
         if self.grid is not None:
             arrays["grid"] = self.grid
-        np.savez(buffer := io.BytesIO(), **arrays)
-        return buffer.getvalue()
+        return to_npz(arrays)
 
     @staticmethod
     def read(store: Store, key: str) -> "Folded":
         """What `to_bytes` wrote. Raises DataError if it is damaged."""
         arrays = _arrays(store, key)
-        made = {Unit(*u[:3]): Made(*u[3:]) for u in json.loads(str(arrays["made"]))}
-        return Folded(json.loads(str(arrays["values"])), arrays.get("grid"), made)
+        try:
+            made = {Unit(*u[:3]): Made(*u[3:]) for u in json.loads(str(arrays["made"]))}
+            return Folded(json.loads(str(arrays["values"])), arrays.get("grid"), made)
+        except (KeyError, ValueError, TypeError) as error:
+            raise DataError(f"{store.uri}/{key} holds no row ({type(error).__name__}: {error}); {_AGAIN}") from None
 
 
 class Folder:
@@ -130,8 +138,4 @@ def _fold(one: Series, fold: Fold, yardsticks: Sequence[Yardstick]) -> Folded:
 
 def _arrays(store: Store, key: str) -> dict[str, Any]:
     """The arrays of an `.npz` by name. Raises DataError if it is damaged."""
-    try:
-        with np.load(io.BytesIO(store.get(key)), allow_pickle=False) as file:
-            return dict(file)
-    except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{store.uri}/{key}: damaged ({error}); delete it and give the command again") from error
+    return read_npz(store.get(key), f"{store.uri}/{key}", _AGAIN)

@@ -24,13 +24,16 @@ from cluster.sweep import Series, as_trained
 from cluster.units import Unit
 from configs.errors import ConfigError
 from configs.schema import Config
+from data_pipeline.closure import code_version
 from data_pipeline.manifest import NAME, Manifest, Schema, ShardIndex, build_manifest, load_manifest, save_manifest
 from data_pipeline.scan import scan
 from data_pipeline.shards import Sample, pack_shard
 from data_pipeline.store import FolderStore, Store, open_store, read_each
+from trainer.engine import choose_kernels
 from trainer.sampler import image_labels
 
 NPZ = "samples.npz"
+MAKING = "cluster.generate:_Generate"  # decides what a shard holds
 
 
 def generate(config: Config) -> str:
@@ -46,7 +49,7 @@ def generate(config: Config) -> str:
         "generate": {"images": options.images, "unit": options.unit, "w": options.w},
         "threads": config.cluster.cpus_per_worker,
         "torch": torch.__version__,
-        "code": units.code_version(units.MAKING),
+        "code": code_version(MAKING),
     }
     if config.data.dtype != "uint8":
         conditions["latents"] = {"dtype": config.data.dtype, "scale": config.data.latent_scale}
@@ -77,6 +80,7 @@ class _Generate:
     """Samples units and packs them as shards: one per actor."""
 
     def __init__(self, one: Series, resources: Resources) -> None:
+        choose_kernels()
         torch.set_num_threads(resources.threads)
         self.config, self.store = one.config, one.store
         self.sampler = one.load(torch.device("cuda" if resources.gpus else "cpu"))
@@ -94,7 +98,9 @@ class _Generate:
 
 def _indexes(store: Store, plan: list[Unit]) -> list[ShardIndex]:
     """The index of every shard, in their order: 10^7 images have ten thousand of them."""
-    return read_each(store, [unit.key("tar.npz") for unit in plan], lambda _, data: ShardIndex.from_bytes(data))
+    return read_each(
+        store, [unit.key("tar.npz") for unit in plan], lambda key, data: ShardIndex.from_bytes(data, f"{store.uri}/{key}")
+    )
 
 
 def _check_disk(store: Store, schema: Schema, images: int) -> None:

@@ -10,10 +10,8 @@ blocks of one class, as folders do, are dealt in one fixed permutation first.
 """
 
 import argparse
-import io
 import json
 import re
-import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,6 +30,7 @@ from cluster.metrics.rows import UNKNOWN, Row, to_json, typed
 from cluster.session import progress
 from cluster.units import code_version
 from configs.errors import ConfigError, DataError
+from data_pipeline.artifact import read_npz
 from data_pipeline.decode import decode_image
 from data_pipeline.manifest import NAME, load_manifest
 from data_pipeline.scan import scan_all
@@ -191,13 +190,10 @@ def load_samples(uri: str, channels: int) -> Samples:
 
 
 def _from_npz(data: bytes, where: str) -> Samples:
-    try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-            images, labels = archive["arr_0"], archive["arr_1"] if "arr_1" in archive.files else None
-    except KeyError:
-        raise DataError(f"{where} has no arr_0; save its images with np.savez as the first array") from None
-    except (OSError, EOFError, ValueError, TypeError, AttributeError, zipfile.BadZipFile):
-        raise DataError(f"{where} is not an .npz of plain arrays (pickled objects are never read); save its images again") from None
+    arrays = read_npz(data, where, "save its images again", wanted=("arr_0", "arr_1").__contains__)
+    if "arr_0" not in arrays:
+        raise DataError(f"{where} has no arr_0; save its images with np.savez as the first array")
+    images, labels = arrays["arr_0"], arrays.get("arr_1")
     if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
         raise DataError(f"arr_0 of {where} must be images uint8 (N, H, W, C), not {images.dtype} {images.shape}; save them so")
     if labels is None:

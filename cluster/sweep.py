@@ -10,7 +10,6 @@ follow each other, so that an actor rarely changes it.
 
 import dataclasses
 import functools
-import io
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,9 +29,12 @@ from cluster.weights import Weights, weights_of
 from configs.errors import CheckpointError, ConfigError, DataError
 from configs.load import from_yaml, sweep, validate
 from configs.schema import Config
+from data_pipeline.artifact import to_npz
+from data_pipeline.closure import code_version
 from data_pipeline.manifest import Manifest
 from data_pipeline.store import MissingObject, Store, open_store
 from trainer.diffusion.guidance import first_guided
+from trainer.engine import choose_kernels
 from trainer.sampler import Sampler, guidance_weight, image_labels, sampling_levels, shared_steps
 
 COLUMNS = 10  # classes that a sample grid shows: a thousand would be a picture of a gigabyte
@@ -112,7 +114,7 @@ def as_trained(config: Config, command: str) -> Trained:
     run.check()
     weights = weights_of(config)
     try:
-        stored = from_yaml(run.get("config.yaml").decode(errors="replace"))
+        stored = from_yaml(run.get("config.yaml").decode())
     except MissingObject:
         raise CheckpointError(f"{config.run}: its config.yaml is gone; give `freeguide train` again, which writes it") from None
     except ConfigError as error:
@@ -148,7 +150,7 @@ def placed(found: Sequence[Trained], yardsticks: Sequence[Yardstick]) -> list[Se
             "extractors": [each.extractor.hash for each in yardsticks],
             "threads": one.config.cluster.cpus_per_worker,
             "torch": torch.__version__,  # its number, and whether it is built for GPUs
-            "code": units.code_version(units.MAKING),
+            "code": code_version(units.MAKING),
         }
         store = open_store(one.config.run).child(f"evaluate/{units.fingerprint(conditions)}/")
         if any(store.uri == other.store.uri for other in series):
@@ -188,6 +190,7 @@ class Worker:
 
     def __init__(self, series: Sequence[Series], weights: Sequence[tuple[str, str]], resources: Resources) -> None:
         """`weights` are the places of the extractors' and their hashes: an actor must not measure with what stands there later."""
+        choose_kernels()
         torch.set_num_threads(resources.threads)
         self.series = series
         self.device = torch.device("cuda" if resources.gpus else "cpu")
@@ -209,17 +212,15 @@ class Worker:
         began = time.perf_counter()
         for unit, drawn in zip(left, sampler.sweep(index, labels, [u.w for u in left]), strict=True):
             images = to_uint8(drawn.images)
-            buffer = io.BytesIO()
-            np.savez(
-                buffer,
+            arrays = {
                 **measure_with(self.extractors, images, self.device.type).to_arrays(),
-                labels=labels.numpy(),
-                images=images[shown],
-                device=np.str_(torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"),
-                seconds=np.float64(time.perf_counter() - began),
-                evaluations=np.int64(drawn.evaluations),
-            )
-            one.store.put(unit.key("npz"), buffer.getvalue())
+                "labels": labels.numpy(),
+                "images": images[shown],
+                "device": np.str_(torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"),
+                "seconds": np.float64(time.perf_counter() - began),
+                "evaluations": np.int64(drawn.evaluations),
+            }
+            one.store.put(unit.key("npz"), to_npz(arrays))
             began = time.perf_counter()
 
     def _load(self, number: int) -> Sampler:

@@ -14,29 +14,21 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar, cast
 
 import ray
 import torch
 
-from cluster.session import ROOT, Resources
+from cluster.session import Resources
 from configs.errors import UserError
 from configs.schema import Config
+from data_pipeline import closure
 from data_pipeline.store import Store
-from trainer.engine import choose_kernels
 
-# Sources that decide which image comes out, and what extractors say of it: what a unit holds.
-MAKING = (
-    *(f"trainer/diffusion/{name}.py" for name in ("guidance", "parametrisation", "randomness", "samplers", "schedule")),
-    *("trainer/checkpoint.py", "trainer/ema.py", "trainer/networks", "trainer/sampler.py"),
-    *(f"cluster/metrics/{name}.py" for name in ("dinov2", "evaluator", "features", "images", "inception")),
-)
-# And those that decide the values of a row, given its units. Published numbers and the shape of tables are not among them.
-_STATISTICS = ("fid", "inception_score", "jackknife", "kid", "measure", "moments", "precision_recall", "reference")
-MEASURING = (*MAKING, *(f"cluster/metrics/{name}.py" for name in _STATISTICS))
-
+MAKING = "cluster.sweep:Worker"  # decides what a unit holds: which image comes out, and what extractors say of it
+MEASURING = "cluster.fold:Folder"  # decides the values of a row, given its units
 DEATHS = 5  # actors that one unit may cost
 _LEAVE_S = 1.0  # longest wait for Ray Data's threads: some of them stay on purpose
 
@@ -119,7 +111,6 @@ class _Actor:
     """One actor of the pool: networks are loaded here once."""
 
     def __init__(self, job: Any) -> None:
-        choose_kernels()
         self._make_worker, self._units, self._begun = ray.get(job)
 
     @cached_property
@@ -145,18 +136,13 @@ class _Actor:
         return row | {"error": ""}
 
 
-@cache
-def code_version(sources: tuple[str, ...] = MEASURING) -> str:
-    """Version of the package and a hash of `sources`, those that decide a row unless told otherwise: numbers name their code."""
+def code_version() -> str:
+    """Version of the package and a hash of the code that decides a row: numbers name their code."""
     try:
         number = version("freeguide")
     except PackageNotFoundError:
         number = "source"
-    digest = hashlib.sha256()
-    for place in sources:
-        for path in sorted((ROOT / place).rglob("*.py")) if (ROOT / place).is_dir() else [ROOT / place]:
-            digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
-    return f"{number}+{digest.hexdigest()[:12]}"
+    return f"{number}+{closure.code_version(MAKING, MEASURING)}"
 
 
 def fingerprint(conditions: dict[str, Any]) -> str:

@@ -5,19 +5,20 @@ whoever samples keeps the averaged weights first (`weights/step-00000500-ema-<na
 checksums of all that they are made of: the checkpoint's manifest and, where an average is reconstructed, those of its snapshots.
 """
 
-import json
+import sys
 from dataclasses import dataclass
 
-import safetensors.torch
 from torch import Tensor
 
 from cluster import units
-from configs.errors import CheckpointError
+from configs.errors import CheckpointError, DataError
 from configs.schema import Config
+from data_pipeline.artifact import check_seal, read_safetensors, to_safetensors
 from data_pipeline.store import Store, open_store
 from trainer import checkpoint
 from trainer.ema import sigma_rel_of
 
+_AGAIN = "delete it and sample a checkpoint that is still there"
 _FACTS = "freeguide"  # name of the one entry in the metadata of a kept file
 
 
@@ -42,13 +43,33 @@ class Weights:
         """Keep them, where that has not been done. Raises CheckpointError where the checkpoint is no longer the one that it was."""
         run = open_store(self.run)
         if not run.exists(self.key):
-            facts = json.dumps({"of": self.of, "data": self.data})
-            run.put(self.key, safetensors.torch.save(self._average(run), {_FACTS: facts}))
+            run.put(self.key, to_safetensors(self._average(run), _FACTS, {"of": self.of, "data": self.data}))
 
     def read(self) -> dict[str, Tensor]:
-        """Their values by parameter name, fp32: the kept ones, or else from the checkpoint. Raises CheckpointError as `keep`."""
+        """Their values by parameter name, fp32: the kept ones, or else from the checkpoint. Raises CheckpointError as `keep`.
+
+        What was kept and is damaged, or has no checksum as older versions kept it, is made again where the checkpoint still stands.
+        """
         run = open_store(self.run)
-        return safetensors.torch.load(run.get(self.key)) if run.exists(self.key) else self._average(run)
+        if not run.exists(self.key):
+            return self._average(run)
+        where, data = f"{run.uri}/{self.key}", run.get(self.key)
+        kept, doubt = None, f"{where} was kept without a checksum"
+        try:
+            kept, _ = read_safetensors(data, where, _FACTS, "a kept average", _AGAIN)
+            if check_seal(data, where):
+                return kept
+        except DataError as error:
+            doubt = str(error)
+        try:
+            made = self._average(run)
+        except CheckpointError:
+            if kept is None:
+                raise CheckpointError(doubt) from None
+            print(f"WARNING: {doubt} and its checkpoint is gone: its values are read as they are", file=sys.stderr, flush=True)
+            return kept
+        print(f"WARNING: {doubt.partition(';')[0]}: its values are made again from the checkpoint", file=sys.stderr, flush=True)
+        return made
 
     def _average(self, run: Store) -> dict[str, Tensor]:
         found = checkpoint.find(run, self.step)
@@ -69,9 +90,8 @@ def weights_of(config: Config) -> Weights:
         kept = [info.key for info in run.list("weights/") if step and info.key.startswith(_prefix(step, average))]
         if len(kept) != 1:
             raise
-        size = int.from_bytes(run.get_range(kept[0], 0, 8), "little")
-        facts = json.loads(json.loads(run.get_range(kept[0], 8, size))["__metadata__"][_FACTS])
-        return Weights(config.run, step, average, tuple(facts["of"]), facts["data"])
+        _, facts = read_safetensors(run.get(kept[0]), f"{run.uri}/{kept[0]}", _FACTS, "a kept average", _AGAIN)
+        return Weights(config.run, step, average, tuple(map(str, facts.get("of", ()))), str(facts.get("data", "")))
     if average not in (*found.averages, "master") and not sigma_rel_of(average):
         raise CheckpointError(
             f"{config.run}: the checkpoint of step {found.step} holds no average {average}; set sampling.ema to one of "

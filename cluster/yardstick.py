@@ -2,7 +2,8 @@
 
 A yardstick is weights and a reference. Weights are named by the user, or are those of the data's own evaluator, which is trained
 here where the data have none yet. A reference is named by the user, or measured here on the data. Whatever is made here stands
-beside the data, under a name that says what made it, so that every run on that data is measured with the same.
+beside the data, under a name that says what made it, so that every run on that data is measured with the same; if the data may
+only be read, it stands beside the run.
 
 An evaluator is trained in the memory of one task, on PIXELS bytes of images at most. References are measured image by image.
 """
@@ -13,7 +14,7 @@ import functools
 import hashlib
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,19 @@ from cluster.metrics.evaluator import Evaluator
 from cluster.metrics.features import Extractor, load_dinov2, load_extractor, load_judge
 from cluster.metrics.measure import Yardstick
 from cluster.session import Resources, session
-from configs.errors import UserError
+from configs.errors import StoreError, UserError
 from configs.schema import Config
+from data_pipeline.closure import code_version
 from data_pipeline.data_store import open_data
 from data_pipeline.manifest import Manifest, load_manifest
 from data_pipeline.scan import scan_all
-from data_pipeline.store import MissingObject, Store
+from data_pipeline.store import MissingObject, Store, open_store
 from trainer.engine import choose_kernels
 from trainer.loop import fitted
 
 EVALUATOR = "evaluator.safetensors"
-_SEEING = tuple(f"cluster/metrics/{name}.py" for name in ("dinov2", "evaluator", "features", "inception", "moments", "reference"))
+FITTING = "cluster.yardstick:_fit"  # decides the weights of an evaluator
+SEEING = "cluster.yardstick:_see"  # decides a reference
 PIXELS = 4 * 2**30  # bytes of decoded images that an evaluator is trained on: 350 000 images of 64x64x3
 
 Connect = Callable[[], Resources]  # starts or joins the cluster, if that has not been done
@@ -119,11 +122,16 @@ def _yardstick(
     if given:
         options |= {"extractor": given.hash}
     else:
-        options |= {"epochs": config.evaluate.evaluator_epochs, "seed": config.evaluate.evaluator_seed}
-    store = data.child(f"evaluators/{units.fingerprint(options)}/")
+        options |= {
+            "epochs": config.evaluate.evaluator_epochs,
+            "seed": config.evaluate.evaluator_seed,
+            "code": code_version(FITTING),
+        }
+    name = f"evaluators/{units.fingerprint(options)}/"
+    places = [data.child(name), open_store(config.run).child(name)]  # beside the run if the data may only be read
     with contextlib.suppress(MissingObject):
-        return _load(config, store, given, weights, reference)
-    if not given and not store.exists(EVALUATOR):
+        return _load(config, places, given, weights, reference)
+    if not given and not _holding(places, EVALUATOR):
         evaluators.check_shape(manifest.schema.image_size, manifest.schema.channels, manifest.schema.classes)
         print(f"training the evaluator on {manifest.samples} real images", flush=True)
     else:
@@ -131,50 +139,52 @@ def _yardstick(
     resources = connect()
     task = ray.remote(_make).options(num_cpus=resources.cpus, num_gpus=resources.gpus or None)
     pinned = (weights, given.hash) if given else None
-    if failure := ray.get(task.remote(config, store, pinned, reference, resources)):
+    if failure := ray.get(task.remote(config, places, pinned, reference, resources)):
         raise UserError(failure)
-    made = _load(config, store, given, weights, reference)
+    made = _load(config, places, given, weights, reference)
     if isinstance(made.extractor, Evaluator) and not given:
         accuracy = f"{100 * made.extractor.accuracy:.1f} % accuracy on held-out images"
         print(f"evaluator {made.extractor.hash[:12]}: {accuracy}", flush=True)
     return made
 
 
-def _load(config: Config, store: Store, given: Extractor | None, weights: str, reference: str) -> Yardstick:
+def _load(config: Config, places: Sequence[Store], given: Extractor | None, weights: str, reference: str) -> Yardstick:
     """Raises MissingObject where something has to be made first, DataError for weights or statistics that cannot be used."""
     if given:
         extractor = given
     else:
-        store.stat(EVALUATOR)
-        weights = f"{store.uri}/{EVALUATOR}"
+        if not (there := _holding(places, EVALUATOR)):
+            raise MissingObject(EVALUATOR)
+        weights = f"{there.uri}/{EVALUATOR}"
         extractor = load_extractor(weights, config.evaluate.extractor_hash)
-    data = references.read_npz(reference) if reference else b""
+    data = references.read_file(reference) if reference else b""
     if reference and not references.has_images(data):
         return Yardstick(extractor, references.from_npz(data, reference, extractor, dataset_name(config)), weights)
     key = _reference_key(extractor, data)
-    return Yardstick(extractor, references.from_npz(store.get(key), f"{store.uri}/{key}", extractor), weights)
+    if not (there := _holding(places, key)):
+        raise MissingObject(key)
+    return Yardstick(extractor, references.from_npz(there.get(key), f"{there.uri}/{key}", extractor), weights)
 
 
 def _reference_key(extractor: Extractor, data: bytes) -> str:
     """Where the real images stand as `extractor` sees them: those of the file `data`, or where that is empty of the data set."""
-    options = {"extractor": extractor.hash, "file": hashlib.sha256(data).hexdigest(), "code": units.code_version(_SEEING)}
+    options = {"extractor": extractor.hash, "file": hashlib.sha256(data).hexdigest(), "code": code_version(SEEING)}
     return f"reference-{units.fingerprint(options)}.npz"
 
 
-def _make(config: Config, store: Store, given: tuple[str, str] | None, reference: str, resources: Resources) -> str:
+def _make(config: Config, places: Sequence[Store], given: tuple[str, str] | None, reference: str, resources: Resources) -> str:
     """Returns the sentence of a UserError, or "": Ray would wrap the error in its traceback."""
-    choose_kernels()
     torch.set_num_threads(resources.threads)
     try:
-        _publish(config, store, given, reference, "cuda" if resources.gpus else "cpu")
+        _publish(config, places, given, reference, "cuda" if resources.gpus else "cpu")
     except UserError as error:
         return str(error)
     return ""
 
 
-def _publish(config: Config, store: Store, given: tuple[str, str] | None, reference: str, device: str) -> None:
-    """Put into `store` what is not there: the data's own evaluator, unless the weights and their hash are `given`; and how the
-    extractor sees the images of the file `reference`, or of the data.
+def _publish(config: Config, places: Sequence[Store], given: tuple[str, str] | None, reference: str, device: str) -> None:
+    """Put into the first of `places` that can be written what none of them holds: the data's own evaluator, unless the weights and
+    their hash are `given`; and how the extractor sees the images of the file `reference`, or of the data.
 
     What another job has put there first is taken, never replaced: its units name it.
     """
@@ -183,23 +193,49 @@ def _publish(config: Config, store: Store, given: tuple[str, str] | None, refere
     if given:
         extractor = load_extractor(*given)
     else:
-        if not store.exists(EVALUATOR):
-            made = _fit(config, data, manifest, device).to_bytes()
-            if not store.exists(EVALUATOR):  # again: it took minutes
-                store.put(EVALUATOR, made)
-        extractor = load_extractor(f"{store.uri}/{EVALUATOR}")
-    file = references.read_npz(reference) if reference else b""
+        there = _holding(places, EVALUATOR) or _put(places, EVALUATOR, lambda: _fit(config, data, manifest, device).to_bytes())
+        extractor = load_extractor(f"{there.uri}/{EVALUATOR}")
+    file = references.read_file(reference) if reference else b""
     key = _reference_key(extractor, file)
-    if (reference and not references.has_images(file)) or store.exists(key):
-        return
+    if not (reference and not references.has_images(file)) and not _holding(places, key):
+        _put(places, key, lambda: _see(config, data, manifest, extractor, reference, file, device).to_bytes(extractor))
+
+
+def _holding(places: Sequence[Store], key: str) -> Store | None:
+    """The first of `places` that holds an object of that name. One that does not let us look holds none that we could use."""
+    for place in places:
+        with contextlib.suppress(StoreError):
+            if place.exists(key):
+                return place
+    return None
+
+
+def _put(places: Sequence[Store], key: str, make: Callable[[], bytes]) -> Store:
+    """Where the object stands now: in the first of `places` that can be written. Raises the StoreError of the last."""
+    made = make()
+    for place in places[:-1]:
+        try:
+            place.create(key, made)  # or take what another job has put there meanwhile: it took minutes
+        except StoreError as error:
+            print(f"{str(error).partition(';')[0]}: {key} goes to {places[-1].uri} instead", flush=True)
+        else:
+            return place
+    places[-1].create(key, made)
+    return places[-1]
+
+
+def _see(
+    config: Config, data: Store, manifest: Manifest, extractor: Extractor, reference: str, file: bytes, device: str
+) -> references.Reference:
+    """The images of the file `reference`, or of the data, as `extractor` sees them."""
+    choose_kernels()
     if reference:
-        found = references.from_npz(file, reference, extractor, dataset_name(config), device)
-    else:
-        found = references.from_manifest(data, manifest, extractor, dataset_name(config), device)
-    store.put(key, found.to_bytes(extractor))
+        return references.from_npz(file, reference, extractor, dataset_name(config), device)
+    return references.from_manifest(data, manifest, extractor, dataset_name(config), device)
 
 
 def _fit(config: Config, data: Store, manifest: Manifest, device: str) -> Evaluator:
+    choose_kernels()
     every = max(1, -(-manifest.samples * math.prod(manifest.schema.shape) // PIXELS))
     part = dataclasses.replace(manifest, shards=manifest.shards[::every])  # evenly spread, as data may be sorted by class
     if every > 1:

@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from configs.errors import DataError
+from data_pipeline.artifact import read_npz, to_npz
 from data_pipeline.store import MissingObject, Store, open_like
 from data_pipeline.tar import BLOCK
 
@@ -89,16 +90,18 @@ class ShardIndex:
     bad: tuple[str, ...] = ()  # source images that could not be read and are not in the shard
 
     def to_bytes(self) -> bytes:
-        out = io.BytesIO()
         facts = json.dumps([self.key, self.size, self.etag, self.bad])
-        np.savez(out, facts=np.frombuffer(facts.encode(), np.uint8), starts=self.starts, crcs=self.crcs)
-        return out.getvalue()
+        return to_npz({"facts": np.frombuffer(facts.encode(), np.uint8), "starts": self.starts, "crcs": self.crcs})
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> ShardIndex:
-        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+    def from_bytes(cls, data: bytes, where: str = "the index of a shard") -> ShardIndex:
+        """Raises DataError where it is damaged."""
+        arrays = read_npz(data, where)
+        try:
             key, size, etag, bad = json.loads(arrays["facts"].tobytes())
             return cls(key, size, etag, arrays["starts"], arrays["crcs"], tuple(bad))
+        except (KeyError, ValueError, TypeError, RecursionError) as error:
+            raise DataError(f"{where} is no index ({type(error).__name__}); delete it and give the command again") from None
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,12 @@ are those trained on the other four fifths, so the accuracy stated is the accura
 """
 
 import hashlib
-import json
 import re
-import struct
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -26,6 +22,7 @@ from torch.nn import functional as F
 
 from cluster.metrics.features import Measured
 from configs.errors import DataError
+from data_pipeline.artifact import read_safetensors, to_safetensors
 
 FEATURES = 64  # width of the penultimate layer
 HELD_OUT = 5  # one image in so many is held out
@@ -109,11 +106,10 @@ class Evaluator:
         return Measured(*self.features(images, device=device))
 
     def to_bytes(self) -> bytes:
-        """A safetensors file that holds the weights and what `from_bytes` needs; equal evaluators give equal bytes."""
+        """A sealed safetensors file that holds the weights and what `from_bytes` needs; equal evaluators give equal bytes."""
         facts = {field: getattr(self, field) for field in _FACTS}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.network.state_dict().items()}
-        # One metadata entry, because safetensors writes several in the random order of a hash map.
-        return safetensors.torch.save(tensors, {"evaluator": json.dumps(facts, sort_keys=True)})
+        return to_safetensors(tensors, "evaluator", facts)
 
 
 _FACTS = {"name": str, "size": int, "channels": int, "classes": int, "epochs": int, "seed": int, "accuracy": float}
@@ -150,17 +146,21 @@ def fit_evaluator(
 
 def from_bytes(data: bytes, where: str = "evaluator") -> Evaluator:
     """Read what `Evaluator.to_bytes` wrote. `where` names the file in errors. Raises DataError if it is not such a file."""
+    remedy = "delete it and fit the evaluator again"
+    tensors, facts = read_safetensors(data, where, "evaluator", "an evaluator", remedy)
     try:
-        tensors = safetensors.torch.load(data)
-        header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
-        facts = json.loads(header["__metadata__"]["evaluator"])
         values: dict[str, Any] = {field: kind(facts[field]) for field, kind in _FACTS.items()}
         check_shape(values["size"], values["channels"], values["classes"])
+        _check_name(values["name"])
+        if tensors["head.weight"].shape != (values["classes"], FEATURES) or not 0 <= values["accuracy"] <= 1:
+            raise ValueError(f"{values['classes']} classes, an accuracy of {values['accuracy']:g}")
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise ValueError("weights that are not finite")
         network = Network(values["size"], values["channels"], values["classes"])
         network.load_state_dict(tensors)
-    except (safetensors.SafetensorError, struct.error, KeyError, ValueError, TypeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{where} is not an evaluator ({reason}); delete it and fit the evaluator again") from None
+    except (DataError, KeyError, ValueError, TypeError, OverflowError, RuntimeError) as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise DataError(f"{where} is not an evaluator ({reason}); {remedy}") from None
     return Evaluator(**values, network=network.eval())
 
 
@@ -218,6 +218,10 @@ def _check(images: NDArray[np.uint8], labels: NDArray[np.integer], classes: int,
         raise DataError(f"labels {labels.min()} to {labels.max()} do not fit {classes} classes; correct data.classes")
     if epochs < 1:
         raise DataError(f"an evaluator needs one epoch or more, not {epochs}; correct evaluate.evaluator_epochs")
+    _check_name(name)
+
+
+def _check_name(name: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or name.lower().startswith("inception"):
         raise DataError(
             f"{name!r} cannot name an evaluator; use letters, digits, '-', '_' and '.', and leave 'inception' to Inception"

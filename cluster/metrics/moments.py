@@ -10,8 +10,6 @@ it costs 1e-12.
 """
 
 import hashlib
-import io
-import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -19,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import DataError
+from data_pipeline.artifact import read_npz, to_npz
 
 BLOCK = 4096  # rows upcast to float64 at a time; part of the definition of a unit's bits, so never tune it per machine
 
@@ -54,10 +53,8 @@ class Moments:
         return digest.hexdigest()
 
     def to_bytes(self) -> bytes:
-        """An `.npz` archive without pickle; equal states give equal bytes."""
-        buffer = io.BytesIO()
-        np.savez(buffer, n=np.int64(self.n), total=self.total.astype("<f8"), outer=self.outer.astype("<f8"))
-        return buffer.getvalue()
+        """A sealed `.npz` without pickle; equal states give equal bytes."""
+        return to_npz({"n": np.int64(self.n), "total": self.total.astype("<f8"), "outer": self.outer.astype("<f8")})
 
     def _require(self, samples: int, what: str) -> None:
         if self.n < samples:
@@ -107,11 +104,11 @@ def merged(units: Iterable[Moments]) -> Moments:
 
 def from_bytes(data: bytes, where: str = "moments") -> Moments:
     """Read what `to_bytes` wrote. `where` names the file in errors. Raises DataError if it is not one, or not finite."""
+    arrays = read_npz(data, where, "delete it and measure again", what="a moments archive")
     try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-            n, total, outer = archive["n"], archive["total"], archive["outer"]
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        raise DataError(f"{where} is not a moments archive ({error}); delete it and measure again") from None
+        n, total, outer = arrays["n"], arrays["total"], arrays["outer"]
+    except KeyError as error:
+        raise DataError(f"{where} is not a moments archive ({error} is missing); delete it and measure again") from None
     d = total.shape[0] if total.ndim == 1 else -1
     if (
         n.shape != ()

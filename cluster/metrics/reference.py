@@ -7,9 +7,7 @@ FID and its images to precision, recall and KID. Pickles are refused: reading on
 
 import contextlib
 import hashlib
-import io
 import json
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,12 +18,16 @@ from numpy.typing import NDArray
 from cluster.metrics import moments
 from cluster.metrics.features import UNIT, Extractor, Measured, concatenated, read_object
 from configs.errors import DataError
+from data_pipeline.artifact import names_of, read_npz, to_npz
 from data_pipeline.manifest import Manifest
 from data_pipeline.scan import scan
 from data_pipeline.store import Store
 
 Array = NDArray[np.float64]
 
+_AGAIN = "measure the reference again"
+_NAME = 4096  # bytes of a name in a file
+_LARGEST = 1e15  # of a feature, a mean or a covariance: beyond it, a distance is rounding
 KEPT = 10_000  # images whose features are kept for precision, recall and KID, as in ADM's reference files
 
 
@@ -73,12 +75,10 @@ class Reference:
         if self.features is not None:
             arrays["features"] = self.features
         facts = {"extractor": extractor.hash, "dataset": self.dataset, "origin": self.file}
-        arrays |= {name: np.array(fact) for name, fact in facts.items()}
+        arrays |= {name: np.str_(fact) for name, fact in facts.items()}
         if self.class_names:
-            arrays["class_names"] = np.array(json.dumps(self.class_names))  # as JSON it may hold any character
-        buffer = io.BytesIO()
-        np.savez(buffer, **arrays)
-        return buffer.getvalue()
+            arrays["class_names"] = np.str_(json.dumps(self.class_names))  # as JSON it may hold any character
+        return to_npz(arrays)
 
 
 def from_manifest(store: Store, manifest: Manifest, extractor: Extractor, dataset: str = "", device: str = "cpu") -> Reference:
@@ -89,14 +89,12 @@ def from_manifest(store: Store, manifest: Manifest, extractor: Extractor, datase
 
 def from_npz(data: bytes, where: str, extractor: Extractor, dataset: str = "", device: str = "cpu") -> Reference:
     """Read the statistics or images of an `.npz`. `where` names it in errors. Raises DataError for whatever does not fit."""
-    try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-            # ADM's files hold thousands of images that are not wanted where features are already there.
-            arrays = {name: archive[name] for name in archive.files if name in _NAMES and not _spare(name, archive.files)}
-    except (OSError, EOFError, ValueError, TypeError, AttributeError, KeyError, zipfile.BadZipFile):
-        raise DataError(
-            f"{where} is not an .npz of plain arrays; a pickle could run code and is never read, so save mu and sigma with np.savez"
-        ) from None
+    # ADM's files hold thousands of images that are not wanted where features are already there.
+    wanted = _NAMES - ({"arr_0"} if "features" in names_of(data) else set())
+    arrays = read_npz(data, where, "save mu and sigma, or images as arr_0, with np.savez", wanted=wanted.__contains__)
+    for name in ("extractor", "dataset", "origin"):
+        if name in arrays and (arrays[name].shape != () or arrays[name].dtype.kind != "U" or arrays[name].nbytes > _NAME):
+            raise DataError(f"{where} holds {name} as {arrays[name].dtype} {arrays[name].shape}, not as a name; {_AGAIN}")
     if "extractor" in arrays and str(arrays["extractor"]) != extractor.hash:
         raise DataError(
             f"{where} was measured with the weights {str(arrays['extractor'])[:12]} and not with those of {extractor.name} "
@@ -110,7 +108,7 @@ def from_npz(data: bytes, where: str, extractor: Extractor, dataset: str = "", d
             raise DataError(f"{where} holds neither mu and sigma nor images as arr_0; give a file of one or the other")
         _check_images(images, where)
         return replace(_measured(_blocks(iter(images)), len(images), extractor, dataset, device), file=file)
-    n = int(arrays.get("n", 0))
+    n = _count(arrays["n"], where) if "n" in arrays else 0
     pool = _statistics(arrays, "mu", "sigma", n, where)
     if len(pool.mean) != extractor.width:
         raise DataError(
@@ -122,22 +120,28 @@ def from_npz(data: bytes, where: str, extractor: Extractor, dataset: str = "", d
     if images is not None:
         _check_images(images, where)
         features = extractor.measure(images[_spread(len(images))], device).features
-    if features is not None and (features.ndim != 2 or features.shape[1] != len(pool.mean) or not np.isfinite(features).all()):
+    if features is not None and not (
+        features.ndim == 2
+        and features.shape[1] == len(pool.mean)
+        and np.issubdtype(features.dtype, np.floating)
+        and (np.abs(features) < _LARGEST).all()  # and so no NaN
+    ):
         raise DataError(
-            f"{where} holds features {features.shape} beside statistics of {len(pool.mean)}, or NaN among them; "
-            "measure the reference again"
+            f"{where} holds features {features.shape} beside statistics of {len(pool.mean)}, or NaN among them, or values that are "
+            f"no floats or absurd; {_AGAIN}"
         )
+    if features is not None:
+        features = features.astype(np.float32, copy=False)
     return Reference(dataset, pool, spatial, features, file, _class_names(arrays))
 
 
 def has_images(data: bytes) -> bool:
     """Whether an `.npz` holds images that have to be measured before it is a reference; not whether it can be used."""
-    with contextlib.suppress(OSError, EOFError, ValueError, zipfile.BadZipFile), zipfile.ZipFile(io.BytesIO(data)) as archive:
-        return "arr_0.npy" in archive.namelist() and "features.npy" not in archive.namelist()
-    return False
+    names = names_of(data)
+    return "arr_0" in names and "features" not in names
 
 
-def read_npz(uri: str) -> bytes:
+def read_file(uri: str) -> bytes:
     """The file at a path or URI, for `from_npz`."""
     if uri.endswith((".pkl", ".pickle")):
         raise DataError(f"{uri} is a pickle, which could run code and is never read; save its mu and sigma with np.savez")
@@ -146,7 +150,7 @@ def read_npz(uri: str) -> bytes:
 
 def load_npz(uri: str, extractor: Extractor, dataset: str = "", device: str = "cpu") -> Reference:
     """`from_npz` of a path or URI."""
-    return from_npz(read_npz(uri), uri, extractor, dataset, device)
+    return from_npz(read_file(uri), uri, extractor, dataset, device)
 
 
 _NAMES = {"mu", "sigma", "mu_s", "sigma_s", "n", "features", "extractor", "dataset", "origin", "arr_0", "class_names"}
@@ -161,8 +165,10 @@ def _class_names(arrays: dict[str, Any]) -> tuple[str, ...]:
     return ()
 
 
-def _spare(name: str, present: list[str]) -> bool:
-    return name == "arr_0" and "features" in present
+def _count(n: NDArray[Any], where: str) -> int:
+    if n.shape != () or n.dtype.kind not in "iu" or not 0 <= int(n) < 2**53:
+        raise DataError(f"{where} says that its statistics are of {str(n)[:40]} images ({n.dtype}); {_AGAIN}")
+    return int(n)
 
 
 def _statistics(arrays: dict[str, Any], mu: str, sigma: str, n: int, where: str) -> Statistics:
@@ -176,9 +182,15 @@ def _statistics(arrays: dict[str, Any], mu: str, sigma: str, n: int, where: str)
             f"{where} needs {mu} (d,) and {sigma} (d, d) as floats, not {mean.dtype} {mean.shape} and {cov.dtype} {cov.shape}; "
             "compute the statistics again"
         )
-    mean, cov = mean.astype(np.float64), cov.astype(np.float64)
+    with np.errstate(over="ignore"):  # of longer floats
+        mean, cov = mean.astype(np.float64), cov.astype(np.float64)
     if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
         raise DataError(f"{where} holds NaN or infinity in {mu} or {sigma}; compute the statistics again")
+    if not len(mean) or np.abs(mean).max() >= _LARGEST or np.abs(cov).max() >= _LARGEST or cov.diagonal().min() < 0:
+        raise DataError(
+            f"{where} holds no features, or a negative variance, or values beyond {_LARGEST:g} in {mu} or {sigma}; "
+            "compute the statistics again"
+        )
     # Statistics that were computed in float32 are symmetric to about 1e-7 of their largest entry.
     if np.abs(cov - cov.T).max() > 1e-5 * np.abs(cov).max():
         raise DataError(f"{sigma} of {where} is not symmetric and so no covariance; compute the statistics again")

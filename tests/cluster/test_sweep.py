@@ -340,7 +340,11 @@ def test_a_damaged_unit_or_row_is_named(lab: Path, runs: list[str], damaged: str
     if "/units/" in damaged:
         (row,) = [info.key for info in store.list("evaluate/") if "/rows/w4-n60" in info.key]
         store.delete(row)
-    fails(small(lab, runs[0]), DataError, f"{key.rsplit('/', 1)[1]}: damaged .*; delete it and give the command again")
+    fails(
+        small(lab, runs[0]),
+        DataError,
+        f"{key.rsplit('/', 1)[1]} is not an .npz of plain arrays .*; delete it and give the command again",
+    )
 
 
 # --- what it costs ---

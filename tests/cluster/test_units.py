@@ -1,10 +1,8 @@
 """Work units: how a job is cut, what is left to do, and what happens when actors fail."""
 
-import ast
 import contextlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -166,60 +164,3 @@ def test_the_pool_grows_when_a_node_joins_and_goes_on_when_one_is_lost(tmp_path:
     assert driver.returncode == 0, printed
     assert units.missing(store, units.split([0.5], 600, 10), "npz") == []
     assert len(store.list("made/")) <= 60 + 1  # the lost node may have published the unit in hand
-
-
-@pytest.fixture
-def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The sources in a folder where they can be changed."""
-    for room in ("trainer", "cluster"):
-        shutil.copytree(ROOT / room, tmp_path / room, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(units, "ROOT", tmp_path)
-    return tmp_path
-
-
-@pytest.mark.parametrize(
-    ("source", "units_change", "rows_change"),
-    [
-        ("trainer/diffusion/samplers.py", True, True),
-        ("trainer/networks/adm.py", True, True),
-        ("cluster/metrics/images.py", True, True),
-        ("cluster/metrics/fid.py", False, True),
-        ("cluster/metrics/measure.py", False, True),
-        ("cluster/metrics/published.py", False, False),
-        ("cluster/metrics/frontier.py", False, False),
-        ("cluster/report.py", False, False),
-        ("trainer/diffusion/theory.py", False, False),
-    ],
-)
-def test_units_and_rows_are_made_anew_where_their_sources_change_and_only_there(
-    copied: Path, source: str, units_change: bool, rows_change: bool
-) -> None:
-    def versions() -> list[str]:
-        units.code_version.cache_clear()
-        return [units.code_version(sources) for sources in (units.MAKING, units.MEASURING)]
-
-    before = versions()
-    with (copied / source).open("a") as file:
-        file.write("\n")
-    changed = [old != new for old, new in zip(before, versions(), strict=True)]
-    assert changed == [units_change, rows_change]
-    units.code_version.cache_clear()
-
-
-def test_whatever_a_sampler_or_an_extractor_imports_counts_as_making_its_units() -> None:
-    """Of the rooms where numbers are made; what only moves, checks or stores them does not change them."""
-    seen: set[str] = set()
-    ahead = ["trainer/sampler.py", *(f"cluster/metrics/{name}.py" for name in ("dinov2", "evaluator", "images", "inception"))]
-    while ahead:
-        place = ahead.pop()
-        seen.add(place)
-        for node in ast.walk(ast.parse((ROOT / place).read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(("trainer.", "cluster.")):
-                imported = node.module.replace(".", "/") + ".py"
-                folder = node.module.replace(".", "/")
-                found = [imported] if (ROOT / imported).is_file() else [f"{folder}/{alias.name}.py" for alias in node.names]
-                ahead += [file for file in found if (ROOT / file).is_file() and file not in seen]
-    # Weights as they are, what training needs, and names.
-    moving = {"trainer/checkpoint.py", "trainer/engine.py", "trainer/failures.py", "cluster/metrics/rows.py"}
-    missing = {place for place in seen - moving if not place.startswith(units.MAKING)}
-    assert missing == set()

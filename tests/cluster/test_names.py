@@ -1,0 +1,159 @@
+"""What numbers are called: after the code that decides them, found in the source, and after nothing else."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster import generate, units, yardstick
+from data_pipeline import closure
+from data_pipeline.closure import HARMLESS, code_version, reached
+
+ROOT = Path(__file__).parents[2]
+ENTRIES = {
+    "units": units.MAKING,
+    "rows": units.MEASURING,
+    "references": yardstick.SEEING,
+    "evaluators": yardstick.FITTING,
+    "sets": generate.MAKING,
+}
+SAMPLED = {"units", "sets"}
+READ = {"references", "evaluators"}
+
+
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("tree")
+    for room in closure.ROOMS:
+        shutil.copytree(ROOT / room, root / room, ignore=shutil.ignore_patterns("__pycache__"))
+    return root
+
+
+def names(root: Path) -> dict[str, str]:
+    return {kind: code_version.__wrapped__(entry, root=root) for kind, entry in ENTRIES.items()}
+
+
+@pytest.fixture(scope="module")
+def before(copied: Path) -> dict[str, str]:
+    return names(copied)
+
+
+def changed(root: Path, before: dict[str, str], place: str, old: str, new: str) -> set[str]:
+    """The kinds of names that change with one edit."""
+    path = root / place
+    text = path.read_text()
+    assert old in text, f"{place} holds no {old!r}: name another line"
+    path.write_text(text.replace(old, new))
+    try:
+        return {kind for kind, name in names(root).items() if name != before[kind]}
+    finally:
+        path.write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("place", "old", "new", "kinds"),
+    [
+        ("data_pipeline/decode.py", "def decode_sample(", "@id\ndef decode_sample(", READ),
+        ("data_pipeline/decode.py", "MAX_PIXELS = ", "MAX_PIXELS = 7 + ", READ),
+        (
+            "data_pipeline/scan.py",
+            "for shard in manifest.shards",
+            "for shard in manifest.shards[::-1]",
+            {"references", "evaluators"},
+        ),
+        ("data_pipeline/tar.py", "def samples(", "@list\ndef samples(", {"references", "evaluators", "sets"}),
+        ("trainer/engine.py", "cudnn.allow_tf32 = False", "cudnn.allow_tf32 = True", {"units", "sets", "references", "evaluators"}),
+        ("trainer/sampler.py", "index % config.data.classes", "(index + 1) % config.data.classes", SAMPLED),
+        ("trainer/sampler.py", "config.data.classes >> 32", "config.data.classes >> 31", SAMPLED),
+        ("cluster/units.py", "for w in sorted(weights)", "for w in weights", {"rows"}),
+        ("cluster/sweep.py", "torch.arange(item.first, item.last)", "torch.arange(item.first, item.last).flip(0)", {"units"}),
+        ("cluster/generate.py", "torch.arange(unit.first, unit.last)", "torch.arange(unit.first, unit.last).flip(0)", {"sets"}),
+        ("trainer/diffusion/samplers.py", "def heun(", "@staticmethod\ndef heun(", SAMPLED | {"rows"}),
+        ("trainer/diffusion/randomness.py", "_MAX_STREAM = ", "_MAX_STREAM = 1 + ", SAMPLED | {"rows"}),
+        ("trainer/networks/layers.py", "class GroupNorm(", "@id\nclass GroupNorm(", SAMPLED | {"rows"}),
+        ("trainer/ema.py", "def reconstruction(", "@id\ndef reconstruction(", SAMPLED | {"rows"}),
+        ("cluster/metrics/images.py", "def to_uint8(", "@id\ndef to_uint8(", SAMPLED),
+        ("cluster/metrics/inception.py", "(x - 128.0) / 128.0", "(x - 127.5) / 127.5", {"units"}),
+        ("cluster/metrics/evaluator.py", "PEAK_LR = 3e-3", "PEAK_LR = 4e-3", {"evaluators"}),
+        ("cluster/metrics/evaluator.py", "/ 127.5 - 1.0", "/ 128.0 - 1.0", {"units", "evaluators"}),
+        ("cluster/metrics/reference.py", "KEPT = 10_000", "KEPT = 9_000", {"references"}),
+        ("cluster/metrics/moments.py", "BLOCK = 4096", "BLOCK = 2048", {"rows", "references"}),
+        ("cluster/metrics/fid.py", "def fid_spread(", "@id\ndef fid_spread(", {"rows"}),
+        ("cluster/metrics/measure.py", "POINTS = 15", "POINTS = 14", {"rows"}),
+        ("cluster/yardstick.py", "PIXELS = 4 * 2**30", "PIXELS = 2 * 2**30", {"evaluators"}),
+    ],
+)
+def test_every_edit_that_decides_a_number_changes_its_name(
+    copied: Path, before: dict[str, str], place: str, old: str, new: str, kinds: set[str]
+) -> None:
+    """At least these: more may follow from a class that is used whole."""
+    found = changed(copied, before, place, old, new)
+    assert kinds <= found
+    if "metrics" not in place:
+        assert kinds == found
+
+
+HARMLESS_FILES = [
+    *("cluster/tables.py", "cluster/cli.py", "cluster/report.py", "cluster/figures.py", "cluster/train.py", "cluster/demo.py"),
+    *("cluster/metrics/published.py", "cluster/metrics/frontier.py", "cluster/score.py", "cluster/inspect.py"),
+    *("trainer/telemetry.py", "trainer/loop.py", "trainer/writer.py", "trainer/diffusion/theory.py", "data_pipeline/order.py"),
+    *("data_pipeline/sources.py", "data_pipeline/cache.py", "data_pipeline/s3.py", "configs/load.py", "configs/errors.py"),
+]
+
+
+def test_what_decides_no_number_changes_no_name(copied: Path, before: dict[str, str]) -> None:
+    """These files may say whatever they like, but for the one constant of the order that a checkpoint's identity has."""
+    texts = {place: (copied / place).read_text() for place in HARMLESS_FILES}
+    for place, text in texts.items():
+        kept = [line for line in text.splitlines() if line.startswith("FIRST_ROUNDS")]
+        (copied / place).write_text("\n".join([*kept, "def anything(): return 1"]))
+    try:
+        assert names(copied) == before
+    finally:
+        for place, text in texts.items():
+            (copied / place).write_text(text)
+
+
+def test_comments_layout_docstrings_and_words_change_no_name(copied: Path, before: dict[str, str]) -> None:
+    place = "cluster/metrics/moments.py"
+    for old, new in (
+        ('    """The sum of the units,', '    # more\n\n    """What the units are together,'),
+        ("not finite; look at that image", "NaN; look there"),
+        ("iterator = iter(units)", "iterator = iter(\n        units  # all of them\n    )"),
+    ):
+        assert changed(copied, before, place, old, new) == set()
+    assert changed(copied, before, place, "iterator = iter(units)", "iterator = iter(units[::-1])") == {"rows", "references"}
+
+
+def test_the_walk_follows_modules_functions_aliases_and_imports_inside_functions(tmp_path: Path) -> None:
+    (tmp_path / "trainer").mkdir()
+    (tmp_path / "cluster").mkdir()
+    a = "import math\nfrom trainer import b as other\nimport trainer.c\ndef f():\n return other.g() + trainer.c.K\ndef no(): pass"
+    b = "from trainer.d import h as again\ndef g():\n from cluster.e import late\n return again, late\ndef no(): pass"
+    files = {
+        **{"trainer/__init__.py": "", "cluster/__init__.py": "", "trainer/a.py": a, "trainer/b.py": b},
+        "trainer/c.py": "K = 1\nTABLE = {}\nTABLE['x'] = K\n",
+        "trainer/d.py": "class h:\n    x = 1\n\n\nprint('said')\n",
+        "cluster/e.py": "from trainer.b import again as late\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    found = {place for place in reached("trainer.a:f", root=tmp_path) if "(" not in place}
+    assert found == {"trainer.a:f", "trainer.b:g", "trainer.c:K", "trainer.d:h"}
+    with pytest.raises(LookupError, match="there is no trainer"):
+        reached("trainer.a:nothing", root=tmp_path)
+
+
+def test_the_ends_of_the_walk_exist() -> None:
+    for module, why in HARMLESS.items():
+        assert (ROOT / f"{module.replace('.', '/')}.py").is_file()
+        assert len(why) > 10
+
+
+def test_names_are_the_same_from_another_folder_and_process(copied: Path) -> None:
+    """As an installed wheel has its sources: beside each other, and somewhere else."""
+    code = f"from data_pipeline.closure import code_version; print(code_version({units.MAKING!r}, {units.MEASURING!r}))"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=copied, capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == code_version(units.MAKING, units.MEASURING) == units.code_version().split("+")[1]
