@@ -11,12 +11,13 @@ from dataclasses import replace
 
 from cluster import units
 from cluster.session import session
+from configs.errors import visible
 from configs.schema import Config
 from data_pipeline.data_store import open_data
 from data_pipeline.index import index_shards
 from data_pipeline.manifest import Manifest, Schema, save_mixture
 from data_pipeline.shards import Plan, Source, write_shards
-from data_pipeline.sources import open_source
+from data_pipeline.sources import count_of, open_source
 from data_pipeline.store import Store
 
 FEW = 16  # shards that are written before a Ray cluster would have started
@@ -34,7 +35,7 @@ def prepare(config: Config) -> Manifest:
         nonlocal left_out
         left_out += len(bad)
         for name in bad:
-            print(f"left out: {name}", flush=True)
+            print(f"left out: {visible(name)}", flush=True)
         print(f"shard {done}/{of}", flush=True)
 
     manifest = write_shards(
@@ -47,6 +48,11 @@ def prepare(config: Config) -> Manifest:
     )
     if left_out:
         print(f"{left_out} {'image' if left_out == 1 else 'images'} left out, data.bad_images={config.data.bad_images:g} allows it")
+    if manifest.source == Plan.make(source, config.data.shard_samples).formerly:
+        print(
+            f"{store.uri} was prepared by an earlier version, which took pictures as they are stored (EXIF and transparency did "
+            "not count), and stays as it is; choose another data.uri to prepare it anew"
+        )
     _describe(manifest, store.uri, time.monotonic() - began)
     return manifest
 
@@ -104,3 +110,5 @@ def _describe(manifest: Manifest, uri: str, seconds: float) -> None:
         f"{manifest.samples} {kind} {'x'.join(map(str, schema.shape))}, {schema.classes} classes, {len(manifest.shards)} shards, "
         f"{manifest.bytes / 2**20:.1f} MiB, fingerprint {manifest.fingerprint[:12]}, {seconds:.1f} s: {uri}"
     )
+    if manifest.passed_over:
+        print(f"passed over: {count_of(manifest.passed_over)}")

@@ -31,14 +31,14 @@ from cluster.session import progress
 from cluster.units import code_version
 from configs.errors import ConfigError, DataError
 from data_pipeline.artifact import read_npz
-from data_pipeline.decode import decode_image
+from data_pipeline.decode import decode_picture
+from data_pipeline.folder import PICTURES, is_dropping
 from data_pipeline.manifest import NAME, load_manifest
 from data_pipeline.scan import scan_all
-from data_pipeline.sources import EXTENSIONS
 from data_pipeline.store import open_store, read_each
 from trainer.engine import choose_kernels
 
-LOSSY = {".jpg", ".jpeg", ".webp"}
+LOSSY = PICTURES - {".png", ".apng", ".gif", ".bmp", ".dib", ".tif", ".tiff"}
 DEAL = 20220726  # seed of the permutation for images in blocks of one class
 
 
@@ -212,9 +212,9 @@ def _from_files(folder: str, channels: int) -> Samples:
     Raises DataError where some images stand in folders and some beside them: nobody can tell which are the samples.
     """
     store = open_store(folder)
-    keys = sorted(info.key for info in store.list() if Path(info.key).suffix.lower() in EXTENSIONS)
+    keys = sorted(info.key for info in store.list() if Path(info.key).suffix.lower() in PICTURES and not is_dropping(info.key))
     if not keys:
-        raise DataError(f"{folder} holds no images ({', '.join(sorted(EXTENSIONS))}) and no {NAME}; give the place of the samples")
+        raise DataError(f"{folder} holds no images ({', '.join(sorted(PICTURES))}) and no {NAME}; give the place of the samples")
 
     inside = sum("/" in key for key in keys)
     if 0 < inside < len(keys):
@@ -226,7 +226,7 @@ def _from_files(folder: str, channels: int) -> Samples:
 
     def decoded(key: str, data: bytes) -> NDArray[np.uint8]:
         try:
-            return decode_image(data, channels)
+            return decode_picture(data, channels)
         except DataError as error:
             raise DataError(f"{folder}/{key}: {error}; leave it out or make it again") from None
 

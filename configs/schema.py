@@ -53,6 +53,8 @@ MillionOrNone = Annotated[int, Range(0, 10**6)]
 Few = Annotated[int, Range(1, 1024)]  # threads, batches in hand, blocks, heads
 Steps = Annotated[int, Range(1, 10**10)]
 StepsOrNone = Annotated[int, Range(0, 10**10)]
+Depth = Annotated[int, Range(0, 100)]  # of folders
+Level = Annotated[int, Range(0, 255)]  # of grey
 Pixels = Annotated[int, Range(1, 4096)]  # per side
 Width = Annotated[int, Range(1, 65_536)]  # channels
 WidthOrNone = Annotated[int, Range(0, 65_536)]
@@ -134,6 +136,9 @@ class DataConfig:
     dtype: Dtype = "uint8"  # what a sample is: uint8 (an image) | float16 | float32 (raw latents, .npy arrays (C, H, W))
     latent_scale: Scale = 1.0  # latents are multiplied by it when they are read; Stable Diffusion's autoencoder wants 0.18215
     classes: MillionOrNone = 0  # number of classes, 0 = as many as the data have; labels are 0 .. classes - 1
+    class_depth: Depth = 1  # of a folder: how many levels down the folders are that are classes; 0 = none, all one class
+    class_names: Uri = ""  # file of the class names, one a line, in the order of their numbers; empty = folders in sorted order
+    background: Level = 255  # grey value under what is transparent in a picture that `prepare` reads; 255 = white
     flip: bool = True  # random horizontal flip, drawn by global sample index
     shard_samples: Count = 4096  # samples per shard that `prepare` writes
     bad_images: Fraction = 0.0  # share of the source images that may be unreadable and left out before `prepare` stops

@@ -1,30 +1,37 @@
 """From the bytes of a sample to pixels or latents and a label, safely: they may come from strangers.
 
 Codecs are an allow-list (PNG, JPEG, WebP, npy without pickle); the file's own header decides, and its pixels are counted before
-they are decoded. Raw latents are npy only, and are taken as they are: nothing could resize or convert them truthfully. Labels are
+they are decoded. Samples of shards are decoded as they are stored (`decode_image`), what people have as a person sees it
+(`decode_picture`). Raw latents are npy only, and are taken as they are: nothing could resize or convert them truthfully. Labels are
 a number in `.cls`, or the key "label" (or "cls") of a JSON object. Whatever does not fit raises BadSample with a cause from a
 small set, so that a reader can count it and put a donor in its place.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
 import re
 import warnings
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageFile, UnidentifiedImageError
 
 from configs.errors import DataError
 from data_pipeline.manifest import Schema
 
 IMAGE_FIELDS = ("png", "jpg", "jpeg", "webp", "npy")
+CODECS = ("PNG", "JPEG", "WEBP")  # of shards; a camera's MPO is a JPEG
+PICTURE_CODECS = (*CODECS, "GIF", "BMP", "TIFF")  # of sources
+WHITE = 255
 MAX_BYTES = 32 * 2**20  # encoded bytes of one image
+MAX_PICTURE_BYTES = 256 * 2**20  # of one file of a source: scanners do not compress
 MAX_PIXELS = 64 * 10**6
 MAX_LABEL_BYTES = 64 * 2**10
 
@@ -39,6 +46,7 @@ Values = npt.NDArray[Any]  # of a sample: Pixels or Latents
 
 # Our own cap is below Pillow's, and follows its warning; a filter set per call would not be safe in threads.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # of damaged metadata, which pictures can do without
 
 
 class BadSample(DataError):
@@ -77,26 +85,144 @@ def decode_latents(data: bytes, schema: Schema) -> Latents:
 
 
 def decode_image(data: bytes, channels: int) -> Pixels:
-    """PNG, JPEG or WebP bytes as uint8 (H, W, channels), at the size they have."""
-    if len(data) > MAX_BYTES:
-        raise BadSample("size", f"its image has {len(data)} bytes, over the cap of {MAX_BYTES}")
+    """PNG, JPEG or WebP bytes as uint8 (H, W, channels), at the size they have. As they are stored: alpha and EXIF do not count."""
+    with _opened(data, CODECS, MAX_BYTES) as image:
+        return _pixels(image, channels)
+
+
+def decode_picture(data: bytes, channels: int, background: int = WHITE) -> Pixels:
+    """A file of a camera, a scanner or a web page as a person sees it, uint8 (H, W, channels), at the size it then has.
+
+    Of animations and of files with several pages the first. EXIF's orientation is applied, what is transparent is laid on the grey
+    value `background`, palettes and CMYK become RGB. Colour profiles do not count: numbers stay as they are stored.
+    """
+    with _opened(data, PICTURE_CODECS, MAX_PICTURE_BYTES) as image:
+        turn = TURNS.get(_orientation(image))
+        shown: Image.Image = image
+        if image.format == "JPEG" and image.mode == "CMYK" and "adobe" not in image.info:
+            shown = ImageChops.invert(image)  # Pillow takes every such file for one of Adobe's, which are stored inverted
+        if shown.has_transparency_data:
+            shown = shown.convert("RGBA")
+            shown = Image.alpha_composite(Image.new("RGBA", shown.size, (background, background, background, 255)), shown)
+        return _pixels(shown if turn is None else shown.transpose(turn), channels)
+
+
+# How to turn what is stored into what was seen, by EXIF's tag 274. (TIFF's own tag of that number is Pillow's business.)
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _orientation(image: Image.Image) -> int:
     try:
-        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
+        return int(image.getexif().get(274, 1))
+    except Exception:  # whatever else damaged EXIF raises: viewers show such a picture as it is stored
+        return 1
+
+
+def seen_otherwise(data: bytes) -> bool:
+    """Whether a person sees another picture than `decode_image` gives: one that is turned, or transparent somewhere."""
+    try:
+        with Image.open(io.BytesIO(data), formats=CODECS) as image:
+            return image.has_transparency_data or _orientation(image) in TURNS
+    except Exception:  # it is not a picture at all, which decoding it says better
+        return False
+
+
+@contextlib.contextmanager
+def _opened(data: bytes, codecs: tuple[str, ...], most: int) -> Iterator[ImageFile.ImageFile]:
+    """The image of these bytes, of which only the header has been read. Whatever goes wrong with it raises BadSample."""
+    if len(data) > most:
+        raise BadSample("size", f"its image has {len(data)} bytes, over the cap of {most}")
+    try:
+        with Image.open(io.BytesIO(data), formats=codecs) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise BadSample("size", f"its image has {image.width} x {image.height} pixels, over the cap of {MAX_PIXELS}")
-            if image.mode.startswith(("I", "F")):
-                raise BadSample("codec", f"its image has more than 8 bits per channel (mode {image.mode})")
-            mode = "L" if channels == 1 else "RGB"
-            pixels = np.asarray(image if image.mode == mode else image.convert(mode))  # converting would copy those that fit
+            if image.mode.startswith(("I", "F")) or any(map(_is_deep, image.tile)):
+                raise BadSample("codec", f"its image has more than 8 bits per channel (mode {image.mode}); convert it to 8")
+            image.load()
+            if image.format == "PNG":
+                _check_complete(image, data)
+            yield image
     except UnidentifiedImageError as error:
-        raise BadSample("codec", "its image is neither PNG, JPEG nor WebP") from error
+        raise BadSample("codec", f"its image is neither {_listed(codecs)}{_what_it_is(data)}") from error
     except Image.DecompressionBombError as error:
         raise BadSample("size", "its image is a decompression bomb") from error
     except BadSample:
         raise
     except Exception as error:  # decoders meet hostile bytes with many kinds of error, SyntaxError among them
         raise BadSample("image", f"its image does not decode ({type(error).__name__}: {error})") from error
+
+
+def _is_deep(tile: Any) -> bool:
+    """Whether Pillow would cut this tile from 16 bits per channel to 8. (16 bits per pixel of a BMP are 5 or 6 per channel.)"""
+    packed = tile[3][0] if isinstance(tile[3], tuple) and tile[3] else tile[3]
+    return isinstance(packed, str) and ";16" in packed and not packed.startswith("BGR")
+
+
+def _listed(codecs: Sequence[str]) -> str:
+    names = ["WebP" if codec == "WEBP" else codec for codec in codecs]
+    return f"{', '.join(names[:-1])} nor {names[-1]}"
+
+
+# What stands where an image should: the first bytes, and what to call them.
+STRANGERS: tuple[tuple[bytes, str], ...] = (
+    (rb"\Z", "it is empty"),
+    (rb"version https://git-lfs", "it is a pointer of Git LFS; fetch the file"),
+    (rb"(?is)\s*(<!--.*?-->\s*)?<(!doctype html|html|head|body)", "it is a web page"),
+    (rb"(?is)\s*(<\?xml.*?\?>\s*)?(<!--.*?-->\s*)?(<!doctype svg.*?>\s*)?<svg", "it is SVG; draw it as PNG"),
+    (rb"(?s)....ftyp(hei[cxms]|he[vi][cms]|mif1|msf1)", "it is HEIC; convert it"),
+    (rb"(?s)....ftypavi[fs]", "it is AVIF; convert it"),
+    (rb"\x00\x00\x00\x0cjP  |\xff\x4f\xff\x51", "it is JPEG 2000; convert it"),
+    (rb"\xff\x0a|\x00\x00\x00\x0cJXL ", "it is JPEG XL; convert it"),
+    (rb"8BPS", "it is a Photoshop file; convert it"),
+)
+
+
+def _what_it_is(data: bytes) -> str:
+    found = next((words for start, words in STRANGERS if re.match(start, data[:1024])), "")
+    return f": {found}" if found else ""
+
+
+def _pixels(image: Image.Image, channels: int) -> Pixels:
+    mode = "L" if channels == 1 else "RGB"
+    pixels = np.asarray(image if image.mode == mode else image.convert(mode))  # converting would copy those that fit
     return pixels[..., None] if channels == 1 else pixels
+
+
+def _check_complete(image: Image.Image, data: bytes) -> None:
+    """Raises BadSample for a PNG whose rows end early: Pillow is content if the compressed stream ends anywhere.
+
+    Rows that are not there are zero, so the bytes are counted only if the last row is zero, or rows come in several passes.
+    """
+    interlaced = data[28] == 1
+    if not interlaced and np.asarray(image.crop((0, image.height - 1, image.width, image.height))).any():
+        return
+    bits = data[24] * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[data[25]]
+    whole = 0
+    for left, top, right, down in ADAM7 if interlaced else ((0, 0, 1, 1),):
+        wide, high = -(-(image.width - left) // right), -(-(image.height - top) // down)
+        whole += high * (1 + -(-wide * bits // 8)) if wide > 0 else 0
+    at, found, unpacker = 8, 0, zlib.decompressobj()
+    while at + 8 <= len(data) and found < whole:
+        size, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        piece = data[at + 8 : at + 8 + size] if kind == b"IDAT" else b""
+        while piece and found < whole:
+            found += len(unpacker.decompress(piece, 2**20))
+            piece = unpacker.unconsumed_tail
+        at += 12 + size
+    if found < whole:
+        raise BadSample("image", f"its PNG stops after {found} of {whole} bytes of pixels")
+
+
+# Of each pass of an interlaced PNG: the first column and row, and the steps to the next ones.
+ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 
 
 def _decode_npy(data: bytes, channels: int) -> Pixels:

@@ -19,7 +19,7 @@ import io
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -124,6 +124,7 @@ class Manifest:
     crcs: Uint32s  # (chunks,)
     source: str = ""  # what it was made from; two data sets of one source are the same
     parts: tuple[Part, ...] = ()  # of a mixture, whose shards have URIs for keys
+    passed_over: Mapping[str, int] = field(default_factory=dict)  # what stood in the source and is no sample, by kind
 
     @property
     def samples(self) -> int:
@@ -349,6 +350,7 @@ def save_manifest(store: Store, manifest: Manifest) -> None:
         "chunk_samples": manifest.chunk_samples,
         "index": {"key": index, "sha256": digest},
         "shards": columns,
+        **({"passed_over": dict(manifest.passed_over)} if manifest.passed_over else {}),
     }
     store.put(NAME, json.dumps(header, indent=1).encode())
 
@@ -375,11 +377,18 @@ def load_manifest(store: Store) -> Manifest:
         schema = Schema.from_dict(header["schema"])
         columns = header["shards"]
         rows = zip(columns["key"], columns["bytes"], columns["etag"], columns["samples"], strict=True)
+        passed = {str(kind): int(count) for kind, count in header.get("passed_over", {}).items()}
         manifest = Manifest(
-            schema, tuple(itertools.starmap(Shard, rows)), header["chunk_samples"], table[:, 0], table[:, 1], header["source"]
+            schema,
+            tuple(itertools.starmap(Shard, rows)),
+            header["chunk_samples"],
+            table[:, 0],
+            table[:, 1],
+            header["source"],
+            passed_over=passed,
         )
         if manifest.fingerprint != header["fingerprint"]:
             raise ValueError("the fingerprint does not fit the content")
-    except (ValueError, KeyError, TypeError, IndexError, EOFError, RecursionError, MissingObject) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, EOFError, RecursionError, MissingObject) as error:
         raise DataError(f"The manifest {where} is damaged ({error}); run `freeguide index` again.") from error
     return manifest

@@ -13,8 +13,8 @@ import io
 import itertools
 import json
 import zlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import webdataset
@@ -48,6 +48,8 @@ class Source:
     items: int
     read: Callable[[int], Sample]
     identity: str
+    passed_over: Mapping[str, int] = field(default_factory=dict)  # what stood there and was not taken, by kind
+    formerly: str = ""  # the identity that earlier versions gave to the same items, which they may have read in another way
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,20 +140,25 @@ class Plan:
     identity: str
     items: int
     units: int
+    formerly: str = ""  # what earlier versions called the same
 
     @classmethod
     def make(cls, source: Source, shard_samples: int) -> Plan:
         """Raises DataError where the source is empty."""
         if source.items == 0:
             raise DataError("The source has no images; check data.path.")
-        facts = json.dumps([source.identity, source.items, shard_samples, source.schema.to_dict()])
-        return cls(hashlib.sha256(facts.encode()).hexdigest(), source.items, -(-source.items // shard_samples))
+
+        def named(identity: str) -> str:
+            facts = json.dumps([identity, source.items, shard_samples, source.schema.to_dict()])
+            return hashlib.sha256(facts.encode()).hexdigest() if identity else ""
+
+        return cls(named(source.identity), source.items, -(-source.items // shard_samples), named(source.formerly))
 
     def existing(self, store: Store) -> Manifest | None:
         """The manifest of this very data set where it is complete. Raises DataError where something else is in the way."""
         if store.exists(manifests.NAME):
             manifest = load_manifest(store)
-            if manifest.source == self.identity:
+            if manifest.source in {self.identity, self.formerly} - {""}:
                 return manifest
             raise DataError(f"{store.uri} holds another data set; choose another data.uri, or delete that data set first.")
         if store.list("shards/") and not store.list(self._part("")):
@@ -185,8 +192,10 @@ class Plan:
     def finish(self, source: Source, store: Store, bad_images: float = 0.0) -> Manifest:
         """Collects the indexes of all shards into the manifest. Raises DataError over the budget of bad images."""
         indexes = [ShardIndex.from_bytes(store.get(self._part(f"{unit:06d}.npz"))) for unit in range(self.units)]
-        _check_budget([name for index in indexes for name in index.bad], bad_images, self.items, final=True)
-        manifest = build_manifest(source.schema, indexes, self.identity)
+        bad = [name for index in indexes for name in index.bad]
+        _check_budget(bad, bad_images, self.items, final=True)
+        passed = {**source.passed_over, **({"cannot be read": len(bad)} if bad else {})}
+        manifest = replace(build_manifest(source.schema, indexes, self.identity), passed_over=passed)
         save_manifest(store, manifest)
         for info in store.list("parts/"):
             store.delete(info.key)

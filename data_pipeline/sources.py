@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import json
+import os
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +23,25 @@ import numpy.typing as npt
 
 from configs.errors import ConfigError, DataError
 from configs.schema import DataConfig
-from data_pipeline.decode import RECORDED, BadSample, Pixels, decode_image, decode_latents, decode_sample, fit
+from data_pipeline.decode import (
+    MAX_PICTURE_BYTES,
+    RECORDED,
+    WHITE,
+    BadSample,
+    Pixels,
+    decode_latents,
+    decode_picture,
+    decode_sample,
+    fit,
+)
 from data_pipeline.fetch import Fetch, Fetcher, Fields
+from data_pipeline.folder import PICTURES, RAW, find, listed, named
 from data_pipeline.manifest import Manifest, Schema, load_manifest
 from data_pipeline.order import FIRST_ROUNDS, key, permute
 from data_pipeline.shards import Sample, Source
 from data_pipeline.store import Store, open_store
 
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp"}
+LATENTS = {".npy"}
 WINDOW_BYTES = 256 * 2**20  # encoded bytes of the blocks among which samples are shuffled, and which a reader holds
 BLOCK_BYTES = 4 * 2**20  # of tars that are read in blocks
 
@@ -44,7 +57,17 @@ def open_source(data: DataConfig) -> Source:
             raise ConfigError("data.source=digits is 8x8 grey with 10 classes; set data.image_size=8, channels=1 and classes=10.")
         return digits()
     if data.source == "folder":
-        return image_folder(data.path, data.image_size, data.channels, data.classes, data.resize, data.dtype)
+        return image_folder(
+            data.path,
+            data.image_size,
+            data.channels,
+            data.classes,
+            data.resize,
+            data.dtype,
+            data.class_depth,
+            data.background,
+            read_class_names(data.class_names),
+        )
     if data.source == "idx":
         if data.channels != 1:
             raise ConfigError("data.source=idx is grey; set data.channels=1.")
@@ -66,51 +89,97 @@ def digits() -> Source:
 
 
 def image_folder(
-    path: str, image_size: int, channels: int, classes: int | None = None, resize: str = "adm", dtype: str = "uint8"
+    path: str,
+    image_size: int,
+    channels: int,
+    classes: int | None = None,
+    resize: str = "adm",
+    dtype: str = "uint8",
+    class_depth: int = 1,
+    background: int = WHITE,
+    class_names: Sequence[str] = (),
 ) -> Source:
-    """Images at `path/class/name.png` (or jpg, jpeg, webp), brought to image_size. Sorted class names become 0, 1, ...
+    """Pictures below the class folders of `path`, as a person sees them (see `decode_picture`), brought to image_size.
 
-    With another dtype than uint8: latents at `path/class/name.npy`, taken as they are. Raises DataError where the folder, its class
-    folders or their files are missing, or there are not `classes` of them.
+    The folders `class_depth` levels down are the classes, numbered 0, 1, ... by their sorted names or as in `class_names`. With
+    class_depth=0, or where there are no class folders, all are of one class. With another dtype than uint8: latents, `.npy`, taken
+    as they are. Raises DataError where the folder, its class folders or their files are missing, or are not `classes` in number.
     """
     root = Path(path)
     if not path or not root.is_dir():
-        raise DataError(f"The image folder {path!r} does not exist; set data.path to a folder of class folders.")
-    names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if not names:
-        raise DataError(f"{path} has no class folders; put the images of each class into {path}/CLASS/.")
-    _check_classes(f"{path} has {len(names)} class folders", len(names), classes)
-    extensions = EXTENSIONS if dtype == "uint8" else {".npy"}
-    files = [
-        (file, label)
-        for label, name in enumerate(names)
-        for file in sorted((root / name).iterdir())
-        if file.suffix.lower() in extensions and not file.name.startswith(".")
-    ]
-    if not files:
-        kind = "images" if dtype == "uint8" else "latents"
-        raise DataError(f"The class folders of {path} hold no {kind} ({', '.join(sorted(extensions))}); check data.path.")
+        raise DataError(f"The image folder {named(path)!r} does not exist; set data.path to a folder of class folders.")
+    where, raw = named(path), dtype == "uint8"
+    found = find(root, PICTURES if raw else LATENTS, class_depth, class_names)
+    if not found.files:
+        over = f" (passed over: {count_of(found.passed_over)})" if found.passed_over else ""
+        kind = "images" if raw else "latents (.npy)"
+        if not found.folders:
+            raise DataError(f"{where} has no class folders and no {kind}{over}; put those of each class into {where}/CLASS/")
+        raise DataError(f"The class folders of {where} hold no {kind}{over}; check data.path")
+    count = 1 if found.flat else len(found.classes) + len(found.empty)
+    _check_classes(f"{where} has {count} class folders" if found.classes else f"{where} has no classes", count, classes)
+    if found.empty:
+        raise DataError(
+            f"{where} has class folders without images: {listed(found.empty)}; put some there, or move the folders away."
+        )
     digest = hashlib.sha256()
-    for file, _ in files:
-        digest.update(f"{file.relative_to(root)}\0{file.stat().st_size}\0".encode())
-    if dtype != "uint8":  # latents that were made anew have the names and sizes of the old ones
-        for file, _ in files[:: max(1, len(files) // 64)]:
-            digest.update(file.read_bytes())
-    schema = Schema(image_size, channels, classes or len(names), tuple(names), dtype)
+    for file in found.files:
+        digest.update(os.fsencode(f"{file.path}\0{file.bytes}\0"))
+    if not raw:  # latents that were made anew have the names and sizes of the old ones
+        for file in found.files[:: max(1, len(found.files) // 64)]:
+            digest.update((root / file.path).read_bytes())
+    schema = Schema(image_size, channels, count, found.classes, dtype)
 
     def read(item: int) -> Sample:
-        file, label = files[item]
+        file = found.files[item]
         try:
-            data = file.read_bytes()
-            if dtype != "uint8":
-                return Sample(decode_latents(data, schema), label)
-            return Sample(fit(decode_image(data, channels), image_size, resize), label)
+            if file.bytes > MAX_PICTURE_BYTES:
+                raise BadSample("size", f"it has {file.bytes} bytes, over the cap of {MAX_PICTURE_BYTES}")
+            if raw and file.path.lower().endswith(tuple(RAW)):
+                raise BadSample("codec", "it is a camera's raw file; develop it to JPEG or PNG")
+            data = (root / file.path).read_bytes()
+            if not raw:
+                return Sample(decode_latents(data, schema), file.label)
+            return Sample(fit(decode_picture(data, channels, background), image_size, resize), file.label)
         except BadSample as error:
-            raise BadSample(error.cause, f"{file}: {error}") from error
+            raise BadSample(error.cause, f"{named(root / file.path)}: {error}") from error
         except OSError as error:
-            raise BadSample("image", f"{file}: {error.strerror}") from error
+            raise BadSample("image", f"{named(root / file.path)}: {error.strerror}") from error
 
-    return Source(schema, len(files), _shuffled(read, len(files)), f"folder {RECORDED[resize]} {digest.hexdigest()}")
+    old = f"folder {RECORDED[resize]} {digest.hexdigest()}"
+    return Source(
+        schema,
+        len(found.files),
+        _shuffled(read, len(found.files)),
+        f"pictures {RECORDED[resize]} {digest.hexdigest()}" + (f" on {background}" if background != WHITE else "") if raw else old,
+        found.passed_over,
+        # Earlier versions took these files only, as they are stored: if there are no others, theirs is the same folder.
+        formerly=old if raw and all(_taken_before(file.path) for file in found.files) else "",
+    )
+
+
+def _taken_before(path: str) -> bool:
+    return path.count("/") == 1 and path.lower().endswith((".png", ".jpg", ".jpeg", ".webp"))
+
+
+def count_of(passed_over: Mapping[str, int]) -> str:
+    """The kinds, the most frequent first: ".txt 12, no extension 3"."""
+    return ", ".join(f"{kind} {count}" for kind, count in sorted(passed_over.items(), key=lambda pair: (-pair[1], pair[0])))
+
+
+def read_class_names(uri: str) -> tuple[str, ...]:
+    """The names of the classes in their order from a text file, one a line, or a JSON list. Empty where `uri` is."""
+    if not uri:
+        return ()
+    place, _, name = uri.rpartition("/")
+    try:
+        text = open_store(place or "/").get(name).decode("utf-8-sig")
+        names = json.loads(text) if text.lstrip().startswith("[") else [line.strip() for line in text.splitlines() if line.strip()]
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"data.class_names={uri} is neither text nor a JSON list; write one name a line") from error
+    if not names or not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
+        raise DataError(f"data.class_names={uri} must name every class once; write one name a line")
+    return tuple(names)
 
 
 def idx(path: str, image_size: int | None = None, classes: int | None = None, split: str = "train") -> Source:
@@ -159,7 +228,7 @@ def parquet(
 
     def use(data: bytes | None, group: int, row: int) -> Sample:
         try:
-            return Sample(fit(decode_image(data or b"", channels), image_size, resize), int(labels[firsts[group] + row]))
+            return Sample(fit(decode_picture(data or b"", channels), image_size, resize), int(labels[firsts[group] + row]))
         except BadSample as error:
             raise BadSample(error.cause, f"row {firsts[group] + row} of {path}: {error}") from error
 

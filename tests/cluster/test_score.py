@@ -299,7 +299,7 @@ def _bad(folder: Path) -> dict[str, str]:
         "text.npz": "is not an .npz of plain arrays",
         "none.npz": "does not exist; correct the path of the samples",
         "sizes": "1.png is 4 x 4 pixels and 0.png is 8 x 8",
-        "broken": "broken/0.png: its image is neither PNG, JPEG nor WebP; leave it out",
+        "broken": "broken/0.png: its image is neither PNG, JPEG, WebP, GIF, BMP nor TIFF; leave it out",
         "empty": "holds no images .* and no manifest.json",
     }
 

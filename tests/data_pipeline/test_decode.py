@@ -16,7 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_pipeline.decode import MAX_PIXELS, BadSample, decode_image, decode_label, decode_sample, encode_png, fit
+from data_pipeline.decode import (
+    MAX_PIXELS,
+    BadSample,
+    decode_image,
+    decode_label,
+    decode_picture,
+    decode_sample,
+    encode_png,
+    fit,
+    seen_otherwise,
+)
 from data_pipeline.manifest import Schema
 
 SCHEMA = Schema(8, 3, 10)
@@ -99,6 +109,156 @@ def test_more_than_8_bits_are_refused_rather_than_clipped() -> None:
     assert cause({"png": encoded("PNG", deep), "cls": b"1"}) == "codec"
 
 
+def png16(colour: int) -> bytes:
+    """An 8 x 8 PNG of 16 bits per channel whose values are those of 12 bits: cut to 8 they would be nearly black."""
+    channels = {0: 1, 2: 3, 4: 2, 6: 4}[colour]
+    row = b"\0" + (np.arange(8 * channels, dtype=">u2") * 100).tobytes()
+    return png_of(8, 8, zlib.compress(row * 8), 16, colour)
+
+
+@pytest.mark.parametrize("colour", [0, 2, 4, 6])
+def test_16_bits_per_channel_are_refused_in_every_colour(colour: int) -> None:
+    for decode in (decode_image, decode_picture):
+        with pytest.raises(BadSample, match="more than 8 bits per channel") as caught:
+            decode(png16(colour), 3)
+        assert caught.value.cause == "codec"
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1"])
+@pytest.mark.parametrize("interlaced", [False, True])
+def test_a_png_that_stops_early_is_damaged_and_a_black_one_is_not(mode: str, interlaced: bool) -> None:
+    """10 of 64 rows, in a whole compressed stream with right checksums: Pillow shows the others as black."""
+    colour, bits = {"L": (0, 8), "RGB": (2, 8), "RGBA": (6, 8), "P": (3, 8), "1": (0, 1)}[mode]
+    wide = -(-64 * bits * {0: 1, 2: 3, 3: 1, 6: 4}[colour] // 8)
+    passes = [(8, 8), (8, 8), (16, 8), (16, 16), (32, 16), (32, 32), (64, 32)]  # width and height of each of an interlaced one
+    rows = [bytes(1 + -(-w * wide // 64)) for w, h in passes for _ in range(h)] if interlaced else [bytes(1 + wide)] * 64
+    black, short = (png_of(64, 64, zlib.compress(b"".join(some)), bits, colour, interlaced) for some in (rows, rows[:10]))
+    grey = png_of(64, 64, zlib.compress(b"".join(b"\0" + b"\1" * (len(row) - 1) for row in rows[:-1])), bits, colour, interlaced)
+    for decode in (decode_image, decode_picture):
+        assert decode(black, 3).shape == (64, 64, 3)
+        for damaged in (short, grey):
+            with pytest.raises(BadSample, match="its PNG stops after") as caught:
+                decode(damaged, 3)
+            assert caught.value.cause == "image"
+
+
+SEEN = np.zeros((40, 24, 3), np.uint8)  # upright: red above blue, and a green corner at the upper left
+SEEN[:20, :, 0], SEEN[20:, :, 2], SEEN[:8, :8] = 255, 255, (0, 255, 0)
+
+
+def stored(orientation: int) -> np.ndarray:
+    """What a camera stores of SEEN with this tag: row 0 and column 0 of it are the sides that the EXIF standard names."""
+    if orientation >= 5:
+        return np.swapaxes(stored({5: 1, 6: 2, 7: 3, 8: 4}[orientation]), 0, 1)
+    return SEEN[:: -1 if orientation in (3, 4) else 1, :: -1 if orientation in (2, 3) else 1]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("codec", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_a_picture_is_upright_whatever_the_camera_stored(codec: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[274] = orientation
+    data = encoded(codec, np.ascontiguousarray(stored(orientation)), exif=exif)
+    shown = decode_picture(data, 3).astype(int)
+    assert shown.shape == SEEN.shape
+    assert np.abs(shown - SEEN).mean() < 12  # JPEG and WebP blur the edges
+    if codec != "TIFF":
+        assert seen_otherwise(data) == (orientation != 1)
+        assert decode_image(data, 3).shape[:2] == stored(orientation).shape[:2]  # shards keep the pixels that they have
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")  # pytest has filters of its own
+def test_damaged_exif_costs_no_picture() -> None:
+    assert np.array_equal(decode_picture(encoded("PNG", exif=b"Exif\0\0MM\0*garbage"), 3), IMAGE)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB+tRNS", "L+tRNS", "GIF", "WEBP", "TIFF"])
+def test_what_is_transparent_is_laid_on_the_background(mode: str) -> None:
+    """Colours that nobody sees, under alpha 0, do not come through."""
+    hidden = np.random.default_rng(0).integers(0, 250, (8, 8), dtype=np.uint8)
+    hidden[:4] = 251
+    alpha = np.where(hidden == 251, 255, 0).astype(np.uint8)
+    if mode == "RGBA" or mode in ("WEBP", "TIFF"):
+        codec, options = mode.replace("RGBA", "PNG"), {"lossless": True, "exact": True} if mode == "WEBP" else {}
+        data = encoded(codec, np.dstack([hidden] * 3 + [alpha]), **options)
+    elif mode == "LA":
+        data = encoded("PNG", np.dstack([hidden, alpha]))
+    elif mode in ("P", "GIF"):
+        picture = Image.fromarray(np.where(alpha > 0, 1, 2).astype(np.uint8)).convert("P")
+        picture.putpalette([0, 0, 0, 251, 251, 251, 9, 99, 199])
+        picture.save(out := io.BytesIO(), "PNG" if mode == "P" else "GIF", transparency=2)
+        data = out.getvalue()
+    else:
+        flat = np.where(alpha > 0, 251, 9).astype(np.uint8)
+        channels = np.dstack([flat] * 3) if mode == "RGB+tRNS" else flat
+        data = encoded("PNG", channels, transparency=(9, 9, 9) if mode == "RGB+tRNS" else 9)
+    for background in (255, 128, 0):
+        for channels in (1, 3):
+            expected = np.broadcast_to(np.where(alpha > 0, 251, background)[..., None], (8, 8, channels))
+            assert np.array_equal(decode_picture(data, channels, background), expected)
+    assert mode in ("GIF", "TIFF") or seen_otherwise(data)
+
+
+def test_half_transparent_pixels_are_mixed() -> None:
+    pixel = np.full((8, 8, 4), (100, 0, 200, 51), np.uint8)  # a fifth of it
+    assert decode_picture(encoded("PNG", pixel), 3)[0, 0].tolist() == [224, 204, 244]
+
+
+def test_cmyk_is_read_as_it_is_printed() -> None:
+    """Of Adobe's JPEG, which is stored inverted, of one that does not say that it is Adobe's, and of TIFF: no ink is white."""
+    ink = np.zeros((8, 8, 4), np.uint8)
+    ink[4:, :, 3] = 255
+    picture = Image.fromarray(ink, "CMYK")
+    picture.save(jpeg := io.BytesIO(), "JPEG", quality=100)
+    picture.save(tiff := io.BytesIO(), "TIFF")
+    adobe = jpeg.getvalue()
+    at = adobe.index(b"Adobe") - 4
+    plain = Image.fromarray(255 - ink, "CMYK")
+    plain.save(other := io.BytesIO(), "JPEG", quality=100)
+    bare = other.getvalue()[:at] + other.getvalue()[at + 16 :]
+    for data in (adobe, bare, tiff.getvalue()):
+        shown = decode_picture(data, 3).astype(int)
+        assert np.abs(shown[:3] - 255).max() < 6
+        assert shown[5:].max() < 6
+
+
+def test_of_several_frames_or_pages_the_first_is_taken() -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
+    for codec in ("GIF", "WEBP", "PNG", "TIFF", "MPO"):
+        frames[0].save(out := io.BytesIO(), codec, save_all=True, append_images=frames[1:])
+        assert np.abs(decode_picture(out.getvalue(), 3)[4, 4].astype(int) - (255, 0, 0)).max() < 6, codec
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB"])
+@pytest.mark.parametrize("codec", ["PNG", "GIF", "BMP", "TIFF"])
+def test_pictures_of_few_colours(codec: str, mode: str) -> None:
+    half = np.zeros((8, 8, 3), np.uint8)
+    half[:, 4:] = 255
+    assert np.array_equal(decode_picture(encoded(codec, half, mode=mode), 3), half)
+
+
+def test_progressive_jpeg_and_plain_pictures_keep_their_pixels() -> None:
+    """Where nothing is turned or transparent, a person sees what is stored, to the bit."""
+    noise = np.random.default_rng(0).integers(0, 256, (33, 20, 3), dtype=np.uint8)
+    for data in (
+        encode_png(noise),
+        encoded("JPEG", noise, progressive=True),
+        encoded("WEBP", noise),
+        encoded("PNG", noise, mode="P"),
+    ):
+        for channels in (1, 3):
+            assert np.array_equal(decode_picture(data, channels), decode_image(data, channels))
+        assert not seen_otherwise(data)
+
+
+@pytest.mark.parametrize("codec", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_a_picture_that_was_cut_is_damaged(codec: str) -> None:
+    data = encoded(codec, np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    for share in (0.3, 0.6, 0.9):
+        with pytest.raises(BadSample):
+            decode_picture(data[: int(len(data) * share)], 3)
+
+
 class Trap:
     """Unpickling it would be noticed."""
 
@@ -142,14 +302,15 @@ def test_npy_cut_or_with_a_hostile_header() -> None:
     assert cause({"npy": huge, "cls": b"1"}) in ("codec", "image")
 
 
-def png_of(width: int, height: int, data: bytes) -> bytes:
-    """A grey PNG with any header and any compressed data."""
+def png_of(width: int, height: int, data: bytes, bits: int = 8, colour: int = 0, interlaced: bool = False) -> bytes:
+    """A PNG with any header and any compressed data; one with a palette has the first two greys."""
 
     def chunk(name: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, interlaced)
+    palette = chunk(b"PLTE", bytes([0, 0, 0, 1, 1, 1])) if colour == 3 else b""
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + palette + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
 def test_bombs_are_refused_before_their_pixels_exist() -> None:
