@@ -46,12 +46,12 @@ from data_pipeline.shards import Sample, Source, write_shards
 from data_pipeline.store import open_store
 from data_pipeline.stream import Batch
 from trainer import loop
+from trainer.devices import peak_flops
 from trainer.diffusion import objective
 from trainer.failures import Agreement
 from trainer.loop import Run, assemble, take_step
 from trainer.networks.build import build_network, count_parameters, forward_flops
 from trainer.networks.layers import DropoutKey
-from trainer.telemetry import peak_flops
 
 ROOT = Path(__file__).parents[1]
 _FASHION_28 = ["data.image_size=28", "model.channels=64", "model.channel_mult=[1,2,2]", "model.attention=[14,7]"]
@@ -247,7 +247,7 @@ def throughput(config: Config, warm_up: int, steps: int) -> dict[str, float | No
         _wait_for(run.engine.device)
         images = steps * config.train.global_batch / (time.perf_counter() - began)
     run.telemetry.close()
-    data, peak = config.data, peak_flops(run.engine.device)
+    data, peak = config.data, peak_flops(run.engine.device, config.train.precision)
     flops = 3 * forward_flops(config.model, data.image_size, data.channels, data.classes)  # a backward pass costs two forwards
     return {"images_per_second": images, "mfu": images * flops / peak if peak else None}
 

@@ -25,7 +25,7 @@ def export(config: Config) -> str:
     one = as_trained(config, "export")
     config, found, run = one.config, one.weights, open_store(config.run)
     weights = found.read()
-    trained = to_yaml(from_yaml(run.get("config.yaml").decode()))  # without secrets, whoever wrote it
+    trained = to_yaml(from_yaml(run.get("config.yaml").decode(errors="replace")))  # without secrets, whoever wrote it
     facts = {"config": trained, "step": found.step, "weights": config.sampling.ema, "checkpoint_sha256": found.of[0]}
     # One metadata entry: safetensors writes several in the random order of a hash map, and equal runs should give equal bytes.
     data = safetensors.torch.save(weights, {"freeguide": json.dumps(facts, sort_keys=True)})

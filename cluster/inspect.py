@@ -1,24 +1,38 @@
 """`freeguide inspect` and `--dry-run`: what a config means and costs, without a cluster."""
 
+import dataclasses
+import time
+
 import torch
 
-from configs.errors import CheckpointError
+from configs.errors import CheckpointError, UserError
 from configs.load import screen_images, sweep, to_yaml
 from configs.schema import Config, TrainConfig
 from data_pipeline import quality
 from data_pipeline.data_store import open_data
 from data_pipeline.manifest import load_manifest
 from data_pipeline.order import Order
-from data_pipeline.store import open_store
+from data_pipeline.store import Retry, open_store
 from trainer import checkpoint
+from trainer.devices import REFERENCE, cpu_flops, peak_flops, peak_of
 from trainer.diffusion.theory import draw_figure_2
+from trainer.loop import fitted, misfits
 from trainer.networks.build import build_network, count_parameters, forward_flops
 from trainer.sampler import sweep_evaluations
-from trainer.telemetry import PEAK_FLOPS
+
+SHARE = 0.4  # of its peak that a large network may be expected to reach
+ASSUMED = 1000  # classes, where there are no data yet
+_SMALL_PARAMETERS, _SMALL_FLOPS, _TRIAL_FLOPS = 50_000_000, 2 * 10**9, 5 * 10**8  # of a network that is tried within seconds
+_BRIEFLY = Retry(attempts=1, connect_s=2.0, read_s=2.0, first_s=3.0)
 
 
 def inspect(config: Config) -> None:
-    """Print the resolved config, the network's size, and what a step, a checkpoint and an evaluation cost. Raises ConfigError."""
+    """Print the config, the network's size, and what a step, a checkpoint and an evaluation cost. Raises UserError.
+
+    Times are those of the machine at hand, in the precision that the config asks for.
+    """
+    print(to_yaml(config))
+    config, notes = _with_data(config)
     images = {"image_size": config.data.image_size, "channels": config.data.channels, "classes": config.data.classes}
     with torch.device("meta"):
         parameters = count_parameters(build_network(config.model, **images))
@@ -29,23 +43,77 @@ def inspect(config: Config) -> None:
     seen = train.global_batch * train.steps
     series, few = sweep(config), screen_images(config.evaluate)
     nfe = sum(sweep_evaluations(one, sorted(config.evaluate.w)) for one in series) * config.evaluate.images
+    training = _speed(config, train.precision, parameters, flops)
+    sampling = _speed(config, config.sampling.precision, parameters, flops)
     rows = {
         "parameters": f"{parameters:,}",
         "forward cost of an image": f"{flops / 1e9:,.3f} GFLOP (2 per multiply-accumulate)",
         "global batch": f"{train.global_batch} = {workers} workers x {share // micro} accumulation x {micro} micro-batch",
         "cost of a training step": f"{3 * flops * train.global_batch / 1e12:,.3f} TFLOP (forward, and twice that backward)",
-        "cost of the training": f"{3 * flops * seen / 1e18:,.4g} EFLOP, {seen:,} images, {_hours(3 * flops * seen)}",
+        "cost of the training": f"{3 * flops * seen / 1e18:,.4g} EFLOP, {seen:,} images, {_hours(3 * flops * seen, training)}",
         "ZeRO state per worker": f"{_mib(_state_bytes(parameters, train, workers))} (weights, gradients, moments, average)",
         "checkpoint": f"{_mib(16 * parameters)} (fp32 weights, two moments, average)",
         "evaluation": (f"{len(series)} series x " if len(series) > 1 else "")
         + f"{len(config.evaluate.w)} values of w x {config.evaluate.images} images, {nfe:,} network evaluations, "
-        f"{nfe * flops / 1e18:,.4g} EFLOP, {_hours(nfe * flops)}"
+        f"{nfe * flops / 1e18:,.4g} EFLOP, {_hours(nfe * flops, sampling)}"
         + (f"; less where the screen of {few} images leaves a w out" if few else ""),
     }
-    print(to_yaml(config))
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"{name:<{width}}  {value}")
+    for note in notes:
+        print(f"WARNING: {note}")
+
+
+def _with_data(config: Config) -> tuple[Config, list[str]]:
+    """The config with the number of classes of its data set, and what is absurd for it; without one, what is assumed."""
+    try:
+        store = open_store(config.data.uri, _BRIEFLY)
+        store.check()
+        manifest = load_manifest(store)
+    except UserError as error:
+        if config.data.classes:
+            return config, []
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, classes=ASSUMED))
+        return config, [f"the number of classes is not known before the data are there, and taken for {ASSUMED} ({error})"]
+    config = fitted(config, manifest)
+    return config, list(misfits(config, manifest.samples))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Speed:
+    """FLOP/s that a network may be expected to reach, on what, and why. None: not known."""
+
+    here: float | None
+    machine: str
+    precision: str
+
+
+def _speed(config: Config, precision: str, parameters: int, flops: int) -> _Speed:
+    if torch.cuda.is_available() and config.cluster.gpus_per_worker:
+        name, peak = torch.cuda.get_device_name(), peak_flops(torch.device("cuda"), precision)
+        return _Speed(peak and SHARE * peak, f"GPU-hours at {SHARE:.0%} of the {precision} peak of {name}", precision)
+    if parameters <= _SMALL_PARAMETERS and flops <= _SMALL_FLOPS:
+        return _Speed(_measured(config, precision, flops), f"hours on this CPU in {precision}, as this network ran", precision)
+    return _Speed(
+        SHARE * cpu_flops(precision), f"hours on this CPU at {SHARE:.0%} of its matrix products in {precision}", precision
+    )
+
+
+def _measured(config: Config, precision: str, flops: int) -> float:
+    """FLOP/s of forwards of the network itself on the CPU: small ones are far from what matrix products reach."""
+    data = config.data
+    network = build_network(config.model, image_size=data.image_size, channels=data.channels, classes=data.classes).eval()
+    count = max(1, min(config.sampling.batch, _TRIAL_FLOPS // flops))
+    z = torch.zeros(count, data.channels, data.image_size, data.image_size)
+    best = float("inf")
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    with torch.inference_mode(), torch.autocast("cpu", dtype, enabled=precision != "fp32"):
+        for _ in range(3):
+            began = time.perf_counter()
+            network(z, torch.zeros(count), torch.zeros(count, dtype=torch.int64))
+            best = min(best, time.perf_counter() - began)
+    return count * flops / best
 
 
 def inspect_run(uri: str) -> None:
@@ -88,8 +156,11 @@ def _state_bytes(parameters: int, train: TrainConfig, workers: int) -> int:
     return weights + gradients + states
 
 
-def _hours(flops: float) -> str:
-    return f"{flops / (0.4 * PEAK_FLOPS['H100']) / 3600:,.3g} GPU-hours at 40 % of an H100's bf16 peak"
+def _hours(flops: float, speed: _Speed) -> str:
+    there = peak_of(REFERENCE, speed.precision)
+    assert there is not None
+    here = f"{flops / speed.here / 3600:,.3g} {speed.machine}" if speed.here else f"not known: {speed.machine} (it has no entry)"
+    return f"{here}; {flops / (SHARE * there) / 3600:,.3g} GPU-hours on an H100 SXM ({speed.precision}, {SHARE:.0%})"
 
 
 def _mib(count: int) -> str:

@@ -114,7 +114,7 @@ def as_trained(config: Config, command: str) -> Trained:
     run.check()
     weights = weights_of(config)
     try:
-        stored = from_yaml(run.get("config.yaml").decode())
+        stored = from_yaml(run.get("config.yaml").decode(errors="replace"))
     except MissingObject:
         raise CheckpointError(f"{config.run}: its config.yaml is gone; give `freeguide train` again, which writes it") from None
     except ConfigError as error:

@@ -10,6 +10,7 @@ a run cannot be read without them.
 """
 
 import functools
+import hashlib
 import itertools
 import math
 import re
@@ -33,6 +34,7 @@ SUFFIXES = (".yaml", ".yml")
 SERIES = 10_000  # of one sweep
 _REFERENCE = re.compile(r"(\\*)\$\{")
 # What reading, converting and resolving values raise; ValueError and OverflowError come of numbers with thousands of digits.
+_SEAL = "# sha256 of what follows: "
 _UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, ValueError, OverflowError)
 
 
@@ -125,11 +127,19 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(tree))
 
 
+def sealed(text: str) -> str:
+    """A config to be stored: with a checksum in its first line."""
+    return f"{_SEAL}{hashlib.sha256(text.encode()).hexdigest()}\n{text}"
+
+
 def from_yaml(text: str) -> Config:
     """The config that `to_yaml` wrote, without checking it again, and without resolving anything, whoever wrote it.
 
-    Raises ConfigError if another version wrote it.
+    Raises ConfigError if another version wrote it, or where the checksum of `sealed` does not fit.
     """
+    first, _, rest = text.partition("\n")
+    if first.startswith(_SEAL) and f"{first}\n{rest}" != sealed(rest):
+        raise ConfigError("a stored config has changed since it was written; undo that, or take out its first line if it is meant")
     try:
         tree = OmegaConf.to_container(OmegaConf.create(text))
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), _frozen(tree)))

@@ -1,6 +1,7 @@
 """The house of freeguide: imports run one way, and each heavy dependency lives in one room."""
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -83,3 +84,14 @@ def test_help_and_a_wrong_key_do_not_wait_for_torch_or_ray() -> None:
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ended.stdout.strip() == "[]", ended.stdout
     assert "unknown key no.such" in ended.stderr
+
+
+def test_the_tests_do_not_depend_on_the_settings_of_a_user() -> None:
+    """AWS settings of any kind, a proxy, and a cluster that does not answer; tried on one test that talks to a server."""
+    theirs = {"AWS_PROFILE": "none", "AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9", "AWS_USE_FIPS_ENDPOINT": "true"}
+    theirs |= dict.fromkeys(("http_proxy", "HTTP_PROXY", "all_proxy"), "http://127.0.0.1:9") | {"RAY_ADDRESS": "127.0.0.1:9"}
+    one = "tests/data_pipeline/test_store.py::test_put_get_stat_list_delete"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")} | theirs
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", one]
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 0, ended.stdout

@@ -33,6 +33,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from configs.errors import StoreError, UserError
 from configs.schema import TrainConfig
+from configs.untrusted import parse_json
 from data_pipeline.order import Order
 from data_pipeline.store import MissingObject, Store
 from trainer.telemetry import Interval
@@ -87,6 +88,12 @@ class Terminated:
     def __exit__(self, *_: object) -> None:
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
+        self._before = None
+
+    @property
+    def heard(self) -> bool:
+        """Whether a request is heard at the next step: it is entered."""
+        return self._before is not None
 
     def listen(self) -> Any:
         """Hear SIGTERM from now on; returns the handler before. Only a process's main thread may call it."""
@@ -218,12 +225,12 @@ class Incidents:
             return
         try:
             try:
-                before = [json.loads(line) for line in self._store.get("incidents.jsonl").decode().splitlines()]
+                before = self._store.get("incidents.jsonl").decode(errors="replace").splitlines()
             except MissingObject:
                 before = []
             again = {(row["step"], "back_to" in row) for row in rows}
-            kept = [row for row in before if (row["step"], "back_to" in row) not in again] + [_plain(row) for row in rows]
-            self._store.put("incidents.jsonl", "".join(f"{json.dumps(row)}\n" for row in kept).encode())
+            kept = [line for line in before if _about(line) not in again] + [json.dumps(_plain(row)) for row in rows]
+            self._store.put("incidents.jsonl", "".join(f"{line}\n" for line in kept).encode())
         except StoreError as error:  # a diary is not worth a run
             _log.warning("%s; incidents of step %s are not recorded", error, rows[0]["step"])
         for row in rows:
@@ -232,6 +239,15 @@ class Incidents:
             else:
                 text = "step %d: %s, loss %.4g, gradient norm %.4g"
                 _log.warning(text, row["step"], row["what"], row["loss"], row["gradient_norm"])
+
+
+def _about(line: str) -> tuple[int, bool] | None:
+    """Step and kind of a line of the diary; None for one that is damaged, or that we did not write: it stays as it is."""
+    try:
+        row = parse_json(line)
+        return (row["step"], "back_to" in row)
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _plain(value: Any) -> Any:

@@ -6,8 +6,11 @@ any number of workers computes the same step.
 """
 
 import dataclasses
+import logging
 import math
+import sys
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from configs.errors import ConfigError, UserError
-from configs.load import to_yaml
+from configs.load import sealed, to_yaml
 from configs.schema import Config, TrainConfig
 from data_pipeline.data_store import open_data
 from data_pipeline.manifest import Manifest, load_manifest
@@ -33,9 +36,12 @@ from trainer.failures import TERMINATED, Agreement, Incidents, Terminated, Watch
 from trainer.networks.build import build_network, forward_flops, network_options
 from trainer.networks.layers import DropoutKey
 from trainer.sampler import Sampler, grid, noise_schedule
-from trainer.telemetry import Stopwatch, Telemetry
+from trainer.telemetry import Stopwatch, Telemetry, say
 from trainer.writer import Writer
 
+MOST_LOOKS = 5000  # at each sample; EDM's 200 million images of CIFAR-10 (arXiv 2206.00364, table 7) are 4000 of each
+GOOD_LOOKS = 1000
+_log = logging.getLogger("freeguide.loop")
 _PATIENCE = 1800.0  # seconds that ranks wait for each other before the watchdogs' limit holds
 GRID_STEPS = 32  # of the sample grids in TensorBoard
 PATIENT = Retry(attempts=24)  # a store that is gone for a minute or two does not end a training
@@ -115,8 +121,8 @@ def run_steps(run: Run, start: int, terminated: Terminated) -> None:
     config, options, engine = run.config, run.config.train, run.engine
     if engine.rank == 0:
         run.writer.claim()
-        run.store.put("config.yaml", to_yaml(config).encode())
-        print(f"{'resuming from' if start else 'starting at'} step {start} of {options.steps}", flush=True)
+        run.store.put("config.yaml", sealed(to_yaml(config)).encode())
+        say(f"{'resuming from' if start else 'starting at'} step {start} of {options.steps}")
     agreement = Agreement(3)
     with Watchdog(options.watchdog_seconds) as watchdog, terminated:
         for step in range(start, options.steps):
@@ -144,7 +150,7 @@ def run_steps(run: Run, start: int, terminated: Terminated) -> None:
             watchdog.progress(f"step {done}")
             if stop and not last:
                 if engine.rank == 0:
-                    print(f"asked to end: saved at step {done}; the next start goes on from there", flush=True)
+                    say(f"asked to end: saved at step {done}; the next start goes on from there")
                 raise SystemExit(TERMINATED)
     agreement.close()
 
@@ -198,6 +204,8 @@ def preflight(config: Config) -> int:
     store.check()
     manifest = load_manifest(data)
     config = fitted(config, manifest)
+    for sentence in misfits(config, manifest.samples):
+        print(f"WARNING: {sentence}", file=sys.stderr, flush=True)
     order = Order.choose(manifest, config.train.global_batch, config.seed)
     forward_flops(config.model, image_size=config.data.image_size, channels=config.data.channels, classes=config.data.classes)
     names, drop = [p.name for p in profiles(config.train)], config.train.lost_averages == "drop"
@@ -281,6 +289,24 @@ def run_identity(config: Config, manifest: Manifest, order: Order) -> dict[str, 
     }
 
 
+def misfits(config: Config, samples: int) -> Iterator[str]:
+    """What is allowed but absurd for a data set of so many samples, each with a number that would do."""
+    train, batch = config.train, config.train.global_batch
+    if batch > samples:
+        better = 1 << max(samples // 4, 1).bit_length() - 1
+        yield (
+            f"train.global_batch={batch} is more than the {samples:,} samples of the data, so that each step sees some of them "
+            f"several times; train.global_batch={better} would do"
+        )
+    looks = train.steps * batch / samples
+    if looks > MOST_LOOKS:
+        steps = max(1, GOOD_LOOKS * samples // batch)
+        yield (
+            f"train.steps={train.steps} of {batch} images look at each of the {samples:,} samples {looks:,.0f} times, which a "
+            f"network learns by heart; train.steps={steps} looks {GOOD_LOOKS:,} times"
+        )
+
+
 def fitted(config: Config, manifest: Manifest) -> Config:
     """The config with the number of classes that the data have. Raises ConfigError where it speaks of other samples than theirs."""
     for name in ("image_size", "channels", "classes", "dtype"):
@@ -298,18 +324,25 @@ def draw_samples(run: Run, step: int) -> None:
     It is a look, on the device that trains, and must end before the watchdogs do: a fast sampler with GRID_STEPS steps at most.
     """
     if run.engine.rank == 0:
-        config = run.config
-        columns, rows = min(config.data.classes, 10), 4
-        sampling = dataclasses.replace(
-            config.sampling,
-            sampler="dpmpp_2m",
-            spacing="logsnr",
-            steps=min(config.sampling.steps, GRID_STEPS),
-            precision="fp32" if config.train.precision == "fp32" else "bf16",
-            compile=False,
-        )
-        sampler = Sampler.from_run(dataclasses.replace(config, sampling=sampling), step, run.engine.device)
-        index = torch.arange(rows * columns)
-        x = sampler.sample(index, index % columns, config.generate.w)
-        run.telemetry.images(step, f"samples/w={config.generate.w:g}", grid(x, columns))
+        try:
+            _draw(run, step)
+        except UserError as error:
+            _log.warning("%s; there is no sample grid of step %d", error, step)
     dist.barrier()
+
+
+def _draw(run: Run, step: int) -> None:
+    config = run.config
+    columns, rows = min(config.data.classes, 10), 4
+    sampling = dataclasses.replace(
+        config.sampling,
+        sampler="dpmpp_2m",
+        spacing="logsnr",
+        steps=min(config.sampling.steps, GRID_STEPS),
+        precision="fp32" if config.train.precision == "fp32" else "bf16",
+        compile=False,
+    )
+    sampler = Sampler.from_run(dataclasses.replace(config, sampling=sampling), step, run.engine.device)
+    index = torch.arange(rows * columns)
+    x = sampler.sample(index, index % columns, config.generate.w)
+    run.telemetry.images(step, f"samples/w={config.generate.w:g}", grid(x, columns))

@@ -3,17 +3,22 @@
 Losses are gathered over the ranks once per interval, never in a step. Intervals also end at every checkpoint, so a resumed run
 writes the very scalars that the undisturbed one would have written. Event files are written to a local folder and copied to
 `<run>/events/` by threads, always before a checkpoint exists whose steps they show; after some MiB a new one is begun, so that
-little is sent again. Scalars past the step that a run resumes from are purged.
+little is sent again. Scalars past the step that a run resumes from are purged. TensorBoard reads files in the order of their
+names: they are numbered, as clocks jump and differ. All of this is for watching: what fails is a warning, and the training goes on.
 
 MFU is the model's FLOPs (2 per multiply-accumulate; a backward pass counts as two forwards, a recomputed forward not at all) over
-what the devices could do. All ranks move at the pace of the slowest: the time of each rank's own forward passes tells which.
+what the devices could do in `train.precision`. All ranks move at the pace of the slowest: the time of each rank's own forward
+passes tells which.
 """
 
+import contextlib
 import logging
+import re
+import secrets
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -28,27 +33,13 @@ from torch.utils.tensorboard import SummaryWriter
 from configs.errors import StoreError
 from configs.schema import Config
 from data_pipeline.store import Store
+from trainer.devices import peak_flops
 
 BAND_EDGES = (-8.0, -4.0, 0.0, 4.0, 8.0)  # log-SNR; 83 % of the paper's p(lambda) lies in [-4, 4]
 BANDS = ("below_-8", "-8_to_-4", "-4_to_0", "0_to_4", "4_to_8", "above_8")
 _UPLOAD_SECONDS = 30.0
 _FILE_BYTES = 4 * 2**20  # of an event file, before a new one is begun
 _log = logging.getLogger("freeguide.telemetry")
-PEAK_FLOPS = {  # dense bf16, by the maker's data sheet
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-}
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 FLOP/s of the device by its maker's data sheet, or None where we know of none (a CPU)."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
 @contextmanager
@@ -59,6 +50,102 @@ def event_file(store: Store, key: str) -> Iterator[SummaryWriter]:
             yield writer
         (path,) = Path(folder).iterdir()
         store.put(key, path.read_bytes())
+
+
+def say(line: str) -> None:
+    """Print a line of progress, if anybody can still read it: a full disk behind the output, or its end, is no reason to stop."""
+    with contextlib.suppress(OSError, ValueError):
+        print(line, flush=True)
+
+
+class Events:
+    """TensorBoard's event files of a training that goes on from step `start`. Nothing here raises: what fails is a warning."""
+
+    def __init__(self, store: Store, start: int) -> None:
+        self._store, self._token = store, secrets.token_hex(4)  # of two trainings, neither overwrites what the other writes
+        self._sent: dict[str, int] = {}  # event files in the store, and how much of them
+        self._thread: threading.Thread | None = None
+        self._uploading = threading.Lock()
+        self._uploaded, self._written = time.perf_counter(), False
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._writer: SummaryWriter | None = None
+        with self._watching():
+            self._number = max([_numbered(info.key) for info in store.list("events/")], default=0)
+            self._folder = tempfile.TemporaryDirectory(prefix="freeguide-events-", ignore_cleanup_errors=True)
+            self._begin(purge_step=start + 1)  # step `start` itself is in the checkpoint
+
+    def write(self, does: Callable[[SummaryWriter], object]) -> None:
+        if self._writer is not None:
+            with self._watching():
+                does(self._writer)
+                self._written = True
+
+    def flush(self) -> None:
+        """To the files that `upload` sends."""
+        self.write(lambda writer: writer.flush())
+
+    def upload(self) -> None:
+        """Copy the files that have grown; any thread may call it, and waits for another that does."""
+        with self._uploading:
+            if self._folder is None or not self._written:
+                return
+            try:
+                for path in sorted(Path(self._folder.name).glob("*/*")):
+                    if path.stat().st_size > self._sent.get(path.parent.name, 0):
+                        data = path.read_bytes()
+                        self._store.put(f"events/events.out.tfevents.{path.parent.name}.{self._token}", data)
+                        self._sent[path.parent.name] = len(data)
+            except (StoreError, OSError) as error:  # the next upload brings them
+                _log.warning("%s; TensorBoard scalars follow later", error)
+
+    def upload_now_and_then(self) -> None:
+        """In a thread: all ranks would wait for a store that is slow or gone. One at a time."""
+        if time.perf_counter() - self._uploaded <= _UPLOAD_SECONDS or (self._thread is not None and self._thread.is_alive()):
+            return
+        self.flush()
+        self._uploaded = time.perf_counter()
+        self.write(self._begin_another)
+        self._thread = threading.Thread(target=self.upload, name="freeguide-events", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            with self._watching():
+                self._writer.close()
+        if self._thread is not None:
+            self._thread.join()
+        self.upload()
+        with self._uploading:
+            if self._folder is not None:
+                self._folder.cleanup()
+            self._folder = None
+
+    def _begin(self, purge_step: int | None = None) -> None:
+        assert self._folder is not None
+        self._number += 1
+        writer: Any = SummaryWriter(f"{self._folder.name}/{self._number:010d}", purge_step=purge_step)
+        with contextlib.suppress(AttributeError):  # what its thread meets, the next write raises: it need not be shown twice
+            writer.file_writer.event_writer._async_writer._worker._invoke_excepthook = lambda _: None
+        self._writer = writer
+
+    def _begin_another(self, writer: SummaryWriter) -> None:
+        if sum(path.stat().st_size for path in Path(writer.log_dir).iterdir()) > _FILE_BYTES:
+            writer.close()
+            self._begin()
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # TensorBoard raises whatever its thread has met: a full disk, a folder that is gone
+            self._writer = None
+            _log.warning("%s; the training goes on without TensorBoard until its next start", error)
+
+
+def _numbered(key: str) -> int:
+    """The number in the name of a training's event file; older versions took the clock's seconds."""
+    found = re.fullmatch(r"events/events\.out\.tfevents\.(\d+)\..*", key)
+    return int(found[1]) if found else 0
 
 
 class Stopwatch:
@@ -108,23 +195,25 @@ class Telemetry:
 
     def __init__(self, config: Config, store: Store, device: torch.device, start: int, flops_per_image: int) -> None:
         self._config, self._store, self._device = config, store, device
-        self._peak, self._flops = peak_flops(device), 3 * flops_per_image  # a backward pass costs two forwards
+        self._peak, self._flops = (
+            peak_flops(device, config.train.precision),
+            3 * flops_per_image,
+        )  # a backward pass costs two forwards
         self._edges = torch.tensor(BAND_EDGES, device=device)
-        self._writer: SummaryWriter | None = None
-        if dist.get_rank() == 0:
-            self._folder = tempfile.TemporaryDirectory(prefix="freeguide-events-")
-            self._writer = SummaryWriter(self._folder.name, purge_step=start + 1)  # step `start` itself is in the checkpoint
-        self._sent: dict[str, int] = {}  # event files in the store, and how much of them
-        self._upload_thread: threading.Thread | None = None
-        self._uploading = threading.Lock()
-        self._began = self._mark = time.perf_counter()
-        self._uploaded, self._first, self._written = self._began, start, False
+        self._events = Events(store, start) if dist.get_rank() == 0 else None
+        self._mark = time.perf_counter()
+        self._steps, self._began = 0, self._mark  # steps since the first one, which ended then: start-up says nothing of the rest
+        self._first = True
         self.forward = Stopwatch(device)  # around the forward passes of this rank
         self._stall: float | None = None  # seconds, of the checkpoint begun in this interval
         self._forget()
 
     def record(self, losses: Tensor, logsnr: Tensor, index: Tensor, grad_norm: Tensor, lr: float, waited: float) -> None:
         """One optimizer step of this rank: per-example losses, log-SNRs and indices (b,), and the seconds it waited for data."""
+        if self._first:
+            self._first, self._began = False, time.perf_counter()
+        else:
+            self._steps += 1
         self._own.append((losses, index))
         bands = torch.bucketize(logsnr, self._edges)
         losses = losses.double()
@@ -149,8 +238,8 @@ class Telemetry:
         losses, bands, ranks = sums.split([count, self._bands.numel(), ranks.numel()])
         losses = losses / self._config.train.global_batch
         interval = Interval(step - count, losses.tolist(), torch.stack(self._norms).tolist(), self._own)
-        if self._writer is not None:
-            self._write(step, interval, bands.view(2, -1), ranks.view(2, -1), reading)
+        if self._events is not None:
+            self._write(self._events, step, interval, bands.view(2, -1), ranks.view(2, -1), reading)
         self._forget()
         self._stall = None
         self._mark = time.perf_counter()
@@ -159,36 +248,23 @@ class Telemetry:
     def saved(self, step: int, stall: float) -> None:
         """A checkpoint of `step` has begun, for which the training stood still for `stall` seconds."""
         self._stall = stall
-        if self._writer is not None:
-            self._writer.add_scalar("checkpoint/stall_ms", 1000 * stall, step)
-            self._writer.flush()  # to the files that `upload` sends before the checkpoint exists
+        if self._events is not None:
+            self._events.write(lambda writer: writer.add_scalar("checkpoint/stall_ms", 1000 * stall, step))
+            self._events.flush()  # before the checkpoint exists
 
     def images(self, step: int, tag: str, grid: Tensor) -> None:
         """A picture (C, H, W) in [0, 1] for TensorBoard."""
-        if self._writer is not None:
-            self._writer.add_image(tag, grid, step)
+        if self._events is not None:
+            self._events.write(lambda writer: writer.add_image(tag, grid, step))
 
     def upload(self) -> None:
-        """Copy the event files of rank 0 that have grown; any thread may call it, and waits for another that does."""
-        with self._uploading:
-            try:
-                for path in sorted(Path(self._folder.name).glob("*")):  # none once this is closed
-                    if path.stat().st_size > self._sent.get(path.name, 0):
-                        data = path.read_bytes()
-                        self._store.put(f"events/{path.name}", data)
-                        self._sent[path.name] = len(data)
-            except StoreError as error:  # scalars are not worth a run: the next upload brings them
-                _log.warning("%s; TensorBoard scalars follow later", error)
+        """Copy the event files of rank 0 that have grown to the store; any thread may call it."""
+        if self._events is not None:
+            self._events.upload()
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            if self._upload_thread is not None:
-                self._upload_thread.join()
-            if self._written:
-                self.upload()
-            with self._uploading:
-                self._folder.cleanup()
+        if self._events is not None:
+            self._events.close()
 
     def _forget(self) -> None:
         self._losses: list[Tensor] = []
@@ -198,25 +274,16 @@ class Telemetry:
         self._bands = torch.zeros(2, len(BANDS), dtype=torch.float64, device=self._device)
         self._waited = 0.0
 
-    def _write(self, step: int, interval: Interval, bands: Tensor, ranks: Tensor, reading: dict[str, Any]) -> None:
+    def _write(self, events: Events, step: int, interval: Interval, bands: Tensor, ranks: Tensor, reading: dict[str, Any]) -> None:
         """`bands` (2, BANDS) are sums of losses and counts by log-SNR, `ranks` (2, R) seconds waited for data and in forwards."""
-        assert self._writer is not None
-        self._written = True
         train, world_size, count = self._config.train, dist.get_world_size(), len(interval.losses)
-        seconds = max(time.perf_counter() - self._mark, 1e-9)
+        now = time.perf_counter()
+        seconds = max(now - self._mark, 1e-9)
         images_per_second = count * train.global_batch / seconds
         wait = 100.0 * float(ranks[0].mean()) / seconds
         mfu = None if self._peak is None else 100.0 * images_per_second * self._flops / (self._peak * world_size)
         slowest = int(ranks[1].argmax())
         behind = 100.0 * (float(ranks[1].max() / ranks[1].mean().clamp(min=1e-9)) - 1)
-        for i in range(count):
-            at = interval.first + i + 1
-            self._writer.add_scalar("train/loss", interval.losses[i], at)
-            self._writer.add_scalar("train/gradient_norm", interval.norms[i], at)
-            self._writer.add_scalar("train/lr", self._lrs[i], at)
-        for name, loss, number in zip(BANDS, *bands, strict=True):
-            if number:
-                self._writer.add_scalar(f"loss_by_logsnr/{name}", float(loss / number), step)
         speed = {
             "images_per_second": images_per_second,
             "data_wait_percent": wait,
@@ -225,17 +292,29 @@ class Telemetry:
             "forward_ms_slowest": 1000 * float(ranks[1].max()) / count,
             "slowest_rank": slowest,
         }
-        if world_size > 1:
-            self._writer.add_histogram("ranks/data_wait_percent", 100.0 * ranks[0] / seconds, step)
-            self._writer.add_histogram("ranks/forward_ms", 1000 * ranks[1] / count, step)
-        for name, value in speed.items():
-            if value is not None:
-                self._writer.add_scalar(f"speed/{name}", value, step)
-        for name, value in reading.items():
-            for cause, count_of in value.items() if isinstance(value, dict) else [("", value)]:
-                self._writer.add_scalar(f"data/{name}/{cause}".rstrip("/"), count_of, step)
+
+        def scalars(writer: SummaryWriter) -> None:
+            for i in range(count):
+                at = interval.first + i + 1
+                writer.add_scalar("train/loss", interval.losses[i], at)
+                writer.add_scalar("train/gradient_norm", interval.norms[i], at)
+                writer.add_scalar("train/lr", self._lrs[i], at)
+            for name, loss, number in zip(BANDS, *bands, strict=True):
+                if number:
+                    writer.add_scalar(f"loss_by_logsnr/{name}", float(loss / number), step)
+            if world_size > 1:
+                writer.add_histogram("ranks/data_wait_percent", 100.0 * ranks[0] / seconds, step)
+                writer.add_histogram("ranks/forward_ms", 1000 * ranks[1] / count, step)
+            for name, value in speed.items():
+                if value is not None:
+                    writer.add_scalar(f"speed/{name}", value, step)
+            for name, value in reading.items():
+                for cause, count_of in value.items() if isinstance(value, dict) else [("", value)]:
+                    writer.add_scalar(f"data/{name}/{cause}".rstrip("/"), count_of, step)
+
+        events.write(scalars)
         retries, bad = (sum(reading[name].values()) for name in ("retries", "bad_samples"))
-        elapsed, done = time.perf_counter() - self._began, step - self._first
+        per_step = (now - self._began) / self._steps if self._steps else seconds / count
         parts = [
             f"step {step}/{train.steps}",
             f"loss {sum(interval.losses) / count:.4f}",
@@ -248,22 +327,7 @@ class Telemetry:
             *([f"{bad} bad samples"] if bad else []),
             *([f"slowest rank {slowest} +{behind:.0f} %"] if world_size > 1 else []),
             *([f"save stall {1000 * self._stall:.0f} ms"] if self._stall is not None else []),
-            f"eta {timedelta(seconds=round(elapsed / done * (train.steps - step)))}",
+            f"eta {timedelta(seconds=round(per_step * (train.steps - step)))}",
         ]
-        print("  ".join(parts), flush=True)
-        if time.perf_counter() - self._uploaded > _UPLOAD_SECONDS:
-            self._begin_upload()
-
-    def _begin_upload(self) -> None:
-        """In a thread: all ranks would wait for a store that is slow or gone. One at a time."""
-        assert self._writer is not None
-        if self._upload_thread is not None and self._upload_thread.is_alive():
-            return
-        self._writer.flush()
-        self._uploaded = time.perf_counter()
-        newest = max(Path(self._folder.name).iterdir(), key=lambda path: path.stat().st_mtime_ns)
-        if newest.stat().st_size > _FILE_BYTES:
-            self._writer.close()
-            self._writer = SummaryWriter(self._folder.name, filename_suffix=f".{len(self._sent) + 1}")
-        self._upload_thread = threading.Thread(target=self.upload, name="freeguide-events", daemon=True)
-        self._upload_thread.start()
+        say("  ".join(parts))
+        events.upload_now_and_then()

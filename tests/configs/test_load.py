@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from configs.errors import ConfigError
-from configs.load import find_config, load_config, to_yaml
+from configs.load import find_config, from_yaml, load_config, sealed, to_yaml
 from configs.schema import Config
 
 ROOT = Path(__file__).parents[2]
@@ -201,3 +201,21 @@ def test_a_name_of_no_config_is_refused_with_those_that_there_are(
         ConfigError, match=r"not a file|come with freeguide are: digits, fashion_mnist, image_folder, imagenet128, imagenet64"
     ):
         find_config(name)
+
+
+def test_a_stored_config_that_has_changed_is_refused_unless_it_says_nothing_of_its_content(minimal: Path) -> None:
+    config = load_config(minimal)
+    stored = sealed(to_yaml(config))
+    assert from_yaml(stored) == from_yaml(to_yaml(config)) == config
+    assert load_config(_written(minimal, stored)) == config
+    for changed in (stored.replace("logsnr_max: 20.0", "logsnr_max: 2.0"), stored[:-9], stored.replace("\n", "\n\ufffd", 1)):
+        assert changed != stored
+        with pytest.raises(ConfigError, match=r"changed since it was written; undo that, or take out its first line"):
+            from_yaml(changed)
+    assert from_yaml(stored.partition("\n")[2].replace("logsnr_max: 20.0", "logsnr_max: 2.0")).diffusion.logsnr_max == 2.0
+
+
+def _written(beside: Path, text: str) -> Path:
+    path = beside.with_name("stored.yaml")
+    path.write_text(text)
+    return path

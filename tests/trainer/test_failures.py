@@ -1,14 +1,17 @@
 """What a training does when something goes wrong: each piece alone. The drills are in tests/faults."""
 
+import contextlib
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,9 +23,10 @@ from configs.load import load_config
 from configs.schema import Config, TrainConfig
 from data_pipeline.order import Order
 from data_pipeline.store import FolderStore
-from trainer import loop
+from trainer import __main__ as trainer_main
+from trainer import checkpoint, loop
 from trainer.engine import _check_device, join_process_group
-from trainer.failures import HUNG, Agreement, Incidents, Terminated, limit_collectives
+from trainer.failures import HUNG, TERMINATED, Agreement, Incidents, Terminated, limit_collectives
 from trainer.telemetry import Interval, Stopwatch
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +46,62 @@ def test_ranks_agree_on_the_maximum_one_step_later() -> None:
     assert agreement.exchange(1, -5) == [0, -3]
     assert agreement.exchange(0, 0) == [1, -5]
     agreement.close()
+
+
+def test_ctrl_c_leaves_after_the_step_with_130_and_what_to_do_next(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def train(config: Any, terminated: Terminated) -> int:
+        with terminated:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert terminated.asked
+        raise SystemExit(TERMINATED)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(trainer_main, "train", train)
+    monkeypatch.setattr(sys, "argv", ["trainer", str(tiny("interrupted"))])
+    try:
+        assert trainer_main.main() == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    said = capfd.readouterr().err
+    assert "stopping after this step; Ctrl-C again ends it at once" in said
+    assert said.endswith("stopped; run the same command again to go on\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [0, 2], ids=["alone", "torchrun"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_python_m_trainer_saves_and_leaves_as_it_is_asked_to(
+    tiny: Callable[..., Path], tmp_path: Path, number: int, code: int, ranks: int
+) -> None:
+    """As a terminal does it: the signal goes to all processes of the group; SIGTERM to the one that was started."""
+    path = tiny("asked", str(tmp_path / "run"), train={"steps": 10**6, "checkpoint_every": 10**6, "log_every": 1})
+    alone = [sys.executable, "-m", "trainer", str(path)]
+    command = (
+        alone if not ranks else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *alone[1:]]
+    )
+    with open(tmp_path / "log", "w") as log:
+        started = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 240
+        while "step 3/" not in (tmp_path / "log").read_text():
+            assert started.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        (os.killpg if number == signal.SIGINT else os.kill)(started.pid, number)
+        ended = started.wait(timeout=120)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
+    said = (tmp_path / "log").read_text()
+    assert "asked to end: saved at step" in said, said
+    found = checkpoint.find(FolderStore(tmp_path / "run"))
+    assert f"asked to end: saved at step {found.step};" in said
+    if not ranks:
+        assert ended == code
+        assert "Traceback" not in said
+        assert ("run the same command again to go on" in said) == (number == signal.SIGINT)
 
 
 def test_sigterm_is_remembered_only_while_training() -> None:
@@ -174,6 +234,18 @@ def test_a_spike_is_recorded_and_a_repeated_step_once(tmp_path: Path) -> None:
     again = Incidents(store, ORDER, [], TrainConfig())
     again.review(interval(0, [1.0] * 22 + [5.0]))
     assert [(row["step"], row["what"], row["loss"]) for row in rows(store)] == [(22, "spike", 3.1), (23, "spike", 5.0)]
+
+
+def test_lines_of_the_diary_that_are_damaged_stay_and_end_no_run(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path)
+    strange = ['{"step": 2', "[" * 5000, "[1, 2]", "null", "\ufffd", '{"what": "a note of mine"}']
+    store.put("incidents.jsonl", "\n".join(strange).encode().replace("\ufffd".encode(), b"\xff") + b"\n")
+    incidents = Incidents(store, ORDER, [], TrainConfig())
+    for _ in range(2):
+        incidents.review(interval(0, [math.nan]))
+    *before, last = store.get("incidents.jsonl").decode().splitlines()
+    assert before == strange
+    assert json.loads(last)["step"] == 1
 
 
 def test_a_store_that_refuses_the_diary_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

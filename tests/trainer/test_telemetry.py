@@ -1,11 +1,17 @@
 """What the step line says about speed, and how scalars reach the store."""
 
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
 import threading
 from pathlib import Path
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
 from configs.schema import Config, TrainConfig
 from data_pipeline.store import FolderStore, open_store
@@ -21,7 +27,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [0.0]
     monkeypatch.setattr(telemetry.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(telemetry.time, "time", lambda: 1e9 + now[0])  # event files are read in the order of their seconds
-    monkeypatch.setattr(telemetry, "peak_flops", lambda device: 1e12)
+    monkeypatch.setattr(telemetry, "peak_flops", lambda device, precision: 1e12)
     monkeypatch.setattr(telemetry.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(telemetry.dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(telemetry.dist, "all_reduce", lambda values: None)
@@ -93,7 +99,7 @@ def test_scalars_are_sent_beside_the_steps_and_in_files_that_do_not_grow(
         watched.flush(step, READING)  # does not wait for the store
         if step >= 4:
             store.open.set()
-            watched._upload_thread.join()  # type: ignore[union-attr]
+            watched._events._thread.join()  # type: ignore[union-attr]
     watched.close()
     files = sorted((tmp_path / "events").iterdir())
     assert len(files) > 3
@@ -148,3 +154,116 @@ def test_the_scalars_up_to_a_checkpoint_can_be_sent_from_its_thread(clock: list[
     assert [event.step for event in seen(tmp_path).Scalars("checkpoint/stall_ms")] == [3]
     watched.close()
     watched.upload()  # a checkpoint may still be on its way where a training ends with an error
+
+
+# --- clocks, and places that are only for watching ---
+
+
+def later(store: FolderStore, start: int, first: int, last: int) -> Telemetry:
+    watched = Telemetry(Config(train=TrainConfig(steps=99, global_batch=4)), store, torch.device("cpu"), start, 1)
+    steps_of(watched, first, last)
+    return watched
+
+
+@pytest.mark.parametrize("jump", [-3e7, 3e7, 0.0])
+def test_curves_follow_the_steps_whatever_the_clock_says(
+    jump: float, clock: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resumed run on a machine whose clock is a year behind, or ahead, and a file that an older version named by the seconds."""
+    store = FolderStore(tmp_path)
+    with SummaryWriter(str(tmp_path / "events"), purge_step=1) as old:
+        for step in (1, 2):
+            old.add_scalar("train/loss", step / 2, step)
+    later(store, 2, 3, 6).close()
+    monkeypatch.setattr(telemetry.time, "time", lambda: 1e9 + clock[0] + jump)
+    later(store, 4, 5, 5).close()
+    assert [(event.step, event.value) for event in seen(tmp_path).Scalars("train/loss")] == [(k, k / 2) for k in range(1, 6)]
+
+
+def test_a_file_is_ended_by_its_size_and_not_by_what_is_newest_on_the_disk(
+    clock: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(telemetry, "_FILE_BYTES", 1)
+    watched = later(FolderStore(tmp_path), 0, 1, 1)
+    for step in (2, 3, 4):
+        clock[0] += 31
+        steps_of(watched, step, step)
+        assert watched._events is not None
+        watched._events._thread.join()  # type: ignore[union-attr]
+        for path in Path(watched._events._folder.name).rglob("*.*"):  # type: ignore[union-attr]
+            os.utime(path, (2e9 - step, 2e9 - step))
+    watched.close()
+    assert len(list((tmp_path / "events").iterdir())) == 4
+    assert [event.step for event in seen(tmp_path).Scalars("train/loss")] == [1, 2, 3, 4]
+
+
+def test_a_temporary_folder_that_cannot_be_used_costs_tensorboard_and_not_the_training(
+    clock: list[float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    watched = later(FolderStore(tmp_path / "run"), 0, 1, 4)
+    watched.saved(4, 0.1)
+    watched.images(4, "samples", torch.zeros(1, 8, 8))
+    watched.upload()
+    watched.close()
+    assert "step 4/99" in capsys.readouterr().out
+    assert caplog.text.count("the training goes on without TensorBoard") == 1
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_temporary_folder_that_is_full_costs_tensorboard_and_not_the_training(
+    clock: list[float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        monkeypatch.setattr(tempfile, "tempdir", str(small))
+        watched = later(FolderStore(tmp_path / "run"), 0, 1, 2)
+        for step in range(3, 20):
+            watched.images(step, "samples", torch.rand(3, 64, 64))
+            watched.saved(step, 0.1)
+            steps_of(watched, step, step)
+            watched.upload()
+        watched.close()
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)
+    shown = capsys.readouterr()
+    assert "step 19/99" in shown.out
+    assert "Traceback" not in shown.err
+    assert caplog.text.count("the training goes on without TensorBoard") == 1
+    assert [event.step for event in seen(tmp_path / "run").Scalars("train/loss")][:2] == [1, 2]
+
+
+def test_an_output_that_is_full_or_closed_costs_the_line_and_not_the_training(
+    clock: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        watched = later(FolderStore(tmp_path), 0, 1, 2)
+        steps_of(watched, 3, 3)
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            full.close()
+    watched.close()
+    assert [event.step for event in seen(tmp_path).Scalars("train/loss")] == [1, 2, 3]
+
+
+def test_the_first_eta_does_not_count_the_start_up(clock: list[float], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    watched = Telemetry(Config(train=TrainConfig(steps=100, global_batch=4)), FolderStore(tmp_path), torch.device("cpu"), 0, 1)
+    clock[0] += 1000  # compiling
+    for _ in range(10):
+        clock[0] += 2
+        watched.record(torch.ones(2), torch.zeros(2), torch.arange(2), torch.tensor(1.0), 1e-3, waited=0.0)
+    watched.flush(10, READING)
+    watched.close()
+    assert "eta 0:03:00" in capsys.readouterr().out
