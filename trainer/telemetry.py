@@ -12,9 +12,12 @@ passes tells which.
 """
 
 import contextlib
+import fcntl
 import logging
+import os
 import re
 import secrets
+import shutil
 import tempfile
 import threading
 import time
@@ -45,11 +48,53 @@ _log = logging.getLogger("freeguide.telemetry")
 @contextmanager
 def event_file(store: Store, key: str) -> Iterator[SummaryWriter]:
     """A TensorBoard writer whose events stand at `key` of the store when the block ends."""
-    with tempfile.TemporaryDirectory(prefix="freeguide-events-") as folder:
-        with SummaryWriter(folder) as writer:
+    with _LocalFolder() as folder:
+        with SummaryWriter(str(folder.path)) as writer:
             yield writer
-        (path,) = Path(folder).iterdir()
+        (path,) = folder.path.iterdir()
         store.put(key, path.read_bytes())
+
+
+class _LocalFolder:
+    """A temporary folder that is gone when it is left; those that killed processes of this user have left go with the next one.
+
+    One is alive as long as somebody holds its lock, which the kernel takes away with the process. Raises OSError.
+    """
+
+    _PREFIX = "freeguide-events-"
+
+    def __init__(self) -> None:
+        parent = Path(tempfile.gettempdir())
+        for old in parent.glob(f"{self._PREFIX}*"):
+            with contextlib.suppress(OSError):
+                if old.lstat().st_uid == os.getuid() and (lock := _locked(old)) >= 0:
+                    shutil.rmtree(old, ignore_errors=True)
+                    os.close(lock)
+        while True:
+            self.path = Path(tempfile.mkdtemp(prefix=self._PREFIX, dir=parent))
+            with contextlib.suppress(FileNotFoundError):
+                self._lock = _locked(self.path)
+                if self.path.exists():  # nobody has swept it between its making and its lock
+                    return
+
+    def __enter__(self) -> "_LocalFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        if self._lock >= 0:
+            os.close(self._lock)
+
+
+def _locked(folder: Path) -> int:
+    """The handle that holds the folder's lock, -1 where another process has it or there are no locks. Raises OSError."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return -1
+    return handle
 
 
 def say(line: str) -> None:
@@ -67,11 +112,11 @@ class Events:
         self._thread: threading.Thread | None = None
         self._uploading = threading.Lock()
         self._uploaded, self._written = time.perf_counter(), False
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: _LocalFolder | None = None
         self._writer: SummaryWriter | None = None
         with self._watching():
             self._number = max([_numbered(info.key) for info in store.list("events/")], default=0)
-            self._folder = tempfile.TemporaryDirectory(prefix="freeguide-events-", ignore_cleanup_errors=True)
+            self._folder = _LocalFolder()
             self._begin(purge_step=start + 1)  # step `start` itself is in the checkpoint
 
     def write(self, does: Callable[[SummaryWriter], object]) -> None:
@@ -90,7 +135,7 @@ class Events:
             if self._folder is None or not self._written:
                 return
             try:
-                for path in sorted(Path(self._folder.name).glob("*/*")):
+                for path in sorted(self._folder.path.glob("*/*")):
                     if path.stat().st_size > self._sent.get(path.parent.name, 0):
                         data = path.read_bytes()
                         self._store.put(f"events/events.out.tfevents.{path.parent.name}.{self._token}", data)
@@ -117,13 +162,13 @@ class Events:
         self.upload()
         with self._uploading:
             if self._folder is not None:
-                self._folder.cleanup()
+                self._folder.__exit__()
             self._folder = None
 
     def _begin(self, purge_step: int | None = None) -> None:
         assert self._folder is not None
         self._number += 1
-        writer: Any = SummaryWriter(f"{self._folder.name}/{self._number:010d}", purge_step=purge_step)
+        writer: Any = SummaryWriter(f"{self._folder.path}/{self._number:010d}", purge_step=purge_step)
         with contextlib.suppress(AttributeError):  # what its thread meets, the next write raises: it need not be shown twice
             writer.file_writer.event_writer._async_writer._worker._invoke_excepthook = lambda _: None
         self._writer = writer

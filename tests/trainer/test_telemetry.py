@@ -190,7 +190,7 @@ def test_a_file_is_ended_by_its_size_and_not_by_what_is_newest_on_the_disk(
         steps_of(watched, step, step)
         assert watched._events is not None
         watched._events._thread.join()  # type: ignore[union-attr]
-        for path in Path(watched._events._folder.name).rglob("*.*"):  # type: ignore[union-attr]
+        for path in watched._events._folder.path.rglob("*.*"):  # type: ignore[union-attr]
             os.utime(path, (2e9 - step, 2e9 - step))
     watched.close()
     assert len(list((tmp_path / "events").iterdir())) == 4
@@ -267,3 +267,31 @@ def test_the_first_eta_does_not_count_the_start_up(clock: list[float], tmp_path:
     watched.flush(10, READING)
     watched.close()
     assert "eta 0:03:00" in capsys.readouterr().out
+
+
+def test_local_folders_of_killed_trainings_go_with_the_next_one_and_those_of_live_ones_stay(
+    clock: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = "import os, trainer.telemetry as t; print(t._LocalFolder().path); os.kill(os.getpid(), 9)"
+    root = Path(__file__).parents[2]
+    killed = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert killed.returncode == -9
+    (left,) = tmp_path.glob("freeguide-events-*")
+    (left / "events").write_bytes(bytes(10))
+    alive = later(FolderStore(tmp_path / "run"), 0, 1, 1)
+    (one,) = tmp_path.glob("freeguide-events-*")
+    assert one != left
+    other = later(FolderStore(tmp_path / "other"), 0, 1, 1)
+    assert one.exists()
+    alive.close()
+    other.close()
+    assert not list(tmp_path.glob("freeguide-events-*"))
+    assert [event.step for event in seen(tmp_path / "run").Scalars("train/loss")] == [1]
