@@ -43,7 +43,9 @@ class Weights:
         """Keep them, where that has not been done. Raises CheckpointError where the checkpoint is no longer the one that it was."""
         run = open_store(self.run)
         if not run.exists(self.key):
-            run.put(self.key, to_safetensors(self._average(run), _FACTS, {"of": self.of, "data": self.data}))
+            run.put(
+                self.key, to_safetensors(self._average(run), _FACTS, {"of": self.of, "data": self.data, "distance": self.distance})
+            )
 
     def read(self) -> dict[str, Tensor]:
         """Their values by parameter name, fp32: the kept ones, or else from the checkpoint. Raises CheckpointError as `keep`.
@@ -91,7 +93,9 @@ def weights_of(config: Config) -> Weights:
         if len(kept) != 1:
             raise
         _, facts = read_safetensors(run.get(kept[0]), f"{run.uri}/{kept[0]}", _FACTS, "a kept average", _AGAIN)
-        return Weights(config.run, step, average, tuple(map(str, facts.get("of", ()))), str(facts.get("data", "")))
+        of, distance = tuple(map(str, facts.get("of", ()))), facts.get("distance", 0.0)
+        distance = float(distance) if isinstance(distance, int | float) else 0.0
+        return Weights(config.run, step, average, of, str(facts.get("data", "")), distance=distance)
     if average not in (*found.averages, "master") and not sigma_rel_of(average):
         raise CheckpointError(
             f"{config.run}: the checkpoint of step {found.step} holds no average {average}; set sampling.ema to one of "

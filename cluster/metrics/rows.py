@@ -104,9 +104,13 @@ class Row:
         return "FID" if self.extractor == INCEPTION else f"FID-{self.extractor}"
 
 
-def model_conditions(config: Config, checkpoint_step: int, code_version: str) -> dict[str, Any]:
-    """The conditions of our own samples, by the names of a row's fields: what made the images and how they became 8 bits."""
+def model_conditions(config: Config, checkpoint_step: int, code_version: str, distance: float = 0.0) -> dict[str, Any]:
+    """The conditions of our own samples, by the names of a row's fields: what made the images and how they became 8 bits.
+
+    `distance` is that of a reconstructed average to the profile that its name says (`trainer.checkpoint.Recipe`).
+    """
     sampling = config.sampling
+    options = [further_options(sampling), f"ema_distance={distance:.1e}" if distance else ""]
     return {
         "run": config.name,
         "checkpoint_step": checkpoint_step,
@@ -117,7 +121,7 @@ def model_conditions(config: Config, checkpoint_step: int, code_version: str) ->
         "steps": sampling.steps,
         "v": sampling.v,
         "clip": sampling.clip,
-        "options": further_options(sampling),
+        "options": ", ".join(filter(None, options)),
         "seed": sampling.seed,
         "labels": sampling.labels,
         "rounding": ROUNDING,

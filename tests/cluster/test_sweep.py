@@ -37,7 +37,7 @@ from cluster.weights import Weights, weights_of
 from configs.errors import CheckpointError, ConfigError, DataError, UserError
 from configs.load import from_yaml, load_config, screen_images, to_yaml
 from configs.load import sweep as combinations
-from configs.schema import Config
+from configs.schema import Config, SamplingConfig
 from data_pipeline.manifest import load_manifest
 from data_pipeline.store import open_store
 from tests.cluster.untrained import DIGITS, HALF_LIFE, small, write_lab, write_run
@@ -280,6 +280,13 @@ def test_weights_are_those_of_the_checkpoint_that_was_chosen_or_none(lab: Path, 
     with pytest.raises(CheckpointError, match="the checkpoint of step 8 has been replaced meanwhile; start again"):
         chosen.keep()
     assert not open_store(runs[0]).list("weights/")
+
+
+def test_kept_weights_of_a_reconstructed_average_know_their_distance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Weights, "_average", lambda *_: {"x": torch.zeros(2)})
+    Weights(str(tmp_path), 8, "sigma_rel_0.2", ("a", "b"), "data", distance=0.29).keep()
+    config = Config(run=str(tmp_path), sampling=SamplingConfig(checkpoint=8, ema="sigma_rel_0.2"))
+    assert (weights_of(config).distance, weights_of(config).of) == (0.29, ("a", "b"))
 
 
 def test_weights_of_another_average_are_kept_under_another_name(lab: Path, runs: list[str], tmp_path: Path) -> None:
