@@ -14,6 +14,7 @@ import stat
 import sys
 import tempfile
 import time
+import urllib.parse
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+import grpc
 import ray
 import ray.autoscaler.sdk
 import torch
@@ -36,6 +38,7 @@ from configs.schema import ClusterConfig, Config
 T = TypeVar("T")
 
 _LOOK_SECONDS = 5.0  # between two looks at a cluster that is too small
+_HANDSHAKE = 10.0  # seconds that a server of gRPC may take to say that it is one
 _REPORTS = 20.0  # seconds after its start in which an autoscaler has reported
 
 
@@ -133,8 +136,8 @@ def _start(options: dict[str, Any], runtime: dict[str, Any], gpus: float) -> Non
         ray.init(**options, runtime_env=runtime, log_to_driver=True, logging_level=logging.ERROR)
     except ConnectionError as error:
         raise ConfigError(
-            f"RAY_ADDRESS={options['address']}: the Ray cluster there did not let us in ({error}); check the address and "
-            "RAY_AUTH_TOKEN_PATH"
+            f"RAY_ADDRESS={options['address']}: the Ray cluster there did not let us in ({error}); check the address, and where it "
+            "wants a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
         ) from error
 
 
@@ -264,15 +267,31 @@ def _ask_autoscaler(bundles: list[dict[str, float]]) -> None:
 
 
 def _probe(address: str) -> None:
+    """Raise ConfigError where no server of Ray answers at `address`: Ray itself would try for minutes, with a line for each try."""
     if address == "auto":
         return
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    client, here = address.startswith("ray://"), f"RAY_ADDRESS={address}"
+    give = "start one, or unset RAY_ADDRESS to use this machine"
     try:
-        socket.create_connection((host, int(port)), timeout=10).close()
-    except (OSError, ValueError) as error:
+        parts = urllib.parse.urlsplit(address if client else f"//{address}")
+        host, port = parts.hostname, parts.port or (10001 if client else 0)
+    except ValueError as error:
         raise ConfigError(
-            f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); start one, or unset RAY_ADDRESS to use this machine"
+            f"{here}: no address of a Ray cluster ({error}); give HEAD:6379, or unset it to use this machine"
         ) from error
+    if not host or not port or parts.path.strip("/"):
+        raise ConfigError(f"{here}: no address of a Ray cluster; give HEAD:6379, or unset it to use this machine")
+    try:
+        socket.create_connection((host, port), timeout=10).close()
+    except OSError as error:
+        raise ConfigError(f"{here}: no Ray cluster answers there ({error}); {give}") from error
+    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+        return
+    with grpc.insecure_channel(f"[{host}]:{port}" if ":" in host else f"{host}:{port}") as channel:
+        try:
+            grpc.channel_ready_future(channel).result(_HANDSHAKE)
+        except grpc.FutureTimeoutError as error:
+            raise ConfigError(f"{here}: another server than Ray's answers there; give the head's port, mostly 6379") from error
 
 
 def private_folder(parent: str = "") -> Path:

@@ -1,5 +1,7 @@
 """Who gets a GPU, on a cluster of the command's own; and where commands keep what is gone when they end."""
 
+import concurrent.futures
+import http.server
 import os
 import shutil
 import signal
@@ -7,8 +9,10 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
+import grpc
 import pytest
 import torch
 
@@ -245,3 +249,43 @@ def test_an_autoscaler_has_a_while_to_report(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(ConfigError, match="too small"):
         session._resources(ClusterConfig(), 0.0, 5, True)
     assert cluster.now == session._REPORTS
+
+
+WRONG = {
+    "HEAD": "no address of a Ray cluster; give HEAD:6379",
+    "head:x": "no address of a Ray cluster .Port could not be cast",
+    "head:99999": "no address of a Ray cluster .Port out of range",
+    "http://127.0.0.1:8265": "no address of a Ray cluster",
+    ":6379": "no address of a Ray cluster",
+    "[::1": "no address of a Ray cluster .Invalid IPv6",
+    "127.0.0.1:1": "no Ray cluster answers there .*; start one, or unset",
+    "[::1]:1": "no Ray cluster answers there .*; start one, or unset",
+    "ray://127.0.0.1:1": "no Ray cluster answers there .*; start one, or unset",
+    "no-such-host.invalid:6379": "no Ray cluster answers there .*; start one, or unset",
+}
+
+
+@pytest.mark.parametrize("address", WRONG)
+def test_an_address_where_no_cluster_answers_is_one_sentence(address: str) -> None:
+    with pytest.raises(ConfigError, match=WRONG[address]) as caught:
+        session._probe(address)
+    assert str(caught.value).startswith(f"RAY_ADDRESS={address}: ")
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_another_server_than_rays_is_named(monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
+    monkeypatch.setattr(session, "_HANDSHAKE", 0.5)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    with pytest.raises(ConfigError, match="another server than Ray's answers there; give the head's port, mostly 6379"):
+        session._probe(f"{scheme}127.0.0.1:{server.server_address[1]}")
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_server_of_grpc_is_taken_for_rays() -> None:
+    server = grpc.server(concurrent.futures.ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    session._probe(f"127.0.0.1:{port}")
+    server.stop(None)
