@@ -4,19 +4,22 @@ Whatever a user gets wrong ends in one sentence on standard error and exit code 
 """
 
 import argparse
+import errno
 import importlib.metadata
 import os
 import platform
+import select
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cluster import ending
 from configs.errors import UserError, visible
 from configs.load import SUFFIXES, find_config, load_config
 from configs.loopback import reach_loopback_directly
 from configs.schema import Config
-from configs.secrets import masked
 
 COMMANDS = {
     "prepare": "write images as WebDataset shards with a manifest",
@@ -43,52 +46,90 @@ EXAMPLES = {
 RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it prints every line of a worker twice
-    "RAY_DEDUP_LOGS": "0",  # lines of progress look alike; only rank 0 prints them
-    "RAY_COLOR_PREFIX": "1" if sys.stdout.isatty() else "0",
 }
+# What the machine refuses: no such place, no rights, no room, not that kind of file, too many of them.
+_REFUSALS = {"ENOENT", "EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EFBIG", "ENAMETOOLONG", "ELOOP", "ENOTDIR", "EISDIR"}
+_REFUSALS |= {"EEXIST", "EMFILE", "ENFILE", "ENODEV", "ENXIO"}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 1 for a failure, 2 for what the user can mend."""
+    """Run one command; returns the exit code: 0, 1 for a defect, 2 for what the user can mend; 130, 141, 143 if it was to stop."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # names of files and classes may hold what a terminal cannot show
+            stream.reconfigure(errors="backslashreplace")
     options = _parse(arguments)
     for name, value in RAY_ENVIRONMENT.items():  # Ray reads these when it is imported
         os.environ.setdefault(name, value)
     reach_loopback_directly()
-    try:
-        if options.command == "demo":
-            from cluster.demo import demo
+    with ending.heard():
+        try:
+            code = _command(options)
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, where a reader that has gone does no harm
+            return code
+        except UserError as error:
+            print(f"freeguide: error: {visible(str(error))}", file=sys.stderr)
+            return 2
+        except BrokenPipeError:
+            if not _unread():
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes
+            return 128 + signal.SIGPIPE
+        except OSError as error:
+            if error.filename is None or errno.errorcode.get(error.errno or 0) not in _REFUSALS:
+                raise
+            print(f"freeguide: error: {visible(os.fsdecode(error.filename))}: {error.strerror}", file=sys.stderr)
+            return 2
+        except (KeyboardInterrupt, SystemExit) as end:
+            if not ending.asked():
+                raise
+            print(ending.GO_ON, file=sys.stderr)
+            return ending.INTERRUPTED if isinstance(end, KeyboardInterrupt) else ending.TERMINATED
 
-            return demo(options.overrides, main)
-        if options.command == "score":
-            from cluster.score import command
 
-            command(options)
-            return 0
-        if options.command == "inspect" and _names_a_run(options.config):
-            from cluster.inspect import inspect_run
+def _unread() -> bool:
+    """Whether nobody reads our output any more, as after `freeguide inspect digits | head -1`."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
-            inspect_run(options.config)
-            return 0
-        config = load_config(options.config, options.overrides, options.command)
-        if getattr(options, "dry_run", False):
-            options.command = "inspect"
-        if getattr(options, "submit", None):
-            return _submit(options, config)
-        _run(options.command)(config)
-        if getattr(options, "order", False):
-            from cluster.inspect import inspect_order
 
-            inspect_order(config)
-        if getattr(options, "theory", None):
-            from cluster.inspect import inspect_theory
+def _command(options: argparse.Namespace) -> int:
+    if options.command == "demo":
+        from cluster.demo import demo
 
-            inspect_theory(config, options.theory)
-    except UserError as error:
-        print(f"freeguide: error: {visible(str(error))}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; run the same command again to go on", file=sys.stderr)
-        return 130
+        return demo(options.overrides, main)
+    if options.command == "score":
+        from cluster.score import command
+
+        command(options)
+        return 0
+    if options.command == "inspect" and _names_a_run(options.config):
+        from cluster.inspect import inspect_run
+
+        inspect_run(options.config)
+        return 0
+    config = load_config(options.config, options.overrides, options.command)
+    if getattr(options, "dry_run", False):
+        options.command = "inspect"
+    if getattr(options, "submit", None):
+        return _submit(options, config)
+    run = _run(options.command)
+    if options.command == "inspect":
+        run(config)
+    else:
+        from cluster.session import temporary
+
+        with temporary():
+            run(config)
+    if getattr(options, "order", False):
+        from cluster.inspect import inspect_order
+
+        inspect_order(config)
+    if getattr(options, "theory", None):
+        from cluster.inspect import inspect_theory
+
+        inspect_theory(config, options.theory)
     return 0
 
 
@@ -150,7 +191,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if any(word.startswith("-") for word in rest):
-        parser.error(masked(f"unrecognized arguments: {' '.join(rest)}"))
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.overrides += rest  # overrides may also follow an option; argparse alone stops at the first
     if getattr(options, "screen", False):
         options.overrides.append("evaluate.screen=-1")  # as an override it travels with --submit

@@ -146,7 +146,7 @@ def _rows(job: _Job, weights: Sequence[Sequence[float]], images: int) -> list[li
     if left:
         resources = dataclasses.replace(job.connect(), gpus=0.0)
         make = functools.partial(Folder, job.series, [each.described() for each in job.yardsticks], resources)
-        for _ in progress(units.run(left, make, job.config, resources), len(left), "row"):
+        for _ in progress(units.run(left, make, job.config, resources), len(left), "row", job.config.cluster.actors):
             pass
     found: list[list[Row]] = [[] for _ in job.series]
     for fold in folds:
@@ -179,7 +179,7 @@ def _make_units(job: _Job, folds: Sequence[Fold], left: Sequence[Fold]) -> None:
     extractors = [(each.weights, each.extractor.hash) for each in job.yardsticks]
     make = functools.partial(Worker, job.series, extractors, resources)
     done = units.run(items(job.series, todo), make, job.config, resources)
-    for _ in progress((unit for item in done for unit in item.units), count, "unit"):
+    for _ in progress((unit for item in done for unit in item.units), count, "unit", job.config.cluster.actors):
         pass
 
 

@@ -64,7 +64,7 @@ def generate(config: Config) -> str:
             one.weights.keep()
             with session(config, config.cluster.actors) as resources:
                 make = functools.partial(_Generate, Series(config, one.weights, store), resources)
-                for _ in progress(units.run(todo, make, config, resources), len(todo), "shard"):
+                for _ in progress(units.run(todo, make, config, resources), len(todo), "shard", config.cluster.actors):
                     pass
         source = json.dumps({"run": run.uri, "step": step} | conditions, sort_keys=True)
         save_manifest(store, build_manifest(schema, _indexes(store, plan), source))

@@ -31,10 +31,13 @@ from ray._private import ray_constants
 from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.experimental import internal_kv
 
+from cluster import ending
 from cluster.submit import ROOT, copy_packages
 from configs.errors import ConfigError, UserError
 from configs.schema import ClusterConfig, Config
 
+LOG = "ray.log"  # what Ray writes to the standard error of this process
+_temporary: Path | None = None  # where `temporary` lets this process write
 T = TypeVar("T")
 
 _LOOK_SECONDS = 5.0  # between two looks at a cluster that is too small
@@ -66,6 +69,11 @@ def session(config: Config, processes: int, together: bool = False) -> Iterator[
     Workers that compute `together` all need a GPU, or none; actors do with fewer. Raises ConfigError where RAY_ADDRESS does not
     answer or lets nobody in, and where the cluster has too few resources, unless it grows.
     """
+    with temporary() as folder, _apart(folder):
+        yield from _on_a_cluster(config, processes, together)
+
+
+def _on_a_cluster(config: Config, processes: int, together: bool) -> Iterator[Resources]:
     address = os.environ.get("RAY_ADDRESS", "")
     runtime: dict[str, Any] = {"env_vars": dict(config.cluster.env)}
     gpus = config.cluster.gpus_per_worker
@@ -133,7 +141,8 @@ def _start(options: dict[str, Any], runtime: dict[str, Any], gpus: float) -> Non
     if gpus == 0:
         runtime["env_vars"]["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides no GPU from those who ask for none, and torch would take it
     try:
-        ray.init(**options, runtime_env=runtime, log_to_driver=True, logging_level=logging.ERROR)
+        with ending.kept():
+            ray.init(**options, runtime_env=runtime, log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError as error:
         raise ConfigError(
             f"RAY_ADDRESS={options['address']}: the Ray cluster there did not let us in ({error}); check the address, and where it "
@@ -170,6 +179,41 @@ def _short_folder() -> str:
         f"Ray keeps sockets in a temporary folder, whose path may have {longest} bytes at most: {folders[0]} is too long and /tmp "
         "not for you to write to; set RAY_TMPDIR to a short one"
     )
+
+
+@contextmanager
+def _apart(folder: Path) -> Iterator[None]:
+    """Until the end of the block, what Ray says goes to a log in `folder`, and `sys.stderr` is the terminal, as before.
+
+    Ray's C++ writes to the descriptor, its loggers hold the `sys.stderr` of their beginning, and what its raylets complain of is
+    printed by a thread. Logs of a failure are kept.
+    """
+    log, before = folder / LOG, sys.stderr
+    try:
+        redirected = before.fileno() == 2
+    except (AttributeError, OSError, ValueError):  # it is closed, or no file
+        redirected = False
+    if redirected:
+        before.flush()
+        terminal = os.dup(2)
+        with log.open("ab") as file:
+            os.dup2(file.fileno(), 2)
+        sys.stderr = open(terminal, "w", errors="backslashreplace", buffering=1, closefd=False)  # noqa: SIM115
+        complain = ray._private.worker.print_to_stdstream
+        ray._private.worker.print_to_stdstream = lambda data, *_, **__: print(*data["lines"], sep="\n", file=before, flush=True)
+    try:
+        yield
+    except Exception:
+        if redirected and log.stat().st_size:
+            shutil.copy(log, folder.parent)  # which outlasts this command
+            print(f"what Ray said is in {folder.parent / LOG}", file=sys.stderr)
+        raise
+    finally:
+        if redirected:
+            ray._private.worker.print_to_stdstream = complain
+            sys.stderr = before
+            os.dup2(terminal, 2)
+            os.close(terminal)
 
 
 def _gpus_here(gpus: float, processes: int, together: bool) -> float:
@@ -335,6 +379,27 @@ def scratch(parent: str = "") -> Iterator[Path]:
 
 
 @contextmanager
+def temporary() -> Iterator[Path]:
+    """What this process and those that it starts write to temporary folders, all libraries included, goes to its `scratch`.
+
+    But not what torch has compiled, which stays with the user for the next command, and not Ray's sockets, whose paths have to be
+    short. Raises UserError.
+    """
+    global _temporary
+    if _temporary is not None:
+        yield _temporary
+        return
+    before, compiled = tempfile.tempdir, private_folder() / "compiled"
+    ours = {"RAY_TMPDIR": tempfile.gettempdir(), "TORCHINDUCTOR_CACHE_DIR": str(compiled)}
+    with scratch() as folder, _environment({"TMPDIR": str(folder)} | {n: os.environ.get(n, ours[n]) for n in ours}):
+        _temporary, tempfile.tempdir = folder, str(folder)
+        try:
+            yield folder
+        finally:
+            _temporary, tempfile.tempdir = None, before
+
+
+@contextmanager
 def _locked(folder: Path, wait: bool = True) -> Iterator[None]:
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
@@ -344,13 +409,19 @@ def _locked(folder: Path, wait: bool = True) -> Iterator[None]:
         os.close(handle)
 
 
-def progress(results: Iterable[T], total: int, what: str) -> Iterator[T]:
-    """Pass results on; print how many there are and when the last is due, in place on a terminal, else every 5 seconds."""
-    began, printed, terminal = time.monotonic(), 0.0, sys.stdout.isatty()
+def progress(results: Iterable[T], total: int, what: str, at_once: int = 1) -> Iterator[T]:
+    """Pass results on; print how many there are and when the last is due, in place on a terminal, else every 5 seconds.
+
+    `at_once` results are in the making at a time. The time until the first of them is the start, of which the rest needs no other.
+    """
+    first, printed, terminal = time.monotonic(), -math.inf, sys.stdout.isatty()
     for count, result in enumerate(results, start=1):
         yield result
         now = time.monotonic()
+        if count == 1:
+            first = now
         if terminal or count == total or now - printed >= 5:
-            eta = timedelta(seconds=round((now - began) / count * (total - count)))
-            print(f"{what} {count}/{total}  eta {eta}", end="\r" if terminal and count < total else "\n", flush=True)
+            rounds, left = (count - 1) // at_once, total - count
+            eta = f"  eta {timedelta(seconds=math.ceil((now - first) / rounds / at_once * left))}" if rounds else ""
+            print(f"{what} {count}/{total}{eta}", end="\r" if terminal and count < total else "\n", flush=True)
             printed = now

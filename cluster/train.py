@@ -7,36 +7,42 @@ checkpoint mechanism is not used. With `cluster.min_workers` the group may be sm
     a worker gets SIGTERM               )
     Ray says that a node will go        ) all save at the same step and leave; the group is started again, which is no failure
     Ray resizes an elastic group        )
-    the driver gets SIGTERM             all save at the same step and leave, and so does the driver, with exit code 143
+    the driver gets SIGTERM or Ctrl-C   all save at the same step and leave, and so does the driver, with exit code 143 or 130
     a user has to mend something        the first worker that meets it leaves a note with the driver, and all ends at once
 
-An outage of the store is not such a thing: restarts wait it out.
+An outage of the store is not such a thing: restarts wait it out. What workers print comes to the driver's terminal by the note,
+too; everything else that they and Ray write stays in Ray's logs.
 """
 
 import contextlib
+import io
 import logging
 import os
+import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, TextIO
 
 import ray
 import ray.train
 from ray.exceptions import RayError
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.session import Resources, session
+from cluster import ending
+from cluster.session import Resources, session, temporary
 from configs.errors import StoreError, UserError
 from configs.schema import Config
-from trainer.failures import TERMINATED, Terminated
+from trainer.failures import HUNG, Terminated
 from trainer.loop import preflight
 
+_HEAR_SECONDS = 0.2  # between two questions of the driver for what the workers say
 _LISTEN_SECONDS = 1.0  # between two questions of a worker whether it should leave: a machine is taken away with 30 s notice
 _LEAVE_SECONDS = 120.0  # for saving, before a resize
 _this_worker = Terminated()  # in a worker's process
@@ -46,7 +52,8 @@ _left = threading.Event()  # set once this worker's training has ended
 def train(config: Config) -> None:
     """Train `config` on the cluster until `train.steps`. Raises UserError before Ray starts for whatever can be known before.
 
-    Raises SystemExit with code 143 after SIGTERM, once the run is saved, or at once while no worker trains.
+    Raises KeyboardInterrupt after Ctrl-C and SystemExit with code 143 after SIGTERM, once the run is saved, or at once while no
+    worker trains.
     """
     start = preflight(config)
     if start >= config.train.steps:
@@ -60,15 +67,15 @@ def train(config: Config) -> None:
     with session(config, config.cluster.min_workers or config.cluster.workers, together=True) as resources:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         note = _Note.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
-        with Terminated(tell=lambda: _pass_on(note)) as terminated:
+        with ending.gently(lambda: bool(ray.get(note.leave.remote()))), _heard(note):
             while True:
                 try:
                     if _fit(config, resources, note):
                         break
                 except TrainingFailedError as error:
                     start = _new_start(error, config, start)
-                if terminated.asked:
-                    raise SystemExit(TERMINATED)
+                if ending.asked():
+                    ending.leave()
                 print("the workers had to leave; starting them again", flush=True)
     print(f"trained to step {config.train.steps} in {timedelta(seconds=round(time.monotonic() - began))}: {config.run}")
 
@@ -82,7 +89,7 @@ def _fit(config: Config, resources: Resources, note: Any) -> bool:
     def work(job: dict[str, Any]) -> bool:  # not in the mapping below, which Ray shows in its dashboard and keeps
         return _worker(config, job)
 
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         work,  # type: ignore[arg-type]  # in Ray Train V2 it may return something
         train_loop_config={"threads": resources.threads, "note": note},
         torch_config=_Group(backend="nccl" if resources.gpus else "gloo"),
@@ -93,14 +100,20 @@ def _fit(config: Config, resources: Resources, note: Any) -> bool:
         ),
         run_config=RunConfig(
             name=f"{config.name}-{time.time_ns()}",  # a finished run's name used again would return at once
-            storage_path=os.path.join(tempfile.gettempdir(), "freeguide-ray"),
+            storage_path=tempfile.gettempdir(),  # of this command alone; Ray writes little there, and nobody reads it
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
+            callbacks=[_Failures(note)],  # type: ignore[list-item]  # a UserCallback is one
         ),
     )
     result: Any = trainer.fit()
     if (mistake := ray.get(note.mistake.remote())) is not None:
         raise mistake
     return bool(result.return_value)
+
+
+class _Trainer(TorchTrainer):
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Ray's own handler would abort the training without a word, and end with code 1."""
 
 
 def _workers(config: Config) -> Any:  # Ray Train V2 takes a pair for an elastic group
@@ -113,12 +126,21 @@ def _workers(config: Config) -> Any:  # Ray Train V2 takes a pair for an elastic
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class _Note:
-    """What a worker tells the driver, a mistake that a user has to mend; and what the driver tells the workers, to leave."""
+    """What workers tell the driver, lines for the terminal and a mistake that a user has to mend; what it tells them, to leave."""
 
     def __init__(self) -> None:
+        self._lines: list[str] = []
         self._mistake: UserError | None = None
         self._leave = False
         self._asked = -60.0  # when a worker last asked
+
+    def say(self, line: str) -> None:
+        self._lines.append(line)
+
+    def take(self) -> list[str]:
+        """The lines since the last `take`."""
+        lines, self._lines = self._lines, []
+        return lines
 
     def write(self, mistake: UserError) -> None:
         self._mistake = self._mistake or mistake
@@ -136,10 +158,50 @@ class _Note:
         return time.monotonic() - self._asked < 10 * _LISTEN_SECONDS
 
 
-def _pass_on(note: Any) -> None:
-    """SIGTERM of the driver, to its workers."""
-    if not ray.get(note.leave.remote()):
-        raise SystemExit(TERMINATED)
+@contextlib.contextmanager
+def _heard(note: Any) -> Iterator[None]:
+    """Print what the workers say, until the end of the block."""
+    over = threading.Event()
+
+    def listen() -> None:
+        with contextlib.suppress(RayError):  # the end of the cluster
+            while not over.wait(_HEAR_SECONDS):
+                _print(note)
+
+    thread = threading.Thread(target=listen, name="freeguide-hear", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        with contextlib.suppress(RayError):
+            _print(note)
+
+
+def _print(note: Any) -> None:
+    for line in ray.get(note.take.remote()):
+        print(line, flush=True)
+
+
+class _Failures(UserCallback):
+    """Says which workers have failed, and why, each time it happens. Ray calls it in a process of its own."""
+
+    def __init__(self, note: Any) -> None:
+        self._note = note
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        for rank, failure in sorted(worker_exceptions.items()):
+            self._note.say.remote(f"rank {rank} failed: {_reason(failure)}")
+
+
+def _reason(failure: Exception) -> str:
+    """Why a worker failed, in a line."""
+    failure = getattr(failure, "health_check_failure", failure)
+    text = str(failure).strip()
+    if f"exit code {HUNG}" in text:
+        return "it made no progress for train.watchdog_seconds, and was ended"
+    return (text.splitlines() or [type(failure).__name__])[0]
 
 
 class _Group(TorchConfig):
@@ -176,14 +238,21 @@ def _leave() -> None:
 
 def _worker(config: Config, job: dict[str, Any]) -> bool:
     """Train; returns whether to the end, or False where the workers were asked to leave and have saved."""
+    note = job["note"]
+    if ray.get(note.mistake.remote()) is not None:
+        return False
+    with temporary():  # what is left on a node by a worker that is killed, the next one sweeps
+        return _trained(config, job, note)
+
+
+def _trained(config: Config, job: dict[str, Any], note: Any) -> bool:
     import torch
 
     from trainer.loop import train
 
-    note = job["note"]
-    if ray.get(note.mistake.remote()) is not None:
-        return False
     logging.getLogger("botocore").setLevel(logging.WARNING)  # Ray turns on INFO, and every client says where its keys come from
+    sys.stdout = said = _Said(note, ray.train.get_context().get_world_rank(), sys.stdout)
+    logging.getLogger("freeguide").addHandler(logging.StreamHandler(said))
     torch.set_num_threads(job["threads"])
     os.environ["LOCAL_RANK"] = str(ray.train.get_context().get_local_rank())
     threading.Thread(target=_listen, args=(note,), name="freeguide-listen", daemon=True).start()
@@ -199,6 +268,27 @@ def _worker(config: Config, job: dict[str, Any]) -> bool:
     finally:
         _left.set()
     return True
+
+
+class _Said(io.TextIOBase):
+    """Standard output of a worker: whole lines go to the driver's terminal, and all goes where it went before, to Ray's logs."""
+
+    def __init__(self, note: Any, rank: int, before: TextIO) -> None:
+        self._note, self._before, self._begun = note, before, ""
+        self._prefix = f"rank {rank}: " if rank else ""
+        self._writing = threading.Lock()
+
+    def write(self, text: str) -> int:
+        with self._writing:
+            self._before.write(text)
+            *lines, self._begun = (self._begun + text).split("\n")
+            for line in lines:
+                with contextlib.suppress(RayError):  # the driver is gone
+                    self._note.say.remote(self._prefix + line)
+        return len(text)
+
+    def flush(self) -> None:
+        self._before.flush()
 
 
 def _listen(note: Any) -> None:
@@ -232,10 +322,8 @@ def _new_start(error: TrainingFailedError, config: Config, start: int) -> int:
         raise mistake or every[0] from error
     for rank, failure in failures.items():
         if type(failure).__module__.startswith("ray."):
-            why = str(getattr(failure, "health_check_failure", failure)).strip().splitlines()[0]
             raise UserError(
                 f"workers failed more often than cluster.max_failures={most} since step {start}, without a new checkpoint, the "
-                f"last of them rank {rank} ({why}); Ray's logs say more (`ray logs`, or session_latest/logs on the node), and the "
-                f"same command goes on from there"
+                f"last of them rank {rank} ({_reason(failure)}); Ray's logs say more, and the same command goes on from there"
             ) from error
     raise error

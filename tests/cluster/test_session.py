@@ -3,6 +3,7 @@
 import concurrent.futures
 import http.server
 import os
+import re
 import shutil
 import signal
 import stat
@@ -14,10 +15,13 @@ from pathlib import Path
 
 import grpc
 import pytest
+import ray
 import torch
+from ray.train.torch import TorchTrainer
 
 from cluster import session
-from cluster.session import Resources, _gpus_here, _short_folder, private_folder, scratch
+from cluster.session import Resources, _gpus_here, _short_folder, private_folder, progress, scratch
+from cluster.session import temporary as scratch_of_command
 from configs.errors import ConfigError, UserError
 from configs.schema import ClusterConfig
 
@@ -113,6 +117,73 @@ def test_what_a_command_leaves_is_gone_at_its_end_or_when_the_next_begins_if_it_
     assert list(private_folder().iterdir()) == []
 
 
+def test_all_that_a_command_and_its_libraries_write_to_temporary_folders_is_in_its_own(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TMPDIR", raising=False)
+    with scratch_of_command() as folder, scratch_of_command() as again:
+        assert (folder, os.environ["TMPDIR"]) == (again, str(folder))
+        left = Path(tempfile.mkdtemp())
+        seen = subprocess.run([sys.executable, "-c", "import tempfile; print(tempfile.mkdtemp())"], capture_output=True, text=True)
+        assert left.parent == Path(seen.stdout.strip()).parent == folder
+        assert os.environ["RAY_TMPDIR"] == str(temporary)  # not deeper: its sockets have long names
+    assert "TMPDIR" not in os.environ
+    assert tempfile.gettempdir() == str(temporary)
+    assert not left.exists()
+    assert list(private_folder().iterdir()) == []
+
+
+def test_what_ray_says_goes_to_a_log_that_is_named_when_something_fails(tmp_path: Path) -> None:
+    code = """
+import os, sys, ray
+from pathlib import Path
+from cluster.session import _apart
+old = sys.stderr
+folder = Path(sys.argv[1])
+with _apart(folder):
+    os.write(2, b"core_worker.cc: noise\\n")
+    ray._private.worker.print_to_stdstream({"lines": ["Task failed"], "pid": "raylet", "is_err": False}, ignore_prefix=False)
+    print("a logger", file=old)
+    print("ours", file=sys.stderr)
+    if len(sys.argv) > 2:
+        raise RuntimeError("a defect")
+"""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    ended = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=100)
+    assert (ended.stdout, ended.stderr, ended.returncode) == ("", "ours\n", 0)
+    assert (folder / "ray.log").read_text().splitlines() == ["core_worker.cc: noise", "Task failed", "a logger"]
+    assert not (tmp_path / "ray.log").exists()
+    ended = subprocess.run([sys.executable, "-c", code, str(folder), "fail"], capture_output=True, text=True, timeout=100)
+    assert f"what Ray said is in {tmp_path}/ray.log\n" in ended.stderr
+    assert "RuntimeError: a defect" in ended.stderr  # with its traceback
+    assert "noise" in (tmp_path / "ray.log").read_text()
+
+
+def test_names_of_ray_that_are_not_public_are_there() -> None:
+    assert callable(ray._private.worker.print_to_stdstream)
+    assert callable(TorchTrainer._register_sigint_handler)
+
+
+@pytest.mark.parametrize(
+    ("total", "at_once", "clock", "etas"),
+    [
+        (4, 1, [0, 60, 65, 70, 75], ["", "0:00:10", "0:00:05", "0:00:00"]),  # a minute to begin, then 5 s each
+        (5, 2, [0, 60, 61, 65, 66, 70], ["", "", "0:00:05", "0:00:03", "0:00:00"]),
+        (1, 2, [0, 60], [""]),
+    ],
+)
+def test_the_time_that_is_left_knows_nothing_of_the_start(  # type: ignore[no-untyped-def]
+    monkeypatch: pytest.MonkeyPatch, capsys, total: int, at_once: int, clock: list[int], etas: list[str]
+) -> None:
+    ticks = iter(clock)
+    monkeypatch.setattr("cluster.session.time.monotonic", lambda: float(next(ticks)) + 1000)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert list(progress(range(total), total, "unit", at_once)) == list(range(total))
+    printed = re.split(r"[\r\n]", capsys.readouterr().out)[:-1]
+    assert printed == [f"unit {i}/{total}" + (f"  eta {eta}" if eta else "") for i, eta in enumerate(etas, start=1)]
+
+
 ALONE = """
 import os, psutil, ray, tempfile
 from pathlib import Path
@@ -141,7 +212,7 @@ def test_a_private_cluster_listens_on_loopback_and_leaves_nothing_behind(tmp_pat
     addresses, enough, folders = ended.stdout.splitlines()[-3:]
     assert {*addresses.split()} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
     assert enough == "True Resources(cpus=1.0, gpus=0.0)"
-    assert folders == f"True {temporary}"
+    assert re.fullmatch(rf"True {temporary}/freeguide-\d+/run-\w+", folders)
     assert list(home.rglob("*")) == []
     left = [place for place in temporary.rglob("*") if place.is_file()]
     shutil.rmtree(temporary)

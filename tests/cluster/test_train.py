@@ -39,13 +39,14 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[object]]:
                 raise happened
             return SimpleNamespace(return_value=happened)
 
-        note = SimpleNamespace(mistake=SimpleNamespace(remote=lambda: None), leave=SimpleNamespace(remote=lambda: True))
+        answers = {"mistake": None, "leave": True, "take": []}
+        note = SimpleNamespace(**{name: SimpleNamespace(remote=lambda a=answer: a) for name, answer in answers.items()})
         monkeypatch.setattr(train, "preflight", lambda config: newest[len(happens) - len(left)])
         monkeypatch.setattr(train, "session", lambda *_, **__: contextlib.nullcontext(Resources(1, 0)))
         monkeypatch.setattr(train.ray, "get", lambda value: value)
         monkeypatch.setattr(train.ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: 56 * "0"))
         monkeypatch.setattr(train, "_Note", SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda: note)))
-        monkeypatch.setattr(train, "TorchTrainer", lambda *_, **__: SimpleNamespace(fit=fit))
+        monkeypatch.setattr(train, "_Trainer", lambda *_, **__: SimpleNamespace(fit=fit))
         return left
 
     return make
