@@ -111,6 +111,21 @@ def read_npz(
     return found
 
 
+def read_npy(data: bytes, dtype: str, axes: int) -> NDArray[Any]:
+    """The array of an `.npy`, which is of exactly this dtype, in C order, with so many axes. Raises ValueError."""
+    file = io.BytesIO(data)
+    try:
+        shape, fortran, found = _header(file)
+    except ValueError as error:
+        raise ValueError(str(error).splitlines()[0].rstrip(".")) from None  # numpy's advice is for programmers
+    if found != np.dtype(dtype) or fortran or len(shape) != axes:
+        raise ValueError(f"it is an array of {found!s:.40} with {len(shape)} axes, not of {dtype} with {axes}")
+    left = len(data) - file.tell()
+    if math.prod(shape) * found.itemsize != left:
+        raise ValueError(f"its shape {shape!s:.60} does not fit to its {left:,} bytes")
+    return np.frombuffer(data, found, offset=file.tell()).reshape(shape)
+
+
 def names_of(data: bytes) -> list[str]:
     """Names of the arrays in an `.npz`, none where it is no archive; not whether they can be read."""
     try:

@@ -6,6 +6,7 @@ its key and etag, so a run that was cut off continues, and only changed tars are
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import re
@@ -16,7 +17,17 @@ from dataclasses import dataclass, replace
 from configs.errors import DataError
 from data_pipeline import tar
 from data_pipeline.decode import BadSample, decode_sample
-from data_pipeline.manifest import Manifest, Schema, ShardIndex, build_manifest, load_manifest, save_manifest
+from data_pipeline.manifest import (
+    Manifest,
+    Schema,
+    ShardIndex,
+    build_manifest,
+    claim,
+    load_manifest,
+    release,
+    save_manifest,
+    stored_schema,
+)
 from data_pipeline.shards import index_tar
 from data_pipeline.store import MissingObject, ObjectInfo, Store
 
@@ -70,13 +81,30 @@ def index_shards(
     Besides the walk, the first sample of each tar must decode. Broken tars are left out whole where `skip_broken` says so, else
     DataError names them. Memory: one tar per thread.
     """
+    work = hashlib.sha256(f"index {pattern} {skip_broken} {schema}".encode()).hexdigest()
+    claim(store, "index", work)
+    try:
+        return _indexed(store, schema, pattern, skip_broken, threads, progress)
+    finally:
+        release(store, work)
+
+
+def _indexed(
+    store: Store,
+    schema: Schema,
+    pattern: str,
+    skip_broken: bool,
+    threads: int,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[Manifest, list[Broken]]:
     before = _before(store)
     if not schema.classes:
         if before is None:
             raise DataError(f"The tars in {store.uri} do not say how many classes there are; set data.classes.")
         schema = replace(schema, classes=before.schema.classes)
-    if before is not None and replace(before.schema, class_names=()) == replace(schema, class_names=()):
-        schema = replace(schema, class_names=schema.class_names or before.schema.class_names)
+    known = before.schema if before is not None else stored_schema(store)
+    if known is not None and replace(known, class_names=()) == replace(schema, class_names=()):
+        schema = replace(schema, class_names=schema.class_names or known.class_names)
     tars = _find(store, pattern)
     if before is not None and not pattern:
         rank = {shard.key: number for number, shard in enumerate(before.shards)}
@@ -115,6 +143,9 @@ def _before(store: Store) -> Manifest | None:
 def _find(store: Store, pattern: str) -> list[ObjectInfo]:
     there = {info.key: info for info in store.list() if info.key.endswith(".tar")}
     if not pattern:
+        if not there and store.uri.endswith(".tar"):
+            folder, _, name = store.uri.rpartition("/")
+            raise DataError(f"{store.uri} is one tar; give data.uri={folder} data.shards={name}.")
         if not there:
             raise DataError(f"There are no tars in {store.uri}; check the location.")
         return list(there.values())
@@ -129,10 +160,8 @@ def _index(store: Store, schema: Schema, info: ObjectInfo) -> ShardIndex | Broke
     part = (
         f"parts/index-{hashlib.sha256(f'{info.key} {info.etag} {replace(schema, class_names=())}'.encode()).hexdigest()[:32]}.npz"
     )
-    try:
+    with contextlib.suppress(MissingObject, DataError):  # a damaged one is made anew
         return ShardIndex.from_bytes(store.get(part))
-    except MissingObject:
-        pass
     data = store.get(info.key)
     try:
         starts, crcs = index_tar(data)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,17 +26,24 @@ import numpy as np
 import numpy.typing as npt
 
 from configs.errors import DataError
-from data_pipeline.artifact import read_npz, to_npz
-from data_pipeline.store import MissingObject, Store, open_like
+from configs.untrusted import parse_json, whole
+from data_pipeline.artifact import read_npy, read_npz, to_npz
+from data_pipeline.store import MissingObject, Store, checked, open_like
 from data_pipeline.tar import BLOCK
+from data_pipeline.unfinished import ended, writer
 
 NAME = "manifest.json"
+BEGUN = "parts/begun"  # says who is at work here
 VERSION = 1
 CHUNK_BYTES = 4 * 2**20  # aim of one ranged GET
 LEAST_BYTES = 256 * 2**10  # smaller reads cost more CPU for the request than for the bytes
 WHOLE_BYTES = 64 * 2**20  # a data set up to this size is kept in memory by every worker, and addressed sample by sample
 
 DTYPES = ("uint8", "float16", "float32")  # of samples: images, and raw latents
+
+MANIFEST_BYTES = 2**31  # 10 million shards
+MOST_PIXELS, MOST_CLASSES, MOST_PARTS = 2**16, 10**7, 10**4
+MOST_BYTES = MOST_SAMPLES = 2**48
 
 Uint32s = npt.NDArray[np.uint32]
 
@@ -64,9 +70,15 @@ class Schema:
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> Schema:
         """Raises ValueError, KeyError or TypeError where that is no schema."""
-        schema = cls(**{**facts, "class_names": tuple(facts["class_names"])})
+        names = facts["class_names"]
+        schema = cls(**{**facts, "class_names": tuple(names)})
         if schema.dtype not in DTYPES:
-            raise ValueError(f"its samples are {schema.dtype!r}")
+            raise ValueError(f"its samples are {schema.dtype!r:.40}")
+        for value in (schema.image_size, schema.channels):
+            whole(value, 1, MOST_PIXELS)
+        whole(schema.classes, 1, MOST_CLASSES)
+        if not isinstance(names, list) or len(names) > schema.classes or not all(isinstance(name, str) for name in names):
+            raise ValueError("the names of its classes are no list of as many texts")
         return schema
 
 
@@ -96,12 +108,19 @@ class ShardIndex:
     @classmethod
     def from_bytes(cls, data: bytes, where: str = "the index of a shard") -> ShardIndex:
         """Raises DataError where it is damaged."""
-        arrays = read_npz(data, where)
+        arrays = read_npz(data, where, most=len(data))  # nothing in it is packed
         try:
-            key, size, etag, bad = json.loads(arrays["facts"].tobytes())
-            return cls(key, size, etag, arrays["starts"], arrays["crcs"], tuple(bad))
-        except (KeyError, ValueError, TypeError, RecursionError) as error:
-            raise DataError(f"{where} is no index ({type(error).__name__}); delete it and give the command again") from None
+            key, size, etag, bad = parse_json(arrays["facts"].tobytes())
+            starts, crcs = arrays["starts"], arrays["crcs"]
+            if not (starts.dtype == crcs.dtype == np.uint32 and starts.ndim == 1 and starts.shape == crcs.shape):
+                raise ValueError("its samples have no starts or checksums")
+            if not isinstance(bad, list) or not all(isinstance(text, str) for text in (etag, *bad)):
+                raise ValueError("a name is no text")
+            if _disordered(starts, np.zeros(len(starts), np.int64), np.array([whole(size, most=MOST_BYTES)])):
+                raise ValueError("its samples do not fit into its shard")
+            return cls(checked(key), size, etag, starts, crcs, tuple(bad))
+        except (KeyError, ValueError, TypeError) as error:
+            raise DataError(f"{where} is no index ({error}); delete it and give the command again") from None
 
 
 @dataclass(frozen=True)
@@ -314,24 +333,34 @@ def save_mixture(store: Store, weights: Mapping[str, int]) -> Manifest:
     parts = [(uri, weight, load_manifest(open_like(store, uri))) for uri, weight in weights.items()]
     joined = join(parts)
     rows = [{"uri": uri, "weight": weight, "fingerprint": manifest.fingerprint} for uri, weight, manifest in parts]
-    store.put(NAME, json.dumps({"format": "freeguide mixture", "version": VERSION, "parts": rows}, indent=1).encode())
+    text = json.dumps({"format": "freeguide mixture", "version": VERSION, "parts": rows}, indent=1).encode()
+    identity = hashlib.sha256(text).hexdigest()
+    claim(store, "index", identity)
+    try:
+        store.put(NAME, text)
+    finally:
+        release(store, identity)
     return joined
 
 
 def _load_mixture(store: Store, where: str, header: dict[str, Any]) -> Manifest:
+    rows = [(row["uri"], whole(row["weight"], 1, MOST_SAMPLES), row["fingerprint"]) for row in header["parts"]]
+    if not 0 < len(rows) <= MOST_PARTS or not all(isinstance(uri, str) for uri, _, _ in rows):
+        raise ValueError("its data sets have no names, or are none or too many")
     parts = []
-    for row in header["parts"]:
-        manifest = load_manifest(open_like(store, row["uri"]))
-        if row["fingerprint"] not in (manifest.fingerprint, manifest.content):
-            raise DataError(
-                f"{row['uri']} has changed since it became part of {where}; run `freeguide index` with data.mixture again."
-            )
-        parts.append((str(row["uri"]), int(row["weight"]), manifest))
+    for uri, weight, fingerprint in rows:
+        manifest = _load(open_like(store, uri), parts=False)
+        if fingerprint not in (manifest.fingerprint, manifest.content):
+            raise DataError(f"{uri} has changed since it became part of {where}; run `freeguide index` with data.mixture again.")
+        parts.append((uri, weight, manifest))
     return join(parts)
 
 
-def save_manifest(store: Store, manifest: Manifest) -> None:
-    """Writes the index, then the JSON that names it: until the second is there, so is no data set."""
+def save_manifest(store: Store, manifest: Manifest, new: bool = False) -> None:
+    """Writes the index, then the JSON that names it: until the second is there, so is no data set.
+
+    With `new`, a manifest that is there already stays as it is.
+    """
     out = io.BytesIO()
     np.save(out, np.stack([manifest.starts, manifest.crcs], axis=1).astype("<u4"), allow_pickle=False)
     digest = hashlib.sha256(out.getvalue()).hexdigest()
@@ -352,43 +381,120 @@ def save_manifest(store: Store, manifest: Manifest) -> None:
         "shards": columns,
         **({"passed_over": dict(manifest.passed_over)} if manifest.passed_over else {}),
     }
-    store.put(NAME, json.dumps(header, indent=1).encode())
+    text = json.dumps(header, indent=1).encode()
+    store.create(NAME, text) if new else store.put(NAME, text)
+
+
+def claim(store: Store, work: str, identity: str) -> bool:
+    """Marks a place as being written by `work` (prepare, ...) of that identity; whether it was not marked so before.
+
+    Of two that begin at once one is the first; a second of the same identity joins it. Raises DataError where the first is of
+    another identity and has not provably ended.
+    """
+    mine = json.dumps({"work": work, "identity": identity, "writer": writer()}).encode()
+    there = store.create(BEGUN, mine)
+    if there == mine:
+        return True
+    try:
+        found = parse_json(there)
+        first, same, over = str(found["work"]), found["identity"] == identity, ended(found["writer"])
+    except _DAMAGE:
+        first, same, over = "job", False, False
+    if same:
+        return False
+    if over:
+        store.put(BEGUN, mine)
+        if store.get(BEGUN) == mine:
+            return True
+    raise DataError(
+        f"Another {first} writes to {store.home}, or was broken off there; let it end (its own command goes on where it stopped), "
+        f"or delete {store.home}/parts and start again."
+    )
+
+
+def release(store: Store, identity: str) -> None:
+    """Takes away the mark of `claim`, where it is of that identity."""
+    if marked(store, identity):
+        store.delete(BEGUN)
+
+
+def marked(store: Store, identity: str) -> bool:
+    try:
+        return bool(parse_json(store.get(BEGUN))["identity"] == identity)
+    except (MissingObject, *_DAMAGE):
+        return False
 
 
 def load_manifest(store: Store) -> Manifest:
     """Raises DataError where there is no manifest, or one that is damaged or of another version."""
+    return _load(store, parts=True)
+
+
+def stored_schema(store: Store) -> Schema | None:
+    """What a manifest says of its samples, even where all else of it is damaged; None where it does not."""
+    try:
+        return Schema.from_dict(parse_json(store.get(NAME), MANIFEST_BYTES)["schema"])
+    except (MissingObject, *_DAMAGE):
+        return None
+
+
+# How a JSON text that is no manifest shows, whatever else it is.
+_DAMAGE = (ValueError, KeyError, TypeError, IndexError, AttributeError)
+
+
+def _load(store: Store, parts: bool) -> Manifest:
     where = f"{store.home}/{NAME}"
     try:
         raw = store.get(NAME)
     except MissingObject as error:
+        if store.uri.endswith(".tar"):
+            folder, _, name = store.uri.rpartition("/")
+            raise DataError(f"{store.uri} is one tar; run `freeguide index` with data.uri={folder} data.shards={name}.") from error
         raise DataError(
             f"There is no manifest at {where}; run `freeguide prepare` to write shards, or `freeguide index` for existing tars."
         ) from error
     try:
-        header = json.loads(raw)
+        header = parse_json(raw, MANIFEST_BYTES)
         if header["format"] == "freeguide mixture" and header["version"] == VERSION:
+            if not parts:
+                raise ValueError("it is a mixture in a mixture")
             return _load_mixture(store, where, header)
         if header["format"] != "freeguide manifest" or header["version"] != VERSION:
             raise DataError(f"{where} is a manifest of another version; run `freeguide index` again.")
-        index = store.get(header["index"]["key"])
+        index = store.get(checked(header["index"]["key"]))
         if hashlib.sha256(index).hexdigest() != header["index"]["sha256"]:
             raise ValueError("the index is not the one that the manifest names")
-        table = np.load(io.BytesIO(index), allow_pickle=False)
-        schema = Schema.from_dict(header["schema"])
-        columns = header["shards"]
-        rows = zip(columns["key"], columns["bytes"], columns["etag"], columns["samples"], strict=True)
-        passed = {str(kind): int(count) for kind, count in header.get("passed_over", {}).items()}
-        manifest = Manifest(
-            schema,
-            tuple(itertools.starmap(Shard, rows)),
-            header["chunk_samples"],
-            table[:, 0],
-            table[:, 1],
-            header["source"],
-            passed_over=passed,
-        )
+        manifest = _parsed(header, read_npy(index, "<u4", 2))
         if manifest.fingerprint != header["fingerprint"]:
             raise ValueError("the fingerprint does not fit the content")
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, EOFError, RecursionError, MissingObject) as error:
+    except (MissingObject, *_DAMAGE) as error:
         raise DataError(f"The manifest {where} is damaged ({error}); run `freeguide index` again.") from error
     return manifest
+
+
+def _parsed(header: dict[str, Any], table: npt.NDArray[Any]) -> Manifest:
+    """Raises one of _DAMAGE where the shards and their chunks cannot be."""
+    columns, q = header["shards"], whole(header["chunk_samples"], 1, MOST_SAMPLES)
+    rows = [
+        Shard(checked(key), whole(size, most=MOST_BYTES), etag, whole(samples, 1, MOST_SAMPLES))
+        for key, size, etag, samples in zip(*(columns[name] for name in ("key", "bytes", "etag", "samples")), strict=True)
+    ]
+    if not rows or not all(isinstance(text, str) for text in (header["source"], *(row.etag for row in rows))):
+        raise ValueError("it has no shards, or a name that is no text")
+    if sum(row.samples for row in rows) > MOST_SAMPLES:
+        raise ValueError("it has more samples than can be")
+    starts, crcs = table.T  # with two columns
+    passed = {str(kind): whole(count) for kind, count in header.get("passed_over", {}).items()}
+    manifest = Manifest(Schema.from_dict(header["schema"]), tuple(rows), q, starts, crcs, header["source"], passed_over=passed)
+    if len(starts) != -(-manifest.samples // q):
+        raise ValueError(f"it has {len(starts)} chunks of {q} for {manifest.samples} samples")
+    shard = np.searchsorted(manifest.first_samples, np.arange(len(starts)) * q, side="right") - 1
+    if _disordered(starts, shard, np.array([row.bytes for row in rows])):
+        raise ValueError("its chunks do not fit into its shards")
+    return manifest
+
+
+def _disordered(starts: Uint32s, shard: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> bool:
+    """Whether pieces that begin at these blocks of these shards, which have these bytes, do not follow each other within them."""
+    at = starts.astype(np.int64) * BLOCK
+    return bool((at >= sizes[shard]).any() or ((np.diff(at) <= 0) & (np.diff(shard) == 0)).any())

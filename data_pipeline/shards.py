@@ -8,6 +8,7 @@ time, owner and mode, and keys without dots: the same source gives the same byte
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import itertools
@@ -19,11 +20,22 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import webdataset
 
-from configs.errors import DataError
+from configs.errors import DataError, StoreError
 from data_pipeline import manifest as manifests
 from data_pipeline import tar
 from data_pipeline.decode import BadSample, Values, encode_npy, encode_png
-from data_pipeline.manifest import Manifest, Schema, ShardIndex, Uint32s, build_manifest, load_manifest, save_manifest
+from data_pipeline.manifest import (
+    Manifest,
+    Schema,
+    ShardIndex,
+    Uint32s,
+    build_manifest,
+    claim,
+    load_manifest,
+    marked,
+    release,
+    save_manifest,
+)
 from data_pipeline.store import MissingObject, Store
 
 Progress = Callable[[int, int, tuple[str, ...]], None]  # (shards done, shards in all, images left out of the last one)
@@ -119,7 +131,22 @@ def write_shards(
     there = plan.existing(store)
     if there is not None:
         return there
-    plan.begin(store)
+    first, ours = plan.begin(store), False
+    try:
+        if (there := plan.existing(store)) is not None:  # again: somebody may have finished meanwhile
+            return there
+        ours = True
+        return _write_missing(plan, source, store, bad_images, progress, elsewhere)
+    except BaseException:
+        with contextlib.suppress(StoreError):
+            if first and not (ours and store.list("shards/")):  # nothing of ours is in the way of another source
+                release(store, plan.identity)
+        raise
+
+
+def _write_missing(
+    plan: Plan, source: Source, store: Store, bad_images: float, progress: Progress | None, elsewhere: Elsewhere | None
+) -> Manifest:
     missing = plan.missing(store)
     bad: list[str] = []
     written = sorted(set(range(plan.units)) - set(missing))
@@ -155,19 +182,26 @@ class Plan:
         return cls(named(source.identity), source.items, -(-source.items // shard_samples), named(source.formerly))
 
     def existing(self, store: Store) -> Manifest | None:
-        """The manifest of this very data set where it is complete. Raises DataError where something else is in the way."""
+        """The manifest of this very data set where it is complete. Raises DataError where something else is in the way.
+
+        What is left of the making is taken away then.
+        """
         if store.exists(manifests.NAME):
             manifest = load_manifest(store)
             if manifest.source in {self.identity, self.formerly} - {""}:
+                self._clear(store)
                 return manifest
             raise DataError(f"{store.uri} holds another data set; choose another data.uri, or delete that data set first.")
-        if store.list("shards/") and not store.list(self._part("")):
+        if store.list("shards/") and not store.list(self._part("")) and not marked(store, self.identity):
             raise DataError(f"{store.uri} holds shards of something else and no manifest; choose another data.uri or empty it.")
         return None
 
-    def begin(self, store: Store) -> None:
-        """Says whose the shards are that will come: tars without an index are then known to be ours."""
-        store.put(self._part("begun"), b"")
+    def begin(self, store: Store) -> bool:
+        """Says whose the shards are that will come: tars without an index are then known to be ours. Whether that is new.
+
+        Raises DataError where somebody else is at work.
+        """
+        return claim(store, "prepare", self.identity)
 
     def missing(self, store: Store) -> list[int]:
         """The units whose shard and index are not there yet."""
@@ -177,10 +211,8 @@ class Plan:
     def write(self, source: Source, store: Store, unit: int) -> ShardIndex:
         """Shard number `unit`: reads its items, writes the tar, then its index. Returns at once where the index is there."""
         part = self._part(f"{unit:06d}.npz")
-        try:
+        with contextlib.suppress(MissingObject, DataError):  # a damaged one is written anew
             return ShardIndex.from_bytes(store.get(part))
-        except MissingObject:
-            pass
         bad: list[str] = []
         first, end = (self.items * i // self.units for i in (unit, unit + 1))
         packed = pack_shard(_readable(source, first, end, bad), first, source.schema.dtype)
@@ -190,16 +222,31 @@ class Plan:
         return index
 
     def finish(self, source: Source, store: Store, bad_images: float = 0.0) -> Manifest:
-        """Collects the indexes of all shards into the manifest. Raises DataError over the budget of bad images."""
-        indexes = [ShardIndex.from_bytes(store.get(self._part(f"{unit:06d}.npz"))) for unit in range(self.units)]
+        """Collects the indexes of all shards into the manifest. Raises DataError over the budget of bad images.
+
+        Where another job of the same source is there first, its manifest is taken: it says the same.
+        """
+        if not marked(store, self.identity):  # nobody else may have come meanwhile
+            self.begin(store)
+        try:
+            indexes = [ShardIndex.from_bytes(store.get(self._part(f"{unit:06d}.npz"))) for unit in range(self.units)]
+        except MissingObject:
+            if (there := self.existing(store)) is not None:
+                return there
+            raise
         bad = [name for index in indexes for name in index.bad]
         _check_budget(bad, bad_images, self.items, final=True)
         passed = {**source.passed_over, **({"cannot be read": len(bad)} if bad else {})}
         manifest = replace(build_manifest(source.schema, indexes, self.identity), passed_over=passed)
-        save_manifest(store, manifest)
-        for info in store.list("parts/"):
+        save_manifest(store, manifest, new=True)
+        there = self.existing(store)
+        assert there is not None
+        return there
+
+    def _clear(self, store: Store) -> None:
+        for info in store.list(self._part("")):
             store.delete(info.key)
-        return manifest
+        release(store, self.identity)
 
     def _part(self, name: str) -> str:
         return f"parts/{self.identity[:16]}/{name}"

@@ -229,7 +229,14 @@ def create_bucket(uri: str) -> None:
 
 def checked(key: str) -> str:
     """The key. Raises ValueError where it is none."""
-    if not key or key.startswith("/") or "\\" in key or "\0" in key or any(part in ("", ".", "..") for part in key.split("/")):
+    if (
+        not isinstance(key, str)
+        or not key
+        or key.startswith("/")
+        or "\\" in key
+        or "\0" in key
+        or any(part in ("", ".", "..") for part in key.split("/"))
+    ):
         raise ValueError(f"{key!r} is no key: keys are relative paths without '.' or '..' parts")
     return key
 

@@ -1,7 +1,10 @@
 """Tests of shards.py and manifest.py: what is written, and that any WebDataset reader reads it."""
 
+import hashlib
 import io
 import json
+import tracemalloc
+import zipfile
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +13,11 @@ import numpy as np
 import pytest
 import webdataset
 
-from configs.errors import DataError
+from configs.errors import DataError, UserError
 from data_pipeline import manifest as manifests
 from data_pipeline import tar
 from data_pipeline.decode import BadSample
+from data_pipeline.index import index_shards
 from data_pipeline.manifest import ShardIndex, build_manifest, choose_chunk, combine_crcs, load_manifest, save_manifest
 from data_pipeline.shards import Plan, Sample, Source, index_tar, pack_shard, write_shards
 from data_pipeline.store import Store, open_store
@@ -72,7 +76,13 @@ def test_a_data_set_exists_whole_or_not_at_all(store: Store) -> None:
                 raise KeyboardInterrupt
             return put(key, data)  # type: ignore[operator]
 
+        def failing_too(key: str, data: bytes, create: object = target.create, failing: object = failing) -> bytes:
+            counted: list[bytes] = []
+            failing(key, data, lambda key, data: counted.append(create(key, data)))  # type: ignore[operator]
+            return counted[0]
+
         target.put = failing  # type: ignore[method-assign]
+        target.create = failing_too  # type: ignore[method-assign]
         try:
             write_shards(source, target, shard_samples=10)
         except KeyboardInterrupt:
@@ -238,8 +248,6 @@ def test_a_damaged_manifest_is_refused(store: Store) -> None:
 
 
 def test_the_index_is_never_unpickled(tmp_path: Path) -> None:
-    import hashlib
-
     store = open_store(str(tmp_path))
     write_noise(store, 50)
     header = json.loads(store.get(manifests.NAME))
@@ -297,3 +305,161 @@ def test_an_index_of_nothing_is_an_error() -> None:
     with pytest.raises(DataError, match="no sample"):
         build_manifest(noise_source(1).schema, [pack_shard([]).index("a", "b")])
     assert len(index_tar(pack_shard([]).data)[0]) == 0
+
+
+# -------------------------------------------------------------------------------------------------------- manifests of strangers
+
+
+def forged(store: Store, change: object) -> bytes:
+    """A manifest whose checksums are right, and whose content is what `change` makes of it."""
+    header = json.loads(store.get(manifests.NAME))
+    index = store.get(header["index"]["key"])
+    made = change(header, index)  # type: ignore[operator]
+    if isinstance(made, bytes):
+        index = made
+        store.put(header["index"]["key"], index)
+        header["index"]["sha256"] = hashlib.sha256(index).hexdigest()
+    return made.encode() if isinstance(made, str) else json.dumps(header).encode()
+
+
+def npy(shape: str, data: bytes = bytes(400), descr: str = "'<u4'", more: str = "") -> bytes:
+    header = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, {more}}}".encode() + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + data
+
+
+def column(name: str, value: object) -> object:
+    return lambda header, index: header["shards"][name].__setitem__(0, value)
+
+
+def schema(name: str, value: object) -> object:
+    return lambda header, index: header["schema"].__setitem__(name, value)
+
+
+HOSTILE = {
+    "deep": lambda header, index: "[" * 100_000,
+    "deep in the header": lambda header, index: header.__setitem__("source", json.loads("[" * 200 + "]" * 200)),
+    "a number of many digits": lambda header, index: '{"format": ' + "9" * 4000 + "}",
+    "a million shards of no name": lambda header, index: header.__setitem__("shards", {name: [] for name in header["shards"]}),
+    "a path out of the store": column("key", "../../etc/passwd"),
+    "an absolute path": column("key", "/etc/passwd"),
+    "a key that is no text": column("key", 7),
+    "huge samples": column("samples", 2**63),
+    "more samples than chunks": column("samples", 10**9),
+    "negative samples": column("samples", -5),
+    "half a sample": column("samples", 1.5),
+    "true samples": column("samples", True),
+    "infinite bytes": column("bytes", float("inf")),
+    "negative bytes": column("bytes", -1),
+    "no bytes": column("bytes", 0),
+    "an etag that is no text": column("etag", None),
+    "a huge image": schema("image_size", 10**12),
+    "an image of nothing": schema("image_size", 0),
+    "huge channels": schema("channels", 2**40),
+    "no classes": schema("classes", 0),
+    "a huge number of classes": schema("classes", 10**15),
+    "names that are numbers": schema("class_names", [1, 2]),
+    "names that are one text": schema("class_names", "abc"),
+    "more names than classes": schema("class_names", ["x"] * 11),
+    "unknown fields": schema("more", 1),
+    "chunks of nothing": lambda header, index: header.__setitem__("chunk_samples", 0),
+    "an index elsewhere": lambda header, index: header["index"].__setitem__("key", "../x"),
+    "a bomb of a shape": lambda header, index: npy("(1000000000000, 2)"),
+    "a bomb of axes": lambda header, index: npy("(" + "1000000, " * 20 + ")"),
+    "a negative shape": lambda header, index: npy("(-50, 2)"),
+    "a header of a megabyte": lambda header, index: npy("(50, 2)", more="'x': '" + "x" * 60_000 + "'"),
+    "a deep header": lambda header, index: npy("(50, 2)", more="'x': " + "(" * 4000 + ")" * 4000),
+    "objects": lambda header, index: npy("(50, 2)", descr="'|O'"),
+    "other numbers": lambda header, index: npy("(50, 2)", descr="'<f4'"),
+    "one column": lambda header, index: npy("(100,)"),
+    "three columns": lambda header, index: npy("(50, 3)", bytes(600)),
+    "chunks beyond the shard": lambda header, index: npy("(50, 2)", b"\xff" * 400),
+    "chunks in disorder": lambda header, index: npy("(50, 2)"),
+    "no index": lambda header, index: b"",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_manifest_ends_in_one_sentence_and_costs_no_memory(name: str, tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    write_noise(store, 50, chunk_samples=1)
+    store.put(manifests.NAME, forged(store, HOSTILE[name]))
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=r"^The manifest .* is damaged \(") as caught:
+            load_manifest(store)
+        assert tracemalloc.get_traced_memory()[1] < 20 * 2**20
+    finally:
+        tracemalloc.stop()
+    text = str(caught.value)
+    assert "fingerprint does not fit" not in text  # that would be a check after its use
+    assert "\n" not in text
+    assert len(text) < 600
+
+
+def packed_npz(compression: int = zipfile.ZIP_STORED, **members: bytes) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", compression) as archive:
+        for name, data in members.items():
+            archive.writestr(f"{name}.npy", data)
+    return out.getvalue()
+
+
+FACTS = npy("(17,)", b'["k", 99, "e",[]]', "'|u1'")
+INDEXES = {
+    "nothing": b"",
+    "cut": packed_npz(facts=FACTS, starts=npy("(1,)", bytes(4)), crcs=npy("(1,)", bytes(4)))[:-30],
+    "compressed": packed_npz(
+        zipfile.ZIP_DEFLATED, facts=FACTS, starts=npy("(9999999,)", bytes(39999996)), crcs=npy("(1,)", bytes(4))
+    ),
+    "lzma": packed_npz(zipfile.ZIP_LZMA, facts=FACTS, starts=npy("(1,)", bytes(4)), crcs=npy("(1,)", bytes(4))),
+    "other members": packed_npz(facts=FACTS, starts=npy("(1,)", bytes(4)), other=npy("(1,)", bytes(4))),
+    "a bomb of a shape": packed_npz(facts=FACTS, starts=npy("(999999999999,)"), crcs=npy("(1,)", bytes(4))),
+    "unequal": packed_npz(facts=FACTS, starts=npy("(1,)", bytes(4)), crcs=npy("(2,)", bytes(8))),
+    "beyond its shard": packed_npz(facts=FACTS, starts=npy("(1,)", b"\1\0\0\0"), crcs=npy("(1,)", bytes(4))),
+    "other facts": packed_npz(facts=npy("(2,)", b"[]", "'|u1'"), starts=npy("(1,)", bytes(4)), crcs=npy("(1,)", bytes(4))),
+    "a key out of the store": packed_npz(
+        facts=npy("(19,)", b'["../", 99, "e",[]]', "'|u1'"), starts=npy("(1,)", bytes(4)), crcs=npy("(1,)", bytes(4))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", INDEXES)
+def test_a_hostile_index_of_a_shard_is_none(name: str) -> None:
+    with pytest.raises(DataError, match=r"^the index of a shard is (no index|not an \.npz of plain arrays) \(.*; delete it"):
+        ShardIndex.from_bytes(INDEXES[name])
+
+
+def test_a_damaged_index_of_a_shard_is_made_anew(store: Store) -> None:
+    source = noise_source(30)
+    expected = write_shards(source, store.child("expected"), shard_samples=10)
+    target, plan = store.child("target"), Plan.make(source, 10)
+    plan.begin(target)
+    plan.write(source, target, 1)
+    target.put(plan._part("000001.npz"), INDEXES["compressed"])
+    assert write_shards(source, target, shard_samples=10).fingerprint == expected.fingerprint
+
+
+def test_a_mixture_in_a_mixture_and_weights_that_are_none_are_refused(tmp_path: Path) -> None:
+    one, mixed = open_store(str(tmp_path / "one")), open_store(str(tmp_path / "mixed"))
+    write_noise(one, 50)
+    manifests.save_mixture(mixed, {one.uri: 1})
+    good = json.loads(mixed.get(manifests.NAME))
+    row = good["parts"][0]
+    for parts in ([{**row, "uri": mixed.uri}], [{**row, "weight": 0}], [{**row, "weight": 1e9}], [], [{**row, "uri": 5}]):
+        mixed.put(manifests.NAME, json.dumps({**good, "parts": parts}).encode())
+        with pytest.raises(DataError, match="damaged"):
+            load_manifest(mixed)
+
+
+@pytest.mark.parametrize("place", ["s3", "folder"])
+def test_one_tar_as_location_says_how_to_name_it(place: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if place == "s3":
+        request.getfixturevalue("s3_endpoint")
+    store = open_store(f"s3://freeguide/{tmp_path.name}" if place == "s3" else str(tmp_path))
+    store.put("x.tar", pack_shard(map(noise_source(5).read, range(5))).data)
+    one = open_store(f"{store.uri}/x.tar")
+    for use in (load_manifest, lambda store: index_shards(store, noise_source(5).schema)):
+        with pytest.raises(UserError, match=f"data.uri={store.uri} data.shards=x.tar|is a file|{store.uri}/x.tar/parts"):
+            use(one)
+    with pytest.raises(DataError, match=f"is one tar; run `freeguide index` with data.uri={store.uri} data.shards=x.tar"):
+        load_manifest(one)
