@@ -14,6 +14,7 @@ stop for ever. What the ranks have to agree on travels with the training loop's 
 rest goes through the store. A failed upload is known at the next step boundary, on every rank.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -21,6 +22,7 @@ import os
 import platform
 import re
 import secrets
+import shutil
 import struct
 import threading
 import time
@@ -34,7 +36,7 @@ from torch import Tensor
 
 from configs.errors import CheckpointError, StoreError, UserError, visible
 from configs.schema import TrainConfig
-from data_pipeline.store import MissingObject, Store
+from data_pipeline.store import FolderStore, MissingObject, Store
 from trainer.checkpoint import (
     CHECKPOINTS,
     FORMAT,
@@ -135,7 +137,7 @@ class Writer:
     def claim(self) -> None:
         """Take the run from any other training that may still write there, and delete what interrupted saves have left behind.
 
-        Rank 0 calls it before the first step.
+        Rank 0 calls it before the first step. Raises UserError where the disk has no room for a checkpoint.
         """
         self._store.put(CLAIM, self._claim())
         self._store.sweep()
@@ -146,6 +148,14 @@ class Writer:
             self._sweep_at_start()
         except (StoreError, CheckpointError) as error:
             _log.warning("%s; what interrupted saves have left behind stays for now", error)
+        if isinstance(self._store, FolderStore):
+            needed = self._engine.world_size * sum(len(file.data) for file in self._files)
+            with contextlib.suppress(OSError):
+                if (free := shutil.disk_usage(self._store.folder).free) < needed:
+                    raise UserError(
+                        f"{self._store.uri}: its disk has {free / 2**20:,.1f} MiB of room, and a checkpoint of this run takes "
+                        f"{needed / 2**20:,.1f} MiB; make room or name another run=URI"
+                    )
 
     def start(self, step: int, bad_steps: list[int], undone: int = 0) -> float:
         """Begin the checkpoint of `step`; all ranks call it together. Returns the seconds for which the training stood still.

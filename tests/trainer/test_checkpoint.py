@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from configs.errors import CheckpointError, StoreError
+from configs.errors import CheckpointError, StoreError, UserError
 from configs.load import load_config
 from configs.schema import TrainConfig
 from data_pipeline.manifest import load_manifest
@@ -727,6 +727,19 @@ def test_a_full_disk_while_saving_leaves_the_checkpoint_before_it(training: Trai
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert training.resume() == 1
     assert same(before, training.state())
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_named_before_the_first_step(training: Training, tmp_path: Path) -> None:
+    training.save()
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", str(small)], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        with pytest.raises(UserError, match=r"small/run: its disk has 0\.0 MiB of room, and a checkpoint of this run takes"):
+            Training(training.engine, FolderStore(small / "run"))
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)
 
 
 # --- two trainings on one run ---
