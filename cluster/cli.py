@@ -20,6 +20,7 @@ from configs.errors import UserError, visible
 from configs.load import SUFFIXES, find_config, load_config
 from configs.loopback import reach_loopback_directly
 from configs.schema import Config
+from configs.secrets import masked
 
 COMMANDS = {
     "prepare": "write images as WebDataset shards with a manifest",
@@ -191,7 +192,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if any(word.startswith("-") for word in rest):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        parser.error(masked(f"unrecognized arguments: {' '.join(rest)}"))
     options.overrides += rest  # overrides may also follow an option; argparse alone stops at the first
     if getattr(options, "screen", False):
         options.overrides.append("evaluate.screen=-1")  # as an override it travels with --submit

@@ -21,6 +21,7 @@ from pathlib import Path
 from configs.errors import UserError
 from configs.load import load_config
 from configs.loopback import reach_loopback_directly
+from configs.secrets import masked
 from data_pipeline.store import TEMP, MissingObject, Store, create_bucket, open_store
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "digits.yaml"
@@ -39,7 +40,7 @@ def demo(overrides: list[str], run: Callable[[list[str]], int]) -> int:
         if endpoint:
             print(f"S3 server of the demo: {endpoint}, kept in {KEPT}", flush=True)
         for command in ("prepare", "train", "evaluate"):
-            print(f"\n$ {shlex.join(['freeguide', command, os.path.relpath(CONFIG), *overrides])}", flush=True)
+            print(f"\n$ {masked(shlex.join(['freeguide', command, os.path.relpath(CONFIG), *overrides]))}", flush=True)
             if code := run([command, str(CONFIG), *overrides]):
                 return code
     print(f"demo done in {timedelta(seconds=round(time.monotonic() - began))}")

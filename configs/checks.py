@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from configs.schema import Config, Length, Pattern, Range, TrainConfig, options
 from configs.secrets import masked_values
 
+UNITS = 10**7  # of work in one job
 Checks = Iterator[tuple[bool, str]]  # what has to hold, and the sentence for when it does not; later ones rely on earlier ones
 
 
@@ -23,7 +24,7 @@ def checks(config: Config, command: str) -> Checks:
         if not is_dataclass(kind):
             value = value_of(config, key)
             yield from _fits(key, kind, value, shown(config.written[key][0] if key in config.written else value))
-    for contradictions in (_data_checks, _train_checks, _average_checks, _sampling_checks):
+    for contradictions in (_data_checks, _train_checks, _average_checks, _sampling_checks, _unit_checks):
         yield from contradictions(config, command)
 
 
@@ -180,6 +181,20 @@ def _average_checks(config: Config, command: str) -> Checks:
         f"sampling.ema={sampled} is not kept by this training, whose sample grids need it: "
         f"add it to train.ema_half_lives or train.ema_sigma_rel",
     )
+
+
+def _unit_checks(config: Config, command: str) -> Checks:
+    evaluate, generate = config.evaluate, config.generate
+    for group, images, unit, curves in (
+        ("evaluate", evaluate.images, evaluate.unit, len(evaluate.w)),
+        ("generate", generate.images, generate.unit, 1),
+    ):
+        count = -(-images // unit) * curves
+        yield (
+            count <= UNITS,
+            f"{group}.images={images} in units of {group}.unit={unit} are {count:,} work units, and {UNITS:,} are the most that a "
+            f"driver can hold: raise {group}.unit",
+        )
 
 
 def _sampling_checks(config: Config, command: str) -> Checks:

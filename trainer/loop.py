@@ -8,7 +8,6 @@ any number of workers computes the same step.
 import dataclasses
 import logging
 import math
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -205,7 +204,7 @@ def preflight(config: Config) -> int:
     manifest = load_manifest(data)
     config = fitted(config, manifest)
     for sentence in misfits(config, manifest.samples):
-        print(f"WARNING: {sentence}", file=sys.stderr, flush=True)
+        print(f"WARNING: {sentence}", flush=True)
     order = Order.choose(manifest, config.train.global_batch, config.seed)
     forward_flops(config.model, image_size=config.data.image_size, channels=config.data.channels, classes=config.data.classes)
     names, drop = [p.name for p in profiles(config.train)], config.train.lost_averages == "drop"

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,46 +58,51 @@ def strict_s3(s3: str) -> Iterator[None]:
     authenticate("inf")
 
 
-@pytest.fixture(scope="session")
-def ray_head(s3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    """A cluster started with `ray start --head`: (address for RAY_ADDRESS, address of its dashboard)."""
-    folder = tmp_path_factory.mktemp("ray")
-    patch = pytest.MonkeyPatch()
-    patch.setenv("PYTHONPATH", "")  # the code has to come with the job
-    patch.setenv(
-        "PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    )  # `python` is the node's, with the requirements
+@contextlib.contextmanager
+def started_head(folder: Path, environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """A cluster started with `ray start --head` in that environment: (address for RAY_ADDRESS, address of its dashboard)."""
     port, dashboard, client = free_port(), free_port(), free_port()
     ports = [f"--port={port}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
     ports.append("--dashboard-agent-listen-port=0")  # else the agent of another head here has it, and this one takes no jobs
     small = ["--num-cpus=4", "--object-store-memory=200000000", "--node-ip-address=127.0.0.1", "--disable-usage-stats"]
-    head = subprocess.Popen(
-        [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", *ports, *small],
-        cwd=folder,
-        stdout=(folder / "head.log").open("w"),
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    programs = Path(sys.executable).parent
+    node = {  # `python` is the node's, with the requirements; the code has to come with the job
+        "PYTHONPATH": "",
+        "PATH": f"{programs}{os.pathsep}{environment['PATH']}",
+    }
+    with (folder / "head.log").open("w") as log:
+        head = subprocess.Popen(
+            [sys.executable, str(programs / "ray"), "start", "--head", "--block", *ports, *small],
+            cwd=folder, env={**environment, **node}, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
     url = f"http://127.0.0.1:{dashboard}"
     deadline = time.monotonic() + 90
-    while True:
-        try:
-            urllib.request.urlopen(f"{url}/api/version", timeout=5).close()
-            break
-        except urllib.error.HTTPError:
-            break  # it answers, and asks for the token
-        except OSError:
-            alive = head.poll() is None and time.monotonic() < deadline
-            assert alive, (folder / "head.log").read_text()
-            time.sleep(0.5)
-    yield f"127.0.0.1:{port}", url
-    os.killpg(head.pid, signal.SIGTERM)
     try:
-        head.wait(timeout=10)
-    except subprocess.TimeoutExpired:
-        os.killpg(head.pid, signal.SIGKILL)
-        head.wait()
-    patch.undo()
+        while True:
+            try:
+                urllib.request.urlopen(f"{url}/api/version", timeout=5).close()
+                break
+            except urllib.error.HTTPError:
+                break  # it answers, and asks for the token
+            except OSError:
+                alive = head.poll() is None and time.monotonic() < deadline
+                assert alive, (folder / "head.log").read_text()
+                time.sleep(0.5)
+        yield f"127.0.0.1:{port}", url
+    finally:
+        os.killpg(head.pid, signal.SIGTERM)
+        try:
+            head.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            os.killpg(head.pid, signal.SIGKILL)
+            head.wait()
+
+
+@pytest.fixture(scope="session")
+def ray_head(s3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """A cluster of the tests' own, which asks for their token: (address for RAY_ADDRESS, address of its dashboard)."""
+    with started_head(tmp_path_factory.mktemp("ray"), os.environ) as addresses:
+        yield addresses
 
 
 @pytest.fixture

@@ -135,8 +135,8 @@ def test_an_image_that_is_none_is_named_counted_and_skipped_under_a_budget(
 
 def test_data_that_is_not_there_or_not_what_the_config_says(refuses, pictures: Path) -> None:  # type: ignore[no-untyped-def]
     assert "freeguide prepare" in refuses("train", FOLDER)
-    assert main(["prepare", FOLDER, f"data.path={pictures}", "data.classes=3"]) == 0
-    assert "was prepared with classes=3; set data.classes=3" in refuses("train", FOLDER)
+    assert main(["prepare", FOLDER, f"data.path={pictures}"]) == 0
+    assert "was prepared with classes=3; set data.classes=3" in refuses("train", FOLDER, "data.classes=10")
     assert "another data set" in refuses("prepare", FOLDER, f"data.path={pictures}", "data.classes=3", "data.image_size=16")
 
 

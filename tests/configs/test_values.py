@@ -126,6 +126,12 @@ def test_a_number_that_python_does_not_write_is_refused(minimal: Path) -> None:
         load_config(minimal)
 
 
+@pytest.mark.parametrize(("group", "images"), [("evaluate", 10**7), ("generate", 10**8)])
+def test_a_job_has_no_more_units_than_a_driver_can_hold(minimal: Path, group: str, images: int) -> None:
+    with pytest.raises(ConfigError, match=rf"{group}\.images={images} in units of {group}\.unit=1 are .* work units"):
+        load_config(minimal, [f"{group}.images={images}", f"{group}.unit=1"])
+
+
 def test_words_stand_in_the_schema_and_nowhere_else(minimal: Path) -> None:
     words = {key: get_args(kind) for key, kind in LEAVES.items() if get_origin(kind) is Literal}
     assert len(words) > 12

@@ -27,7 +27,7 @@ from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import options
 from data_pipeline.store import create_bucket, open_store
-from tests.cluster.conftest import ray_head, s3  # noqa: F401  # fixtures
+from tests.cluster.conftest import s3, started_head  # noqa: F401  # a fixture
 from tests.docs.printed import LANGUAGES, PAGES, ROOT, Block, Command, blocks, commands, printed, spans
 
 # What the pages leave open, and what stands there when they are run.
@@ -316,6 +316,13 @@ def place(s3: str, tmp_path_factory: pytest.TempPathFactory) -> Place:  # noqa: 
     })  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def head(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The dashboard of a cluster that the reader has begun on the same machine: without a token, as Ray does by itself."""
+    with started_head(tmp_path_factory.mktemp("head"), place.environment) as (_, dashboard):
+        yield dashboard
+
+
 def pictures(folder: Path) -> None:
     """Twelve pictures of mixed sizes and kinds in each of ten folders, with odd names, each class of one colour."""
     random = np.random.default_rng(0)
@@ -354,7 +361,7 @@ def test_the_command_does_what_the_page_says(command: Command, place: Place, req
     how = RUN[command.key]
     if how.before:
         how.before(place)
-    dashboard = request.getfixturevalue("ray_head")[1].removeprefix("http://") if "HEAD:8265" in command.text else ""
+    dashboard = request.getfixturevalue("head").removeprefix("http://") if "HEAD:8265" in command.text else ""
     typed = filled(command.text, dashboard)
     ended = place.sh(typed, SIZES + how.sizes)
     assert ended.returncode == 0, f"{typed}\n{ended.stdout[-6000:]}"

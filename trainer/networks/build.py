@@ -18,6 +18,7 @@ from trainer.networks.classifier import Classifier
 from trainer.networks.dit import DiT, DiTConfig
 
 NETWORKS = ("adm", "dit")  # names that `model.network` may have
+MOST_PARAMETERS = 10**12  # a slip of the pen: four terabytes
 _DIT = ("network", "channels", "heads", "depth", "patch", "learn_sigma")  # the options that a DiT reads
 
 
@@ -62,11 +63,15 @@ def count_parameters(module: nn.Module) -> int:
 def forward_flops(model: ModelConfig | DiTConfig, image_size: int, channels: int, classes: int) -> int:
     """Floating-point operations of one forward of one image: 2 per multiply-accumulate of convolutions, matrices and attention.
 
-    It is counted on the meta device: no memory is taken and nothing is computed. A backward costs twice as much again.
+    It is counted on the meta device: no memory is taken and nothing is computed. A backward costs twice as much again. Raises
+    ConfigError for options that do not fit each other or the images, and for a network that no machine could hold.
     """
-    network = _constructor(model, image_size, channels, classes)
+    constructor = _constructor(model, image_size, channels, classes)
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network()(torch.zeros(1, channels, image_size, image_size), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+        network = constructor()
+        if (parameters := count_parameters(network)) > MOST_PARAMETERS:
+            raise ConfigError(f"model.*: the network would have {parameters:,} parameters; lower model.channels or the depth.")
+        network(torch.zeros(1, channels, image_size, image_size), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
     return counter.get_total_flops()
 
 

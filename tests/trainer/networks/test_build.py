@@ -130,3 +130,8 @@ def test_flops_of_a_network_far_larger_than_memory_can_be_counted() -> None:
     """50 blocks of width 16384 hold 2.4e11 parameters, a terabyte. The matrices of a block cost 2 * 12 * width^2 a token."""
     flops = forward_flops(DiTConfig(width=16384, depth=50, heads=128), image_size=8, channels=3, classes=10)
     assert flops > 50 * 16 * 2 * 12 * 16384**2
+
+
+def test_a_network_that_no_machine_holds_is_one_sentence() -> None:
+    with pytest.raises(ConfigError, match=r"the network would have [\d,]{17,} parameters; lower model\.channels"):
+        forward_flops(ModelConfig(channels=65536), image_size=64, channels=3, classes=10)
