@@ -324,10 +324,10 @@ def head(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
 
 
 def pictures(folder: Path) -> None:
-    """Twelve pictures of mixed sizes and kinds in each of ten folders, with odd names, each class of one colour."""
+    """Twelve pictures of mixed sizes and kinds in each of ten folders, nested and with odd names, each class of one colour."""
     random = np.random.default_rng(0)
     for label in range(10):
-        below = folder / f"class {label} é"
+        below = folder / f"class {label} é" / ("2024/summer" if label % 2 else "")
         below.mkdir(parents=True)
         for number in range(12):
             height, width = random.integers(40, 90, 2)
