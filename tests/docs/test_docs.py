@@ -112,7 +112,7 @@ RUN = {
         r"report: runs/imagenet64/index.html", ("runs/imagenet64/index.html",), sizes=IMAGENET + FEW_W
     ),
     "ray job submit --address http://HEAD:8265 --working-dir . -- python -m cluster train configs/imagenet64.yaml": Run(
-        r"step 4 of 4, nothing to do|trained to step 4", sizes=IMAGENET
+        r"step 4 of 4, nothing to do|trained to step 4", sizes=IMAGENET, before=has_imagenet
     ),
     "freeguide fit-evaluator configs/fashion_mnist.yaml": Run(
         r"pin it: evaluate\.extractor=\S+ evaluate\.extractor_hash=[0-9a-f]{64}", before=has_fashion
@@ -139,9 +139,11 @@ RUN = {
     "freeguide train configs/imagenet64.yaml": Run(
         r"trained to step 4|nothing to do", sizes=IMAGENET + " run=s3://freeguide/runs/alone", before=has_imagenet
     ),
-    "python -m trainer configs/imagenet64.yaml": Run(r"step 4/4", sizes=IMAGENET + " run=s3://freeguide/runs/without-ray"),
+    "python -m trainer configs/imagenet64.yaml": Run(
+        r"step 4/4", sizes=IMAGENET + " run=s3://freeguide/runs/without-ray", before=has_imagenet
+    ),
     "torchrun --nproc-per-node 8 -m trainer configs/imagenet64.yaml": Run(
-        r"step 4/4", sizes=IMAGENET + " run=s3://freeguide/runs/torchrun train.micro_batch=2"
+        r"step 4/4", sizes=IMAGENET + " run=s3://freeguide/runs/torchrun train.micro_batch=2", before=has_imagenet
     ),
 }  # fmt: skip
 
