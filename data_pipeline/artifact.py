@@ -117,7 +117,7 @@ def read_npy(data: bytes, dtype: str, axes: int) -> NDArray[Any]:
     try:
         shape, fortran, found = _header(file)
     except ValueError as error:
-        raise ValueError(str(error).splitlines()[0].rstrip(".")) from None  # numpy's advice is for programmers
+        raise ValueError(str(error).splitlines()[0][:120].rstrip(".")) from None  # numpy's advice is for programmers
     if found != np.dtype(dtype) or fortran or len(shape) != axes:
         raise ValueError(f"it is an array of {found!s:.40} with {len(shape)} axes, not of {dtype} with {axes}")
     left = len(data) - file.tell()
