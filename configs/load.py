@@ -33,8 +33,8 @@ PACKAGED = Path(__file__).parent  # the configs that come with freeguide
 SUFFIXES = (".yaml", ".yml")
 SERIES = 10_000  # of one sweep
 _REFERENCE = re.compile(r"(\\*)\$\{")
-# What reading, converting and resolving values raise; ValueError and OverflowError come of numbers with thousands of digits.
 _SEAL = "# sha256 of what follows: "
+# What reading, converting and resolving values raise; ValueError and OverflowError come of numbers with thousands of digits.
 _UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, ValueError, OverflowError)
 
 

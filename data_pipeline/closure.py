@@ -7,6 +7,7 @@ Comments, layout, docstrings, the sentences of errors and what is only printed o
 
 import ast
 import hashlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -121,7 +122,13 @@ def _module_of(text: str) -> _Module:
 
 
 def _parsed(root: Path, name: str) -> _Module | None:
-    place = root.joinpath(*name.split("."))
+    package, *inside = name.split(".")
+    home = root / package
+    if root == ROOT and not home.is_dir():  # on a cluster, Ray unpacks each package into a folder of its own
+        spec = importlib.util.find_spec(package)
+        found = spec.submodule_search_locations if spec else None
+        home = Path(found[0]) if found else home
+    place = home.joinpath(*inside)
     for path in (place.with_suffix(".py"), place / "__init__.py"):
         if path.is_file():
             return _module_of(path.read_text("utf-8"))

@@ -1,5 +1,6 @@
 """What numbers are called: after the code that decides them, found in the source, and after nothing else."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -157,3 +158,15 @@ def test_names_are_the_same_from_another_folder_and_process(copied: Path) -> Non
     code = f"from data_pipeline.closure import code_version; print(code_version({units.MAKING!r}, {units.MEASURING!r}))"
     ended = subprocess.run([sys.executable, "-c", code], cwd=copied, capture_output=True, text=True, check=True)
     assert ended.stdout.strip() == code_version(units.MAKING, units.MEASURING) == units.code_version().split("+")[1]
+
+
+def test_names_are_the_same_where_each_package_stands_in_a_folder_of_its_own(tmp_path: Path) -> None:
+    """As Ray unpacks them on the nodes of a cluster."""
+    rooms = ("configs", "data_pipeline", "trainer", "cluster")
+    for room in rooms:
+        shutil.copytree(ROOT / room, tmp_path / f"of_{room}" / room, ignore=shutil.ignore_patterns("__pycache__"))
+    code = "import sys; from data_pipeline.closure import code_version; print(*map(code_version, sys.argv[1:]))"
+    path = os.pathsep.join(str(tmp_path / f"of_{room}") for room in rooms)
+    command = [sys.executable, "-c", code, *ENTRIES.values()]
+    ended = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=True)
+    assert ended.stdout.split() == [code_version(entry) for entry in ENTRIES.values()]
