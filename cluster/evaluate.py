@@ -14,9 +14,11 @@ with its own run.
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,7 +30,7 @@ from cluster.fold import Fold, Folded, Folder, Made, planned
 from cluster.metrics.frontier import near_frontier
 from cluster.metrics.measure import Yardstick
 from cluster.metrics.rows import Row
-from cluster.report import check_others, read_others, write_report
+from cluster.report import check_others, read_others, report_files, save_report
 from cluster.session import Resources, progress, session
 from cluster.sweep import COLUMNS, Series, Worker, items, placed, trained_series, varying
 from cluster.tables import Cost
@@ -65,15 +67,12 @@ def evaluate(config: Config) -> Path:
         connect = functools.cache(lambda: stack.enter_context(session(config, config.cluster.actors)))
         yardsticks = yardsticks_of(config, data, manifest, connect)
         check_others(others, yardsticks)
-        job = _Job(config, placed(found, yardsticks), yardsticks, connect)
+        job = _Job(config, placed(found, yardsticks, units.device_kind(config, connect)), yardsticks, connect)
         rows, screened = _measured(job)
     flat = [row for curve in rows for row in curve]
-    place = _place(job)
-    folder = Path("runs") / config.name
-    written = write_report(
+    files = report_files(
         flat,
         job.grids,
-        folder,
         title=f"{config.name}: {flat[0].fid_name} and IS over w",
         classes=manifest.schema.class_names[:COLUMNS],
         varying=varying(config, [*screened, *flat]),
@@ -82,17 +81,18 @@ def evaluate(config: Config) -> Path:
         times={"job_seconds": time.monotonic() - began},
         cost=_cost(job, rows),
     )
-    keys = {f"{place}/report/{path.name}": path for path in written}
-    for key, path in keys.items():
-        home.put(key, path.read_bytes())
+    # Other rows make another report: two commands at once never mix theirs.
+    decides = {"series": [one.store.uri for one in job.series], "rows": hashlib.sha256(files["report.json"]).hexdigest()}
+    place = f"evaluate/{units.fingerprint(decides)}"
+    for name, content in files.items():
+        home.put(f"{place}/report/{name}", content)
     home.put(LATEST, json.dumps({"report": f"{place}/report/"}).encode())
-    for info in home.list(f"{place}/report/"):
-        if info.key not in keys:  # of an earlier report, which had more files
-            home.delete(info.key)
     for one, curve in zip(job.series, rows, strict=True):
         _show(one, curve, job.grids)
-    print((folder / "table.md").read_text())
-    print(f"report: {folder}/index.html  (also in {home.uri}/{place}/report)")
+    print(files["table.md"].decode())
+    folder = Path("runs") / config.name
+    if _copied(files, folder, f"{home.uri}/{place}/report"):
+        print(f"report: {folder}/index.html  (also in {home.uri}/{place}/report)")
     return folder
 
 
@@ -104,10 +104,18 @@ def fetch_report(config: Config) -> Path:
     except MissingObject as error:
         raise StoreError(f"{config.run}: no report; run `freeguide evaluate` first") from error
     folder = Path("runs") / config.name
-    folder.mkdir(parents=True, exist_ok=True)
-    for info in run.list(prefix):
-        (folder / Path(info.key).name).write_bytes(run.get(info.key))
+    _copied({Path(info.key).name: run.get(info.key) for info in run.list(prefix)}, folder, f"{run.uri}/{prefix.rstrip('/')}")
     return folder
+
+
+def _copied(files: Mapping[str, bytes], folder: Path, place: str) -> bool:
+    """Copy a report to where the command was given. A folder that refuses it costs a warning: the report is at `place`."""
+    try:
+        save_report(files, folder)
+    except OSError as error:
+        print(f"WARNING: {folder} cannot be written ({error.strerror}); the report is in {place}", file=sys.stderr, flush=True)
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -202,13 +210,6 @@ def _cost(job: _Job, rows: Sequence[Sequence[Row]]) -> Cost:
         device_seconds=sum(made.seconds for made in took),
         device=", ".join(sorted({made.device for made in took})),
     )
-
-
-def _place(job: _Job) -> str:
-    """Where the report stands below `run`: with the units of its one series, or under a name of its own for several."""
-    if not job.config.evaluate.sweep:
-        return f"evaluate/{job.series[0].store.uri.rstrip('/').rsplit('/', 1)[-1]}"
-    return f"evaluate/{units.fingerprint({'series': [one.store.uri for one in job.series]})}"
 
 
 def _show(one: Series, curve: Sequence[Row], grids: dict[Row, NDArray[np.uint8]]) -> None:

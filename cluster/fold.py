@@ -83,7 +83,14 @@ class Folded:
             n=fold.images,
             **self.values,  # type: ignore[arg-type]
             **measure.conditions(*yardsticks),
-            **model_conditions(one.config, one.weights.step, units.code_version(), one.weights.distance),
+            **model_conditions(
+                one.config,
+                one.weights.step,
+                units.code_version(),
+                origin=one.origin,
+                device=one.kind,
+                ema_distance=one.weights.distance,
+            ),
         )
 
     def to_bytes(self) -> bytes:

@@ -6,6 +6,7 @@ made it. The `.npz` (uint8 NHWC `arr_0`, labels `arr_1`) is what the ADM evaluat
 driver needs 60 bytes per image for the manifest, and the `.npz` its own size on the disk of TMPDIR (and again in a run's folder).
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -18,10 +19,11 @@ import numpy as np
 import torch
 
 from cluster import units
+from cluster.metrics.conditions import sampled
 from cluster.metrics.images import to_uint8
 from cluster.session import Resources, progress, session
 from cluster.sweep import Series, as_trained
-from cluster.units import Unit
+from cluster.units import Connect, Unit
 from configs.errors import ConfigError
 from configs.schema import Config
 from data_pipeline.closure import code_version
@@ -41,14 +43,21 @@ def generate(config: Config) -> str:
 
     Raises UserError before Ray starts for whatever can be known before.
     """
+    with contextlib.ExitStack() as stack:
+        connect = functools.cache(lambda: stack.enter_context(session(config, config.cluster.actors)))
+        return _generated(config, connect)
+
+
+def _generated(config: Config, connect: Connect) -> str:
     one = as_trained(config, "generate")
     config, step, run = one.config, one.weights.step, open_store(config.run)
-    options = config.generate
+    options, kind = config.generate, units.device_kind(config, connect)
     conditions = {
         "sampling": dataclasses.asdict(config.sampling) | {"checkpoint": one.weights.of},
+        "options": {key: value for key, value in sampled(config).items() if key.split(".")[0] not in ("sampling", "evaluate")},
         "generate": {"images": options.images, "unit": options.unit, "w": options.w},
         "threads": config.cluster.cpus_per_worker,
-        "torch": torch.__version__,
+        "device": kind,
         "code": code_version(MAKING),
     }
     if config.data.dtype != "uint8":
@@ -62,10 +71,10 @@ def generate(config: Config) -> str:
     if not store.exists(NAME):
         if todo := units.missing(store, plan, "tar.npz"):
             one.weights.keep()
-            with session(config, config.cluster.actors) as resources:
-                make = functools.partial(_Generate, Series(config, one.weights, store), resources)
-                for _ in progress(units.run(todo, make, config, resources), len(todo), "shard", config.cluster.actors):
-                    pass
+            resources = connect()
+            make = functools.partial(_Generate, Series(config, one.weights, store, one.origin, kind), resources)
+            for _ in progress(units.run(todo, make, config, resources), len(todo), "shard", config.cluster.actors):
+                pass
         source = json.dumps({"run": run.uri, "step": step} | conditions, sort_keys=True)
         save_manifest(store, build_manifest(schema, _indexes(store, plan), source))
     if wanted:
@@ -83,7 +92,9 @@ class _Generate:
         choose_kernels()
         torch.set_num_threads(resources.threads)
         self.config, self.store = one.config, one.store
-        self.sampler = one.load(torch.device("cuda" if resources.gpus else "cpu"))
+        device = torch.device("cuda" if resources.gpus else "cpu")
+        units.check_kind(one.kind, units.kind_of(device))
+        self.sampler = one.load(device)
 
     def __call__(self, unit: Unit) -> None:
         index = torch.arange(unit.first, unit.last)

@@ -16,9 +16,11 @@ samples_2.png, ... in their order, instead of samples.png. No table mixes n, and
 
 import base64
 import csv
+import fcntl
 import html
 import io
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -42,10 +44,29 @@ from configs.schema import EvaluateConfig
 ROWS = 4  # of a sample grid, where a page shows several series
 
 
-def write_report(
+def write_report(rows: Iterable[Row], grids: Mapping[Row, NDArray[np.uint8]], out_dir: Path, **facts: Any) -> list[Path]:
+    """`report_files` and `save_report` in one; returns the files written, in a fixed order."""
+    return save_report(report_files(rows, grids, **facts), out_dir)
+
+
+def save_report(files: Mapping[str, bytes], out_dir: Path) -> list[Path]:
+    """Write the files into `out_dir`, where those of another report may stand. Two at once do so one after the other."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    folder = os.open(out_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        for old in (*out_dir.glob("samples*.png"), *out_dir.glob("screen.csv")):  # of other w or series, of a report with a screen
+            old.unlink()
+        for name, data in files.items():
+            (out_dir / name).write_bytes(data)
+    finally:
+        os.close(folder)
+    return [out_dir / name for name in files]
+
+
+def report_files(
     rows: Iterable[Row],
     grids: Mapping[Row, NDArray[np.uint8]],
-    out_dir: Path,
     *,
     title: str,
     classes: Sequence[str] = (),
@@ -54,8 +75,8 @@ def write_report(
     others: Sequence[Row] = (),
     cost: Cost | None = None,
     times: Mapping[str, float] | None = None,
-) -> list[Path]:
-    """Write the report of `rows` into the folder `out_dir` and return the files written, in a fixed order.
+) -> dict[str, bytes]:
+    """The files of the report of `rows` by name, in a fixed order.
 
     `grids[row]` are samples of a row, uint8 (rows, columns, H, W, C): a column for each class of `classes`, and at each place the
     same noise for every w. `varying` names the conditions besides w in which rows may differ. `screened` are the rows of a first
@@ -87,12 +108,7 @@ def write_report(
         seconds |= {"device_seconds": cost.device_seconds, "images_per_device_second": cost.images / cost.device_seconds}
     if times is not None or cost is not None:
         files["times.json"] = (json.dumps(dict(sorted(seconds.items())), indent=1, allow_nan=False) + "\n").encode()
-    out_dir.mkdir(parents=True, exist_ok=True)
-    for old in (*out_dir.glob("samples*.png"), *out_dir.glob("screen.csv")):  # of other w or series, of a report with a screen
-        old.unlink()
-    for name, data in files.items():
-        (out_dir / name).write_bytes(data)
-    return [out_dir / name for name in files]
+    return files
 
 
 def read_others(options: EvaluateConfig) -> list[Row]:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from cluster import units
+from cluster.metrics.conditions import decisive, sampled
 from cluster.metrics.features import load_extractor, measure_with
 from cluster.metrics.images import to_uint8
 from cluster.metrics.measure import Yardstick
@@ -39,8 +40,13 @@ from trainer.sampler import Sampler, guidance_weight, image_labels, sampling_lev
 
 COLUMNS = 10  # classes that a sample grid shows: a thousand would be a picture of a gigabyte
 NETWORKS = 2  # that an actor holds: the one in use, and the one before it where the items of two meet
+_STATED = ("image_size", "channels", "classes", "dtype", "latent_scale")  # options of data that a config may not state otherwise
 # Conditions of a row that an option of the sweep may change, where it is not the one of its own name.
-_CHANGES = {"run": ("run", "checkpoint_step", "trained", "p_uncond", "ema"), "sampling.checkpoint": ("checkpoint_step",)}
+_CHANGES = {
+    "run": ("run", "checkpoint_step", "trained", "p_uncond", "ema", "ema_distance"),
+    "sampling.ema": ("ema", "ema_distance"),
+    "sampling.checkpoint": ("checkpoint_step", "ema_distance"),
+}
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,7 @@ class Trained:
 
     config: Config  # sampled as the sweep says; network, diffusion and training as they were
     weights: Weights
+    origin: Config  # the run's own
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,8 @@ class Series:
     config: Config
     weights: Weights
     store: Store  # of its units
+    origin: Config | None = None  # the run's own config; None = the same
+    kind: str = ""  # of the devices that make its images, see `units.kind_of`
 
     @property
     def network(self) -> tuple[Any, ...]:
@@ -119,8 +128,10 @@ def as_trained(config: Config, command: str) -> Trained:
         raise CheckpointError(f"{config.run}: its config.yaml is gone; give `freeguide train` again, which writes it") from None
     except ConfigError as error:
         raise ConfigError(f"{config.run}/config.yaml: {error}") from None
-    config = dataclasses.replace(config, model=stored.model, diffusion=stored.diffusion, train=stored.train)
-    for name in ("image_size", "channels", "classes", "dtype", "latent_scale"):
+    decides = {key.removeprefix("data.") for key in decisive(stored, "data")} - set(_STATED)
+    data = dataclasses.replace(config.data, **{name: getattr(stored.data, name) for name in decides})
+    config = dataclasses.replace(config, data=data, model=stored.model, diffusion=stored.diffusion, train=stored.train)
+    for name in _STATED:
         made, asked = getattr(stored.data, name), getattr(config.data, name)
         if (name, asked) == ("classes", 0):
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, classes=made))
@@ -136,26 +147,25 @@ def as_trained(config: Config, command: str) -> Trained:
             f"sampling.interval={config.sampling.interval} holds none of the {len(ladder)} log-SNR levels, so no w would guide: "
             "widen it, or raise sampling.steps"
         )
-    return Trained(config, weights)
+    return Trained(config, weights, stored)
 
 
-def placed(found: Sequence[Trained], yardsticks: Sequence[Yardstick]) -> list[Series]:
-    """The series with the places of their units. Raises ConfigError where two of them are the same."""
+def placed(found: Sequence[Trained], yardsticks: Sequence[Yardstick], kind: str) -> list[Series]:
+    """The series, made on devices of `kind`, with the places of their units. Raises ConfigError where two of them are the same."""
     series: list[Series] = []
     for one in found:
         conditions = {  # all that decides what a unit holds, but its w and range
-            "sampling": dataclasses.asdict(one.config.sampling) | {"checkpoint": one.weights.of},
-            "unit": one.config.evaluate.unit,
-            "grid": one.config.evaluate.grid,
+            "options": sampled(one.config),
+            "weights": one.weights.of,
             "extractors": [each.extractor.hash for each in yardsticks],
             "threads": one.config.cluster.cpus_per_worker,
-            "torch": torch.__version__,  # its number, and whether it is built for GPUs
+            "device": kind,
             "code": code_version(units.MAKING),
         }
         store = open_store(one.config.run).child(f"evaluate/{units.fingerprint(conditions)}/")
         if any(store.uri == other.store.uri for other in series):
             raise ConfigError(f"evaluate.sweep: two of its series are the checkpoint of step {one.weights.step}; leave one out")
-        series.append(Series(one.config, one.weights, store))
+        series.append(Series(one.config, one.weights, store, one.origin, kind))
     return series
 
 
@@ -194,6 +204,7 @@ class Worker:
         torch.set_num_threads(resources.threads)
         self.series = series
         self.device = torch.device("cuda" if resources.gpus else "cpu")
+        self.kind = units.kind_of(self.device)
         self.extractors = [load_extractor(uri, sha256) for uri, sha256 in weights]
         self._sampler = functools.lru_cache(maxsize=NETWORKS)(self._load)
 
@@ -203,6 +214,7 @@ class Worker:
         left = [unit for unit in item.units if not one.store.exists(unit.key("npz"))]
         if not left:
             return
+        units.check_kind(one.kind, self.kind)
         first = next(number for number, other in enumerate(self.series) if other.network == one.network)
         sampler = dataclasses.replace(self._sampler(first), config=one.config)
         index = torch.arange(item.first, item.last)
@@ -216,7 +228,7 @@ class Worker:
                 **measure_with(self.extractors, images, self.device.type).to_arrays(),
                 "labels": labels.numpy(),
                 "images": images[shown],
-                "device": np.str_(torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"),
+                "device": np.str_(self.kind),
                 "seconds": np.float64(time.perf_counter() - began),
                 "evaluations": np.int64(drawn.evaluations),
             }

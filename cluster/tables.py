@@ -325,6 +325,8 @@ def _caption(ordered: Sequence[Row], varying: Sequence[str]) -> str:
         "options": row.options,
         "seed": f"sampling seed {plain(row.seed)}",
         "trained": f"network and training {row.trained}" if row.trained else "",
+        "device": f"made on {row.device}" if row.device else "",
+        "ema_distance": f"a profile met to {row.ema_distance:.1e}" if row.ema_distance else "",
         "code_version": f"code {row.code_version}",
     }
     model = ", ".join(words for name, words in said.items() if words and name not in varying)

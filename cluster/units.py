@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import threading
 import time
 from collections import Counter
@@ -22,10 +23,11 @@ import ray
 import torch
 
 from cluster.session import Resources
-from configs.errors import UserError
+from configs.errors import ConfigError, UserError
 from configs.schema import Config
 from data_pipeline import closure
 from data_pipeline.store import Store
+from trainer.engine import choose_kernels
 
 MAKING = "cluster.sweep:Worker"  # decides what a unit holds: which image comes out, and what extractors say of it
 MEASURING = "cluster.fold:Folder"  # decides the values of a row, given its units
@@ -33,6 +35,7 @@ DEATHS = 5  # actors that one unit may cost
 _LEAVE_S = 1.0  # longest wait for Ray Data's threads: some of them stay on purpose
 
 T = TypeVar("T")
+Connect = Callable[[], Resources]  # starts or joins the cluster, if that has not been done
 Worker = Callable[[T], None]  # made once per actor; makes and publishes units
 
 
@@ -134,6 +137,44 @@ class _Actor:
             found = str(error).split(". ")[0]
             return row | {"error": f"the GPU's memory is too small for a work unit ({found}); lower sampling.batch"}
         return row | {"error": ""}
+
+
+def kind_of(device: torch.device) -> str:
+    """What rounds alike: the model of the device, the torch that computes on it, and whether it shortens fp32 to TF32."""
+    torch_version = f"torch {torch.__version__}"
+    if device.type != "cuda":
+        return f"CPU with {torch.backends.cpu.get_cpu_capability()}, {torch_version}"
+    short = (
+        torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32 or os.environ.get("NVIDIA_TF32_OVERRIDE") == "1"
+    )
+    return f"{torch.cuda.get_device_name(device)}, {torch_version}" + (", TF32" if short else "")
+
+
+def device_kind(config: Config, connect: Connect) -> str:
+    """The kind of device that this command's actors have: of this machine, or as an actor of the cluster says.
+
+    Where nodes differ, it is the kind of one of them: `check_kind` stops the others.
+    """
+    gpus = config.cluster.gpus_per_worker
+    if os.environ.get("RAY_ADDRESS", "local") in ("", "local"):
+        return _kind(bool(gpus > 0 or (gpus < 0 and torch.cuda.is_available())))
+    resources = connect()
+    task = ray.remote(_kind).options(num_cpus=resources.cpus, num_gpus=resources.gpus or None)
+    return str(ray.get(task.remote(bool(resources.gpus))))
+
+
+def check_kind(begun: str, here: str) -> None:
+    """Raises ConfigError on another kind of device than the one that was begun with."""
+    if begun and begun != here:
+        raise ConfigError(
+            f"this was begun on {begun} and an actor has {here}: images of both would stand in one row; give the command to a "
+            "cluster, or a part of it, whose nodes have one kind of device"
+        )
+
+
+def _kind(gpu: bool) -> str:
+    choose_kernels()
+    return kind_of(torch.device("cuda" if gpu else "cpu"))
 
 
 def code_version() -> str:

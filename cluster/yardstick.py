@@ -28,6 +28,7 @@ from cluster.metrics.evaluator import Evaluator
 from cluster.metrics.features import Extractor, load_dinov2, load_extractor, load_judge
 from cluster.metrics.measure import Yardstick
 from cluster.session import Resources, session
+from cluster.units import Connect
 from configs.errors import StoreError, UserError
 from configs.schema import Config
 from data_pipeline.closure import code_version
@@ -42,8 +43,6 @@ EVALUATOR = "evaluator.safetensors"
 FITTING = "cluster.yardstick:_fit"  # decides the weights of an evaluator
 SEEING = "cluster.yardstick:_see"  # decides a reference
 PIXELS = 4 * 2**30  # bytes of decoded images that an evaluator is trained on: 350 000 images of 64x64x3
-
-Connect = Callable[[], Resources]  # starts or joins the cluster, if that has not been done
 
 
 def yardsticks_of(config: Config, data: Store, manifest: Manifest, connect: Connect) -> list[Yardstick]:

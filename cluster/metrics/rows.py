@@ -5,17 +5,16 @@ and of the rounding. So a row is never a bare number: it carries all of these, a
 rows that differ in a condition that the reader has not been told about.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, get_args
 
+from cluster.metrics.conditions import trained
 from cluster.metrics.images import ROUNDING
 from configs.errors import DataError
 from configs.schema import Config, SamplingConfig
-from trainer.networks.build import network_options
 
 INCEPTION = "inception-2015-12-05"  # the only extractor whose distances are called FID
 SCHEMA = "freeguide-rows/2"
@@ -26,12 +25,7 @@ MEASUREMENT = (*INSTRUMENT, "rounding", "labels")
 # What was measured. Rows may differ in these where an experiment varies them by name, as the paper varies p_uncond.
 MODEL = (
     *("run", "checkpoint_step", "trained", "p_uncond", "ema"),
-    *("sampler", "steps", "v", "clip", "options", "seed", "code_version"),
-)
-# Options of a training that decide what comes out; the rest decides how fast it is and what is kept.
-_TRAINING = (
-    *("steps", "global_batch", "lr", "warmup_steps", "schedule", "decay_steps", "betas", "adam_eps", "weight_decay"),
-    *("grad_clip", "precision"),
+    *("sampler", "steps", "v", "clip", "options", "seed", "device", "ema_distance", "code_version"),
 )
 UNKNOWN = "not known"  # rounding or labels of images that somebody else made
 
@@ -75,7 +69,7 @@ class Row:
 
     run: str
     checkpoint_step: int | None = None
-    trained: str | None = None  # hash of network, diffusion and training, see `trained`: runs that differ are no repetitions
+    trained: str | None = None  # hash of what was trained and how, see `conditions.trained`
     p_uncond: float | None = None
     ema: float | str | None = None  # decay per step of the averaged weights, 0 = the raw ones; another average by its name
     sampler: str = UNKNOWN
@@ -84,6 +78,8 @@ class Row:
     clip: bool | None = None  # x clamped to [-1, 1] at every step
     options: str = ""  # sampling options without a column of their own that differ from the paper's, see `further_options`
     seed: int | None = None
+    device: str = ""  # the kind that made the images, its torch and precision; "" = not known. Kinds round differently
+    ema_distance: float = 0.0  # of a reconstructed average to the profile that its name says, relative; 0 = not reconstructed
     code_version: str
 
     def __post_init__(self) -> None:
@@ -104,39 +100,38 @@ class Row:
         return "FID" if self.extractor == INCEPTION else f"FID-{self.extractor}"
 
 
-def model_conditions(config: Config, checkpoint_step: int, code_version: str, distance: float = 0.0) -> dict[str, Any]:
+def model_conditions(
+    config: Config,
+    checkpoint_step: int,
+    code_version: str,
+    *,
+    origin: Config | None = None,
+    device: str = "",
+    ema_distance: float = 0.0,
+) -> dict[str, Any]:
     """The conditions of our own samples, by the names of a row's fields: what made the images and how they became 8 bits.
 
-    `distance` is that of a reconstructed average to the profile that its name says (`trainer.checkpoint.Recipe`).
+    `config` samples the run, whose own config is `origin`; None = the same.
     """
     sampling = config.sampling
-    options = [further_options(sampling), f"ema_distance={distance:.1e}" if distance else ""]
     return {
         "run": config.name,
         "checkpoint_step": checkpoint_step,
-        "trained": trained(config),
+        "trained": trained(origin or config),
         "p_uncond": config.diffusion.p_uncond,
         "ema": config.train.ema_decay if sampling.ema == "ema" else sampling.ema,
         "sampler": sampling.sampler,
         "steps": sampling.steps,
         "v": sampling.v,
         "clip": sampling.clip,
-        "options": ", ".join(filter(None, options)),
+        "options": further_options(sampling),
         "seed": sampling.seed,
+        "device": device,
+        "ema_distance": ema_distance,
         "labels": sampling.labels,
         "rounding": ROUNDING,
         "code_version": code_version,
     }
-
-
-def trained(config: Config) -> str:
-    """A short hash of what was trained and how: not p_uncond and the averages, which have columns, no seed, and nothing that only
-    decides how fast or how safely it is done.
-    """
-    chosen = {f"train.{name}": getattr(config.train, name) for name in _TRAINING}
-    chosen |= {f"model.{name}": getattr(config.model, name) for name in network_options(config.model)}
-    chosen |= {f"diffusion.{name}": value for name, value in vars(config.diffusion).items() if name != "p_uncond"}
-    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def further_options(sampling: SamplingConfig) -> str:

@@ -234,13 +234,13 @@ def test_a_grid_shows_the_first_classes_only_where_there_are_many(
     for module in (sweep_module, fold, evaluation):
         monkeypatch.setattr(module, "COLUMNS", 4)
     seen: dict[Row, Any] = {}
-    write = evaluation.write_report
+    write = evaluation.report_files
 
-    def noted(rows: Any, grids: Any, *rest: Any, **more: Any) -> list[Path]:
+    def noted(rows: Any, grids: Any, *rest: Any, **more: Any) -> dict[str, bytes]:
         seen.update(grids)
         return write(rows, grids, *rest, **more)
 
-    monkeypatch.setattr(evaluation, "write_report", noted)
+    monkeypatch.setattr(evaluation, "report_files", noted)
     config = small(lab, tmp_path / "run", "evaluate.w=[0.5]")
     write_run(config)
     evaluate(config)

@@ -190,9 +190,9 @@ def test_our_own_conditions_follow_from_the_configuration_alone():
     config.sampling.ema = "sigma_rel_0.1"
     other = replace(ROW, **model_conditions(config, 2500, "0.1.0+abc"))
     assert other.ema == "sigma_rel_0.1"
-    far = replace(ROW, **model_conditions(config, 2500, "0.1.0+abc", 0.29))  # snapshots were lost
-    assert far.options == "spacing=logsnr, ema_distance=2.9e-01"
-    with pytest.raises(DataError, match="because options is"):
+    far = replace(ROW, **model_conditions(config, 2500, "0.1.0+abc", ema_distance=0.29))  # snapshots were lost
+    assert far.ema_distance == 0.29
+    with pytest.raises(DataError, match=r"because ema_distance is 0\.0 in one and 0\.29"):
         require_comparable([other, far])
     assert from_json(to_json([row, other])) == [row, other]
     with pytest.raises(DataError, match=r"because ema is 0\.9999 in one and 'sigma_rel_0\.1' in the other"):
