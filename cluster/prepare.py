@@ -17,7 +17,7 @@ from data_pipeline.data_store import open_data
 from data_pipeline.index import index_shards
 from data_pipeline.manifest import Manifest, Schema, save_mixture
 from data_pipeline.shards import Plan, Source, write_shards
-from data_pipeline.sources import count_of, open_source
+from data_pipeline.sources import count_of, open_source, read_class_names
 from data_pipeline.store import Store
 
 FEW = 16  # shards that are written before a Ray cluster would have started
@@ -89,9 +89,11 @@ def index(config: Config) -> Manifest:
         mixture = save_mixture(store, data.mixture)
         _describe(mixture, store.uri, time.monotonic() - began)
         return mixture
+    names = read_class_names(data.class_names)
+    key = data.label_key or ("label" if names else "")
     manifest, broken = index_shards(
         store,
-        Schema(data.image_size, data.channels, data.classes, dtype=data.dtype),
+        Schema(data.image_size, data.channels, data.classes, names, data.dtype, key),
         data.shards,
         skip_broken=data.skip_broken,
         threads=data.fetch_threads,

@@ -10,6 +10,7 @@ small set, so that a reader can count it and put a donor in its place.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import math
@@ -23,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageChops, ImageFile, UnidentifiedImageError
 
-from configs.errors import DataError
+from configs.errors import DataError, visible
 from data_pipeline.manifest import Schema
 
 IMAGE_FIELDS = ("png", "jpg", "jpeg", "webp", "npy")
@@ -57,20 +58,28 @@ class BadSample(DataError):
         self.cause = cause
 
 
-def decode_sample(fields: Mapping[str, bytes], schema: Schema, resize: str = "adm") -> tuple[Values, int]:
+def decode_sample(
+    fields: Mapping[str, bytes], schema: Schema, resize: str = "adm", background: int | None = None
+) -> tuple[Values, int]:
     """The image, uint8 (H, W, C), or the latents, float (C, H, W), as the schema says, and the label.
 
-    An image of another size is fitted, see `fit`. Where the schema speaks of latents, images beside them are passed over.
+    An image of another size is fitted, see `fit`; with a `background` it is read as a person sees it. Where the schema speaks of
+    latents, images beside them are passed over.
     """
     wanted = IMAGE_FIELDS if schema.dtype == "uint8" else ("npy",)
     present = [ext for ext in wanted if ext in fields]
     if len(present) != 1:
         raise BadSample("fields", f"it needs one of {', '.join(wanted)}, and has {', '.join(sorted(fields)) or 'none'}")
     data = fields[present[0]]
-    label = decode_label(fields, schema.classes)
+    label = decode_label(fields, schema.classes, schema.label_key, schema.class_names)
     if schema.dtype != "uint8":
         return decode_latents(data, schema), label
-    image = _decode_npy(data, schema.channels) if present[0] == "npy" else decode_image(data, schema.channels)
+    if present[0] == "npy":
+        image = _decode_npy(data, schema.channels)
+    elif background is None:
+        image = decode_image(data, schema.channels)
+    else:
+        image = decode_picture(data, schema.channels, background)
     return fit(image, schema.image_size, resize), label
 
 
@@ -126,7 +135,7 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def seen_otherwise(data: bytes) -> bool:
+def seen_otherwise(data: bytes | memoryview) -> bool:
     """Whether a person sees another picture than `decode_image` gives: one that is turned, or transparent somewhere."""
     try:
         with Image.open(io.BytesIO(data), formats=CODECS) as image:
@@ -247,25 +256,61 @@ def _load_npy(data: bytes) -> npt.NDArray[Any]:
     return np.frombuffer(data, dtype, offset=start).reshape(shape)
 
 
-def decode_label(fields: Mapping[str, bytes], classes: int) -> int:
-    raw = fields.get("cls", fields.get("json"))
+def decode_label(fields: Mapping[str, bytes], classes: int, key: str = "", names: tuple[str, ...] = ()) -> int:
+    """The label of a sample: the number in `.cls`, or of the key "label" (or "cls") of `.json`.
+
+    A `key` names another member (`txt`), or another key of the JSON object (`a.b` is b inside a). With it, what stands there may
+    also be one of `names`, whose place is the number.
+    """
+    member = key if key in fields else "json" if key not in ("", "label") or "cls" not in fields else "cls"
+    raw = fields.get(member)
     if raw is None:
-        raise BadSample("label", "it has no label (.cls or .json)")
+        raise BadSample("label", "it has no label (.cls or .json)" if not key else f"it has no label ({key} or .json)")
     if len(raw) > MAX_LABEL_BYTES:
         raise BadSample("label", f"its label has {len(raw)} bytes")
-    label: object = None
-    if "cls" in fields:
-        label = int(raw) if re.fullmatch(rb"\s*[0-9]{1,9}\s*", raw) else None
+    label: object
+    if member == "json":
+        label = _json_label(raw, key)
+    elif re.fullmatch(rb"\s*[0-9]{1,9}\s*", raw):
+        label = int(raw)
     else:
-        try:
-            content = json.loads(raw)
-        except (ValueError, RecursionError) as error:
-            raise BadSample("label", "its JSON cannot be read") from error
-        if isinstance(content, dict):
-            label = content.get("label", content.get("cls"))
+        label = raw[:200].decode("utf-8", "backslashreplace").strip()
+    if key and names:
+        place = _places(names).get(str(label))
+        label = place if place is not None or type(label) is not int or any(map(str.isdigit, names)) else label
+        if label is None:
+            raise BadSample("label", f"its label {_quoted(raw)} is none of data.class_names")
     if type(label) is not int or not 0 <= label < classes:
-        raise BadSample("label", f"its label {str(label)[:40]} is not a number from 0 to {classes - 1}")
+        hint = "; list the names of the classes in data.class_names" if isinstance(label, str) and not names else ""
+        raise BadSample("label", f"its label {_quoted(label)} is not a number from 0 to {classes - 1}{hint}")
     return label
+
+
+def _json_label(raw: bytes, key: str) -> object:
+    try:
+        content = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise BadSample("label", "its JSON cannot be read") from error
+    if not isinstance(content, dict):
+        raise BadSample("label", "its JSON is no object with a label")
+    found: object = content
+    for part in [key] if key in content else (key or "label").split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    found = content.get("cls") if found is None and key in ("", "label") else found
+    if found is None:
+        keys = ", ".join(map(_quoted, list(content)[:8])) or "no keys"
+        raise BadSample("label", f"its JSON has no {key or 'label'!r}, but {keys[:120]}; name the key with data.label_key")
+    return found
+
+
+@functools.lru_cache(maxsize=8)
+def _places(names: tuple[str, ...]) -> dict[str, int]:
+    return {name: place for place, name in enumerate(names)}
+
+
+def _quoted(label: object) -> str:
+    text = label.decode("utf-8", "backslashreplace").strip() if isinstance(label, bytes) else label
+    return visible(repr(text)[:40])
 
 
 # What the identity of a source calls each way to resize. Data sets that were prepared with `area` when it was Pillow's box filter

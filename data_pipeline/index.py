@@ -10,13 +10,15 @@ import contextlib
 import hashlib
 import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from dataclasses import dataclass, replace
 
 from configs.errors import DataError
 from data_pipeline import tar
-from data_pipeline.decode import BadSample, decode_sample
+from data_pipeline.decode import IMAGE_FIELDS, BadSample, decode_label, decode_sample, seen_otherwise
+from data_pipeline.folder import SPLITS, is_dropping
 from data_pipeline.manifest import (
     Manifest,
     Schema,
@@ -31,6 +33,8 @@ from data_pipeline.manifest import (
 from data_pipeline.shards import index_tar
 from data_pipeline.store import MissingObject, ObjectInfo, Store
 
+COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.lz4", ".tar.z")
+ANY_LABEL = 2**31
 MAX_SHARDS = 10**7  # a brace range beyond this is a slip of the keyboard
 
 
@@ -73,18 +77,19 @@ def index_shards(
     skip_broken: bool = False,
     threads: int = 4,
     progress: Callable[[int, int], None] | None = None,
+    report: Callable[[str], None] = print,
 ) -> tuple[Manifest, list[Broken]]:
     """Writes the manifest of the tars that `pattern` names (all `*.tar` where it is empty), and returns it with what is broken.
 
     What a manifest that stands there already knows stays: the names of the classes, and where the tars are still those that it
     speaks of, all else that does not follow from their bytes. So tars that were only copied are the same data set as before.
     Besides the walk, the first sample of each tar must decode. Broken tars are left out whole where `skip_broken` says so, else
-    DataError names them. Memory: one tar per thread.
+    DataError names them. `report` is told what a person should know. Memory: one tar per thread.
     """
     work = hashlib.sha256(f"index {pattern} {skip_broken} {schema}".encode()).hexdigest()
     claim(store, "index", work)
     try:
-        return _indexed(store, schema, pattern, skip_broken, threads, progress)
+        return _indexed(store, schema, pattern, skip_broken, threads, progress, report)
     finally:
         release(store, work)
 
@@ -96,16 +101,22 @@ def _indexed(
     skip_broken: bool,
     threads: int,
     progress: Callable[[int, int], None] | None,
+    report: Callable[[str], None],
 ) -> tuple[Manifest, list[Broken]]:
     before = _before(store)
+    schema = replace(schema, classes=schema.classes or len(schema.class_names))
     if not schema.classes:
         if before is None:
             raise DataError(f"The tars in {store.uri} do not say how many classes there are; set data.classes.")
         schema = replace(schema, classes=before.schema.classes)
     known = before.schema if before is not None else stored_schema(store)
+    if known is not None and not schema.label_key:
+        schema = replace(schema, label_key=known.label_key)
     if known is not None and replace(known, class_names=()) == replace(schema, class_names=()):
         schema = replace(schema, class_names=schema.class_names or known.class_names)
     tars = _find(store, pattern)
+    if before is None and not pattern:
+        _check_parts(store, [info.key for info in tars])
     if before is not None and not pattern:
         rank = {shard.key: number for number, shard in enumerate(before.shards)}
         tars.sort(key=lambda info: rank.get(info.key, len(rank)))
@@ -120,7 +131,13 @@ def _indexed(
         listed = "; ".join(f"{item.key}: {item.reason}" for item in broken[:10])
         more = f"; and {len(broken) - 10} more" if len(broken) > 10 else ""
         raise DataError(f"{len(broken)} of {len(tars)} tars in {store.uri} are broken ({listed}{more}); repair or skip them.")
-    manifest = build_manifest(schema, indexes, source="index")
+    passed = sum((Counter(index.passed_over) for index in indexes), Counter[str]())
+    manifest = replace(build_manifest(schema, indexes, source="index"), passed_over={kind: passed[kind] for kind in sorted(passed)})
+    if otherwise := sum(index.seen_otherwise for index in indexes):
+        report(
+            f"{otherwise} images are turned by EXIF or transparent, and are trained on as they are stored; `freeguide prepare` "
+            "with data.source=webdataset makes of them what a person sees"
+        )
     if before is not None and before.samples == manifest.samples:
         again = build_manifest(schema, indexes, chunk_samples=before.chunk_samples)
         if again.fingerprint == before.fingerprint:
@@ -141,7 +158,15 @@ def _before(store: Store) -> Manifest | None:
 
 
 def _find(store: Store, pattern: str) -> list[ObjectInfo]:
-    there = {info.key: info for info in store.list() if info.key.endswith(".tar")}
+    every = {info.key: info for info in store.list() if not is_dropping(info.key)}
+    there = {key: info for key, info in every.items() if key.endswith(".tar")}
+    keys = expand(pattern) if pattern else list(there)
+    packed = [key for key in every if key.lower().endswith(COMPRESSED) and (not pattern or {key, key.rpartition(".")[0]} & {*keys})]
+    if packed:
+        raise DataError(
+            f"{len(packed)} tars in {store.uri} are compressed, such as {packed[0]}; decompress them (gunzip, unzstd), as shards "
+            "are read by range, or name the others with data.shards"
+        )
     if not pattern:
         if not there and store.uri.endswith(".tar"):
             folder, _, name = store.uri.rpartition("/")
@@ -149,30 +174,69 @@ def _find(store: Store, pattern: str) -> list[ObjectInfo]:
         if not there:
             raise DataError(f"There are no tars in {store.uri}; check the location.")
         return list(there.values())
-    keys = expand(pattern)
     missing = [key for key in keys if key not in there]
     if missing:
         raise DataError(f"{len(missing)} of {len(keys)} tars are missing in {store.uri}, first {missing[0]}; check the pattern.")
     return [there[key] for key in keys]
 
 
+def _check_parts(store: Store, keys: list[str]) -> None:
+    """Raises DataError where the tars are those of several parts, as train-000.tar and val-000.tar: an epoch would mix them."""
+    parts: dict[str, list[str]] = {}
+    for key in keys:
+        words = [word for word in re.split(r"[^a-z]+", key.lower()) if word in SPLITS]
+        parts.setdefault(words[0] if words else "", []).append(key)
+    names = [name for name in parts if name]
+    if len(names) > 1:
+        some = parts[next((name for name in names if name.startswith("train")), names[0])]
+        first, last = (re.fullmatch(r"(.*?)(\d+)(\D*)", key) for key in (some[0], some[-1]))
+        pattern = some[0]
+        if first and last and first.group(1, 3) == last.group(1, 3) and len(some) > 1:
+            pattern = f"{first.group(1)}{{{first.group(2)}..{last.group(2)}}}{first.group(3)}"
+        raise DataError(
+            f"{store.uri} holds the tars of {' and '.join(names)}; name those that are to be one data set, such as "
+            f"'data.shards={pattern}'"
+        )
+
+
 def _index(store: Store, schema: Schema, info: ObjectInfo) -> ShardIndex | Broken:
-    part = (
-        f"parts/index-{hashlib.sha256(f'{info.key} {info.etag} {replace(schema, class_names=())}'.encode()).hexdigest()[:32]}.npz"
-    )
+    facts = f"2 {info.key} {info.etag} {replace(schema, class_names=schema.class_names if schema.label_key else ())}"
+    part = f"parts/index-{hashlib.sha256(facts.encode()).hexdigest()[:32]}.npz"
     with contextlib.suppress(MissingObject, DataError):  # a damaged one is made anew
         return ShardIndex.from_bytes(store.get(part))
-    data = store.get(info.key)
+    data, passed = store.get(info.key), Counter[str]()
     try:
-        starts, crcs = index_tar(data)
-        _first_decodes(tar.samples(data), data, schema)
+        starts, crcs = index_tar(data, passed)
+        spans = list(tar.samples(data, ended=True))
+        _first_decodes(iter(spans), data, schema)
     except tar.TarError as error:
         return Broken(info.key, f"at byte {error.offset}, {error.reason}")
     except BadSample as error:
         return Broken(info.key, f"the first sample is unusable, {error}")
-    index = ShardIndex(info.key, len(data), info.etag, starts, crcs)
+    otherwise, largest = _look(spans, data, schema)
+    if largest >= schema.classes:
+        return Broken(
+            info.key,
+            f"it has the label {largest}, and data.classes={schema.classes} allows 0 to {schema.classes - 1} (if labels begin at 1,"
+            " list them in data.class_names, one a line)",
+        )
+    index = ShardIndex(info.key, len(data), info.etag, starts, crcs, (), dict(passed), otherwise, largest)
     store.put(part, index.to_bytes())
     return index
+
+
+def _look(spans: list[tar.Span], data: bytes, schema: Schema) -> tuple[int, int]:
+    """How many images a person would see otherwise, and the largest label."""
+    otherwise, largest, view = 0, -1, memoryview(data)
+    for span in spans:
+        for ext, (start, size) in span.fields.items():
+            if schema.dtype == "uint8" and ext in IMAGE_FIELDS and ext != "npy":
+                otherwise += seen_otherwise(view[start : start + size])
+        labels = {ext: (start, size) for ext, (start, size) in span.fields.items() if ext not in IMAGE_FIELDS}
+        with contextlib.suppress(BadSample):  # counted when it is trained on, see data.bad_samples
+            fields = span._replace(fields=labels).read(data)
+            largest = max(largest, decode_label(fields, ANY_LABEL, schema.label_key, schema.class_names))
+    return otherwise, largest
 
 
 def _first_decodes(spans: Iterator[tar.Span], data: bytes, schema: Schema) -> None:

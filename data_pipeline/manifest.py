@@ -55,6 +55,7 @@ class Schema:
     classes: int  # labels are 0 .. classes - 1
     class_names: tuple[str, ...] = ()
     dtype: str = "uint8"  # uint8 = images; float16 or float32 = raw latents
+    label_key: str = ""  # where labels stand that are not plain numbers, see `decode.decode_label`
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -65,7 +66,7 @@ class Schema:
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it. Images are not said to be uint8: data sets written before there were latents keep their identity."""
         facts = {**vars(self), "class_names": list(self.class_names)}
-        return {name: value for name, value in facts.items() if (name, value) != ("dtype", "uint8")}
+        return {name: value for name, value in facts.items() if (name, value) not in (("dtype", "uint8"), ("label_key", ""))}
 
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> Schema:
@@ -79,6 +80,8 @@ class Schema:
         whole(schema.classes, 1, MOST_CLASSES)
         if not isinstance(names, list) or len(names) > schema.classes or not all(isinstance(name, str) for name in names):
             raise ValueError("the names of its classes are no list of as many texts")
+        if not isinstance(schema.label_key, str):
+            raise ValueError(f"the place of its labels is {schema.label_key!r:.40}")
         return schema
 
 
@@ -100,9 +103,13 @@ class ShardIndex:
     starts: Uint32s
     crcs: Uint32s
     bad: tuple[str, ...] = ()  # source images that could not be read and are not in the shard
+    passed_over: Mapping[str, int] = field(default_factory=dict)  # members that are no sample's, by kind
+    seen_otherwise: int = 0  # images that a person would see otherwise, see `decode.seen_otherwise`
+    largest_label: int = -1
 
     def to_bytes(self) -> bytes:
-        facts = json.dumps([self.key, self.size, self.etag, self.bad])
+        more = [dict(self.passed_over), self.seen_otherwise, self.largest_label]
+        facts = json.dumps([self.key, self.size, self.etag, self.bad, *(more if more != [{}, 0, -1] else [])])
         return to_npz({"facts": np.frombuffer(facts.encode(), np.uint8), "starts": self.starts, "crcs": self.crcs})
 
     @classmethod
@@ -110,7 +117,7 @@ class ShardIndex:
         """Raises DataError where it is damaged."""
         arrays = read_npz(data, where, most=len(data))  # nothing in it is packed
         try:
-            key, size, etag, bad = parse_json(arrays["facts"].tobytes())
+            key, size, etag, bad, *more = parse_json(arrays["facts"].tobytes())
             starts, crcs = arrays["starts"], arrays["crcs"]
             if not (starts.dtype == crcs.dtype == np.uint32 and starts.ndim == 1 and starts.shape == crcs.shape):
                 raise ValueError("its samples have no starts or checksums")
@@ -118,8 +125,10 @@ class ShardIndex:
                 raise ValueError("a name is no text")
             if _disordered(starts, np.zeros(len(starts), np.int64), np.array([whole(size, most=MOST_BYTES)])):
                 raise ValueError("its samples do not fit into its shard")
-            return cls(checked(key), size, etag, starts, crcs, tuple(bad))
-        except (KeyError, ValueError, TypeError) as error:
+            passed, otherwise, largest = more or ({}, 0, -1)
+            passed = {str(kind): whole(count) for kind, count in passed.items()}
+            return cls(checked(key), size, etag, starts, crcs, tuple(bad), passed, whole(otherwise), whole(largest, least=-1))
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise DataError(f"{where} is no index ({error}); delete it and give the command again") from None
 
 
@@ -193,6 +202,7 @@ class Manifest:
         schema = self.schema
         facts: list[Any] = [schema.image_size, schema.channels, schema.classes, list(schema.class_names), self.chunk_samples]
         facts += [schema.dtype] if schema.dtype != "uint8" else []
+        facts += [{"label_key": schema.label_key}] if schema.label_key else []
         facts += [[part.weight, part.samples] for part in self.parts]
         digest = hashlib.sha256(json.dumps([*facts, [shard.samples for shard in self.shards]]).encode())
         digest.update(self.starts.astype("<u4").tobytes())

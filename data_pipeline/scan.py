@@ -22,7 +22,7 @@ def scan(store: Store, manifest: Manifest) -> Iterator[tuple[Values, int]]:
     for shard in manifest.shards:
         data, count = store.get(shard.key), 0
         try:
-            for span in tar.samples(data, ended=True):
+            for span in tar.counted(data, shard.samples, ended=True):
                 count += 1
                 yield decode_sample(span.read(data), manifest.schema)
         except DataError as error:

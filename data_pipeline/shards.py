@@ -14,6 +14,7 @@ import io
 import itertools
 import json
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -99,13 +100,13 @@ def pack_shard(samples: Iterable[Sample], first: int = 0, dtype: str = "uint8") 
     return PackedShard(packed, *index_tar(packed))
 
 
-def index_tar(data: tar.Bytes) -> tuple[Uint32s, Uint32s]:
+def index_tar(data: tar.Bytes, passed: Counter[str] | None = None) -> tuple[Uint32s, Uint32s]:
     """Starts (blocks) and CRCs, uint32 (samples,), of a whole tar. A sample's part reaches to the next, the last one's to the end.
 
-    Raises TarError.
+    `passed` counts the members that are no sample's. Raises TarError.
     """
     view = memoryview(data)
-    starts = [span.start for span in tar.samples(view, ended=True)]
+    starts = [span.start for span in tar.samples(view, ended=True, passed=passed)]
     if starts:
         starts[0] = 0  # what stands before the first sample belongs to it, so that the parts cover the tar
     crcs = [zlib.crc32(view[start:end]) for start, end in itertools.pairwise([*starts, len(view)])]

@@ -14,7 +14,7 @@ import os
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def open_source(data: DataConfig) -> Source:
     if data.source == "parquet":
         return parquet(data.path, data.image_size, data.channels, data.classes, resize=data.resize)
     if data.source == "webdataset":
-        return tars(data.path, data.image_size, data.channels, data.classes, data.resize, data.dtype)
+        return tars(data.path, data.image_size, data.channels, data.classes, data.resize, data.dtype, data.background)
     raise ConfigError(f"data.source={data.source} is unknown; choose digits, folder, idx, parquet or webdataset.")
 
 
@@ -281,8 +281,18 @@ def _row_groups(path: str, files: Sequence[Path], image: str, label: str) -> lis
     return groups
 
 
-def tars(uri: str, image_size: int, channels: int, classes: int | None = None, resize: str = "adm", dtype: str = "uint8") -> Source:
+def tars(
+    uri: str,
+    image_size: int,
+    channels: int,
+    classes: int | None = None,
+    resize: str = "adm",
+    dtype: str = "uint8",
+    background: int = WHITE,
+) -> Source:
     """WebDataset tars in a folder or bucket that `freeguide index` has been run on, read in blocks of about 4 MiB.
+
+    Images are read as a person sees them (see `decode_picture`), labels as the manifest says.
 
     Raises DataError where there is no manifest, or it speaks of another number of classes or another dtype.
     """
@@ -292,6 +302,7 @@ def tars(uri: str, image_size: int, channels: int, classes: int | None = None, r
     if manifest.schema.dtype != dtype:
         raise DataError(f"{uri} has samples of {manifest.schema.dtype}, but data.dtype is {dtype}; set it to that.")
     schema = Schema(image_size, channels, manifest.schema.classes, manifest.schema.class_names, dtype)
+    stored = replace(schema, label_key=manifest.schema.label_key)
     chunk_bytes = max(1, manifest.bytes * manifest.chunk_samples // manifest.samples)
     per_block = manifest.chunk_samples * max(1, BLOCK_BYTES // chunk_bytes)
     rows = [min(per_block, manifest.samples - first) for first in range(0, manifest.samples, per_block)]
@@ -303,13 +314,19 @@ def tars(uri: str, image_size: int, channels: int, classes: int | None = None, r
         try:
             if isinstance(fields, BadSample):
                 raise fields
-            image, label = decode_sample(fields, schema, resize)
+            image, label = decode_sample(fields, stored, resize, background)
         except BadSample as error:
             raise BadSample(error.cause, f"{manifest.describe(block * per_block + row)}: {error}") from error
         return Sample(image, label)
 
+    old = f"tars {RECORDED[resize]} {manifest.fingerprint}"
+    seen = f"seen {old}" + (f" on {background}" if background != WHITE else "")
     return Source(
-        schema, manifest.samples, _Blockwise(load, use, rows, manifest.bytes), f"tars {RECORDED[resize]} {manifest.fingerprint}"
+        schema,
+        manifest.samples,
+        _Blockwise(load, use, rows, manifest.bytes),
+        seen if dtype == "uint8" else old,
+        formerly=old if dtype == "uint8" else "",
     )
 
 

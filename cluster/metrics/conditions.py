@@ -24,6 +24,7 @@ HARMLESS = {
     **dict.fromkeys(("data.uri", "data.manifest", "data.path", "data.disk_cache"), _PLACE),
     **dict.fromkeys(("data.source", "data.mixture", "data.shards", "data.skip_broken", "data.resize"), _DATA),
     **dict.fromkeys(("data.shard_samples", "data.bad_images"), _DATA),
+    **dict.fromkeys(("data.class_depth", "data.class_names", "data.label_key", "data.background"), _DATA),
     "data.bad_samples": "the share at which a training stops; which samples are replaced does not depend on it",
     "data.request_payer": "says who pays",
     "data.unsigned": "says with which credentials the data are read",

@@ -12,7 +12,10 @@ from configs.schema import LOCATION, options
 
 MINIMAL = "name: a\nrun: runs/a\ndata: {uri: data/a}\n"
 # Texts that name no place. A new option of text has to be a `Uri`, or stand here.
-TEXTS = {"name", "data.shards", "sampling.ema", "evaluate.extractor_hash", "evaluate.dinov2_hash", "evaluate.dataset"}
+TEXTS = {"name", "sampling.ema", "evaluate.extractor_hash", "evaluate.dinov2_hash", "evaluate.dataset"} | {
+    "data.shards",
+    "data.label_key",
+}
 
 
 @pytest.fixture

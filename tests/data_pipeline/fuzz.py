@@ -1,6 +1,6 @@
 """Coverage-guided fuzzing of what meets bytes from strangers: the tar walk and the decoders.
 
-    python -m tests.data_pipeline.fuzz tar|image|npy|latents|label CORPUS [libFuzzer's options]
+    python -m tests.data_pipeline.fuzz tar|image|picture|npy|latents|label CORPUS [libFuzzer's options]
 
 Any exception but DataError, a hang, or memory over the cap ends it with an exit code that is not 0.
 """
@@ -41,6 +41,11 @@ def image(data: bytes) -> None:
     assert decode.fit(pixels, 8).shape == (8, 8, 3)
 
 
+def picture(data: bytes) -> None:
+    assert decode.decode_picture(data, 3, 128).shape[2] == 3
+    assert decode.decode_picture(data, 1).shape[2] == 1
+
+
 def npy(data: bytes) -> None:
     assert decode.decode_sample({"npy": data, "cls": b"1"}, SCHEMA)[0].shape == (8, 8, 3)
 
@@ -57,7 +62,7 @@ def label(data: bytes) -> None:
             assert 0 <= decode.decode_label({ext: data}, 10) < 10
 
 
-TARGETS = {"tar": walk, "image": image, "npy": npy, "latents": latents, "label": label}
+TARGETS = {"tar": walk, "image": image, "picture": picture, "npy": npy, "latents": latents, "label": label}
 
 
 def seeds(target: str) -> list[bytes]:
@@ -72,10 +77,21 @@ def seeds(target: str) -> list[bytes]:
     if target == "tar":
         formats = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
         return [make_tar([("x" * 120 + "/a.png", png(1)), *pairs(range(2))], format_, 0.5) for format_ in formats]
+    found = []
     if target == "image":
-        found = []
         for codec in ("PNG", "JPEG", "WEBP"):
             decode.Image.fromarray(np.zeros((9, 7, 3), np.uint8)).save(out := io.BytesIO(), codec)
+            found.append(out.getvalue())
+        return found
+    if target == "picture":
+        exif = decode.Image.Exif()
+        exif[274] = 6
+        for codec in decode.PICTURE_CODECS:
+            options = {"exif": exif} if codec not in ("GIF", "BMP") else {}
+            decode.Image.fromarray(np.zeros((9, 7, 3), np.uint8)).save(out := io.BytesIO(), codec, **options)
+            found.append(out.getvalue())
+        for mode, codec in (("RGBA", "PNG"), ("LA", "PNG"), ("P", "GIF"), ("CMYK", "JPEG"), ("CMYK", "TIFF"), ("1", "BMP")):
+            decode.Image.new(mode, (7, 9)).save(out := io.BytesIO(), codec)
             found.append(out.getvalue())
         return found
     if target == "npy":

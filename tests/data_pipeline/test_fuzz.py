@@ -20,7 +20,7 @@ def fuzz(target: str, folder: Path, *options: str) -> "subprocess.CompletedProce
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["tar", "image", "npy", "latents", "label"])
+@pytest.mark.parametrize("target", ["tar", "image", "picture", "npy", "latents", "label"])
 def test_hostile_bytes_are_refused_with_a_sentence(target: str, tmp_path: Path) -> None:
     pytest.importorskip("atheris", reason="atheris has wheels for Linux on x86-64 only")
     ended = fuzz(target, tmp_path, f"-max_total_time={SECONDS}")

@@ -1,16 +1,25 @@
 """Tests of index.py: foreign tars get a manifest and train; broken ones are named."""
 
+import io
+import itertools
+import json
 import tarfile
+import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from configs.errors import DataError
+from data_pipeline import tar
 from data_pipeline.index import expand, index_shards
-from data_pipeline.manifest import Schema, load_manifest
+from data_pipeline.manifest import Schema, ShardIndex, build_manifest, load_manifest, save_manifest
 from data_pipeline.order import Order
+from data_pipeline.scan import scan
 from data_pipeline.shards import write_shards
+from data_pipeline.sources import open_source
 from data_pipeline.store import Store, open_store
 from data_pipeline.stream import Reader
 from tests.data_pipeline.conftest import data_config, item_of, noise_source
@@ -149,6 +158,164 @@ def test_an_index_that_was_cut_off_continues(store: Store, monkeypatch: pytest.M
     assert index_shards(store, SCHEMA, threads=1)[0].samples == 50
     assert not done & set(reads)
     assert not store.list("parts/")
+
+
+# ------------------------------------------------------------------------------------------------------ tars of other tools
+
+
+def test_strays_are_passed_over_at_every_depth_and_counted(store: Store) -> None:
+    """macOS's members beside each file, in between and in front; README.md, LICENSE, captions of their own, folders."""
+    members: list[tuple[str, bytes]] = [
+        ("README.md", b"x"),
+        (".DS_Store", b"x"),
+        ("LICENSE", b"x"),
+        ("__MACOSX/train/._0.png", b"x"),
+    ]
+    for name, data in pairs(range(20)):
+        members += [(f"train/._{name}", b"\0\5\x16\7"), (f"train/{name}", data)]
+        members += [("train/notes.txt", b"x")] if name == "000009.png" else []
+    for format_ in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT):
+        store.put("a-0.tar", make_tar(members, format_))
+        manifest, broken = index_shards(store, SCHEMA)
+        assert (manifest.samples, broken) == (20, [])
+        assert manifest.passed_over == {".md": 1, ".txt": 1, "hidden files and what systems left": 42, "no extension": 1}
+        assert load_manifest(store).passed_over == manifest.passed_over
+        items, labels, _ = epoch(store)
+        assert sorted(items) == list(range(20))
+        assert labels == [item % 10 for item in items]
+        assert len(list(scan(store, manifest))) == 20
+        store.delete("manifest.json")
+
+
+def test_a_manifest_that_took_strays_for_samples_is_read_as_before(store: Store) -> None:
+    """Of an earlier version: the strays are samples that cannot be used, and a budget puts donors in their places."""
+    data = make_tar([*pairs(range(10)), ("README.md", b"x"), ("train/._x.png", b"x"), *pairs(range(10, 18))])
+    spans = list(tar.samples(data, ended=True, strays=True))
+    assert (len(spans), len(list(tar.samples(data, ended=True)))) == (20, 18)
+    starts = [0, *(span.start for span in spans[1:])]
+    crcs = [zlib.crc32(data[start:end]) for start, end in itertools.pairwise([*starts, len(data)])]
+    index = ShardIndex("a.tar", len(data), store.put("a.tar", data), np.array(starts, np.uint32) // 512, np.array(crcs, np.uint32))
+    for chunk in (1, 4):
+        save_manifest(store, build_manifest(SCHEMA, [index], "index", chunk))
+        items, labels, _ = epoch(store, bad_samples=0.2)
+        assert set(items) <= set(range(18))
+        assert len(items) == 20
+        assert labels == [item % 10 for item in items]
+
+
+def test_parts_of_a_data_set_below_one_prefix_are_named(store: Store) -> None:
+    for number in range(3):
+        store.put(f"x/train-{number:03d}.tar", make_tar(pairs(range(number * 5, number * 5 + 5))))
+    store.put("x/val-000.tar", make_tar(pairs(range(15, 20))))
+    with pytest.raises(DataError, match=r"holds the tars of train and val; name .* 'data\.shards=x/train-\{000\.\.002\}\.tar'"):
+        index_shards(store, SCHEMA)
+    assert index_shards(store, SCHEMA, "x/train-{000..002}.tar")[0].samples == 15
+    assert index_shards(store, SCHEMA, "x/{train-000,val-000}.tar")[0].samples == 10
+
+
+@pytest.mark.parametrize("name", ["a-000.tar.gz", "a-000.tgz", "a-000.tar.zst"])
+def test_compressed_tars_are_named(store: Store, name: str) -> None:
+    store.put(name, b"\x1f\x8b")
+    for pattern in ("", name, "a-000.tar"):
+        if not (pattern == "a-000.tar" and name.endswith(".tgz")):
+            with pytest.raises(DataError, match=rf"compressed, such as {name}; decompress them"):
+                index_shards(store, SCHEMA, pattern)
+    store.put("b-000.tar", make_tar(pairs(range(5))))
+    with pytest.raises(DataError, match="are compressed"):  # they would be left out without a word
+        index_shards(store, SCHEMA)
+    assert index_shards(store, SCHEMA, "b-{000..000}.tar")[0].samples == 5
+    store.put("._b-000.tar", b"x")
+    assert index_shards(store, SCHEMA, "b-000.tar")[0].samples == 5
+
+
+NAMES = tuple("abcdefghij")
+LABELS = {  # how the label of item n stands in its sample, and the key that reads it
+    "text": (lambda n: ("cls", f"{NAMES[n % 10]}\n"), "label"),
+    "member": (lambda n: ("txt", NAMES[n % 10]), "txt"),
+    "json text": (lambda n: ("json", json.dumps({"label": NAMES[n % 10]})), "label"),
+    "json key": (lambda n: ("json", json.dumps({"class": NAMES[n % 10], "label": "x"})), "class"),
+    "dotted": (lambda n: ("json", json.dumps({"meta": {"class": n % 10}, "x": 1})), "meta.class"),
+    "with a dot": (lambda n: ("json", json.dumps({"meta.class": n % 10})), "meta.class"),
+}
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_labels_of_other_kinds_are_read_by_the_options_that_the_sentence_names(tmp_path: Path, kind: str) -> None:
+    label, key = LABELS[kind]
+    members = []
+    for n in range(20):
+        ext, text = label(n)
+        members += [(f"{n:06d}.{ext}", text.encode()), (f"{n:06d}.png", pairs([n])[1][1])]
+    store = open_store(str(tmp_path / "tars"))
+    store.put("a.tar", make_tar(members))
+    with pytest.raises(DataError, match=r"data\.class_names|data\.label_key|no label"):
+        index_shards(store, SCHEMA)
+    manifest, _ = index_shards(store, Schema(8, 3, 0, NAMES, label_key=key))
+    assert (manifest.schema.classes, manifest.schema.class_names, manifest.schema.label_key) == (10, NAMES, key)
+    assert load_manifest(store).fingerprint == manifest.fingerprint
+    items, labels, _ = epoch(store)
+    assert labels == [item % 10 for item in items]
+    assert index_shards(store, SCHEMA)[0].fingerprint == manifest.fingerprint  # again, without the options
+    ours = open_store(str(tmp_path / "ours"))
+    source = open_source(data_config(source="webdataset", path=str(tmp_path / "tars"), classes=0))
+    write_shards(source, ours)
+    assert load_manifest(ours).schema.label_key == ""
+    items, labels, _ = epoch(ours)
+    assert labels == [item % 10 for item in items]
+
+
+def test_labels_that_begin_at_1_are_noticed_and_read(store: Store) -> None:
+    members = []
+    for n in range(20):
+        members += [(f"{n:06d}.cls", str(n % 10 + 1).encode()), (f"{n:06d}.png", pairs([n])[1][1])]
+    store.put("a.tar", make_tar(members))
+    with pytest.raises(
+        DataError, match=r"a\.tar: it has the label 10, and data\.classes=10 allows 0 to 9 \(if labels begin at 1, list"
+    ):
+        index_shards(store, SCHEMA)
+    index_shards(store, Schema(8, 3, 0, tuple(str(n + 1) for n in range(10)), label_key="label"))
+    items, labels, _ = epoch(store)
+    assert labels == [item % 10 for item in items]
+
+
+def test_our_own_labels_are_numbers_whatever_the_classes_are_called(tmp_path: Path) -> None:
+    """Folders called 1 and 2 are the classes 0 and 1."""
+    store, source = open_store(str(tmp_path)), noise_source(20)
+    names = tuple(str(n + 1) for n in range(10))
+    write_shards(replace(source, schema=replace(source.schema, class_names=names)), store)
+    items, labels, _ = epoch(store)
+    assert labels == [item % 10 for item in items]
+
+
+def test_a_text_that_is_no_name_is_quoted(store: Store) -> None:
+    store.put("a.tar", make_tar([("a.cls", b"cat"), ("a.png", pairs([1])[1][1])]))
+    with pytest.raises(
+        DataError, match=r"its label 'cat' is not a number from 0 to 9; list the names of the classes in data\.class_names"
+    ):
+        index_shards(store, SCHEMA)
+    with pytest.raises(DataError, match=r"its label 'cat' is none of data\.class_names"):
+        index_shards(store, Schema(8, 3, 0, ("dog",), label_key="label"))
+    store.put("a.tar", make_tar([("a.json", b'{"caption": "x", "url": "u"}'), ("a.png", pairs([1])[1][1])]))
+    with pytest.raises(DataError, match=r"its JSON has no 'label', but 'caption', 'url'; name the key with data\.label_key"):
+        index_shards(store, SCHEMA)
+
+
+def test_pictures_that_a_person_sees_otherwise_are_reported_and_prepare_reads_them_so(tmp_path: Path) -> None:
+    exif, members = Image.Exif(), []
+    exif[274] = 3
+    picture = Image.fromarray(np.repeat(np.array([[0] * 16] * 8 + [[255] * 16] * 8, np.uint8)[..., None], 3, 2))
+    for n in range(4):
+        picture.save(out := io.BytesIO(), "JPEG", quality=95, **({"exif": exif} if n % 2 else {}))
+        members += [(f"{n}.cls", str(n % 2).encode()), (f"{n}.jpg", out.getvalue())]
+    store, said = open_store(str(tmp_path / "tars")), []
+    store.put("a.tar", make_tar(members))
+    manifest, _ = index_shards(store, Schema(16, 3, 2), report=said.append)
+    assert [line.split(" and")[0] for line in said] == ["2 images are turned by EXIF or transparent,"]
+    as_stored = [image for image, _ in scan(store, manifest)]
+    assert all(np.array_equal(image, as_stored[0]) for image in as_stored)
+    source = open_source(data_config(source="webdataset", path=str(tmp_path / "tars"), classes=0))
+    for sample in map(source.read, range(4)):
+        assert (sample.image[0].mean() > 128) == (sample.label == 1)  # the turned ones are white above
 
 
 # --------------------------------------------------------------------------------- damage after the index: donors and budgets
