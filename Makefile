@@ -22,7 +22,7 @@ demo: setup
 	$(BIN)/freeguide demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow --timeout 1800

@@ -156,9 +156,16 @@ def test_evaluating_a_run_that_has_no_checkpoint(refuses, pictures: Path) -> Non
         assert "no checkpoint; run `freeguide train` first" in refuses(command, FOLDER, "data.classes=3")
 
 
-@pytest.mark.parametrize("address", ["http://127.0.0.1:9", "127.0.0.1:9", "nonsense"])
-def test_submitting_to_a_cluster_that_does_not_answer(refuses, address: str) -> None:  # type: ignore[no-untyped-def]
-    assert f"--submit {address}: no Ray dashboard answers there" in refuses("train", DIGITS, "--submit", address)
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("http://127.0.0.1:9", "no Ray dashboard answers there"),
+        ("127.0.0.1:9", "no address of a dashboard; give the address of the head's dashboard, for example http://HEAD:8265"),
+        ("nonsense", "no address of a dashboard"),
+    ],
+)
+def test_submitting_to_a_cluster_that_does_not_answer(refuses, address: str, words: str) -> None:  # type: ignore[no-untyped-def]
+    assert f"--submit {address}: {words}" in refuses("train", DIGITS, "--submit", address)
 
 
 def test_a_ray_address_that_does_not_answer(refuses, s3: str, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
