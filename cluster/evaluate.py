@@ -67,8 +67,12 @@ def evaluate(config: Config) -> Path:
         connect = functools.cache(lambda: stack.enter_context(session(config, config.cluster.actors)))
         yardsticks = yardsticks_of(config, data, manifest, connect)
         check_others(others, yardsticks)
-        job = _Job(config, placed(found, yardsticks, units.device_kind(config, connect)), yardsticks, connect)
-        rows, screened = _measured(job)
+
+        def measured(kind: str, connect: units.Connect) -> tuple[_Job, list[list[Row]], list[Row]]:
+            job = _Job(config, placed(found, yardsticks, kind), yardsticks, connect)
+            return job, *_measured(job)
+
+        job, rows, screened = units.on_one_kind(config, home, connect, measured)
     flat = [row for curve in rows for row in curve]
     files = report_files(
         flat,

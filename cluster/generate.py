@@ -22,7 +22,7 @@ from cluster import units
 from cluster.metrics.conditions import sampled
 from cluster.metrics.images import to_uint8
 from cluster.session import Resources, progress, session
-from cluster.sweep import Series, as_trained
+from cluster.sweep import Series, Trained, as_trained
 from cluster.units import Connect, Unit
 from configs.errors import ConfigError
 from configs.schema import Config
@@ -45,13 +45,13 @@ def generate(config: Config) -> str:
     """
     with contextlib.ExitStack() as stack:
         connect = functools.cache(lambda: stack.enter_context(session(config, config.cluster.actors)))
-        return _generated(config, connect)
+        one = as_trained(config, "generate")
+        return units.on_one_kind(config, open_store(config.run), connect, functools.partial(_generated, one))
 
 
-def _generated(config: Config, connect: Connect) -> str:
-    one = as_trained(config, "generate")
-    config, step, run = one.config, one.weights.step, open_store(config.run)
-    options, kind = config.generate, units.device_kind(config, connect)
+def _generated(one: Trained, kind: str, connect: Connect) -> str:
+    config, step = one.config, one.weights.step
+    run, options = open_store(config.run), config.generate
     conditions = {
         "sampling": dataclasses.asdict(config.sampling) | {"checkpoint": one.weights.of},
         "options": {key: value for key, value in sampled(config).items() if key.split(".")[0] not in ("sampling", "evaluate")},

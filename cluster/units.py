@@ -6,6 +6,7 @@ reads units in the order of their names, never in the order in which they were m
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -31,6 +32,7 @@ from trainer.engine import choose_kernels
 
 MAKING = "cluster.sweep:Worker"  # decides what a unit holds: which image comes out, and what extractors say of it
 MEASURING = "cluster.fold:Folder"  # decides the values of a row, given its units
+KIND = "sampled_on.txt"  # in a run: the kind of device that sampled it last
 DEATHS = 5  # actors that one unit may cost
 _LEAVE_S = 1.0  # longest wait for Ray Data's threads: some of them stay on purpose
 
@@ -150,15 +152,39 @@ def kind_of(device: torch.device) -> str:
     return f"{torch.cuda.get_device_name(device)}, {torch_version}" + (", TF32" if short else "")
 
 
-def device_kind(config: Config, connect: Connect) -> str:
-    """The kind of device that this command's actors have: of this machine, or as an actor of the cluster says.
+def on_one_kind(config: Config, run: Store, connect: Connect, work: Callable[[str, Connect], T]) -> T:
+    """`work(kind, connect)` with the kind of device that this command's actors have: of this machine, or as one of them says.
 
-    Where nodes differ, it is the kind of one of them: `check_kind` stops the others.
+    Where nodes differ, it is the kind of one of them: `check_kind` stops the others. On a cluster, work begins with the kind that
+    the run was sampled on before, so that it asks nobody if all is there already. If it connects after all and finds another
+    kind, it begins again with that.
     """
     gpus = config.cluster.gpus_per_worker
     if os.environ.get("RAY_ADDRESS", "local") in ("", "local"):
-        return _kind(bool(gpus > 0 or (gpus < 0 and torch.cuda.is_available())))
-    resources = connect()
+        return work(_kind(bool(gpus > 0 or (gpus < 0 and torch.cuda.is_available()))), connect)
+    kind = run.get(KIND).decode(errors="replace") if run.exists(KIND) else _kind_there(connect())
+
+    @functools.cache
+    def connected() -> Resources:
+        resources = connect()
+        if (here := _kind_there(resources)) != kind:
+            raise _OtherKind(here)
+        return resources
+
+    try:
+        done = work(kind, connected)
+    except _OtherKind as other:
+        kind = str(other)
+        done = work(kind, connect)
+    run.put(KIND, kind.encode())
+    return done
+
+
+class _OtherKind(Exception):
+    """The cluster has devices of the kind that this names."""
+
+
+def _kind_there(resources: Resources) -> str:
     task = ray.remote(_kind).options(num_cpus=resources.cpus, num_gpus=resources.gpus or None)
     return str(ray.get(task.remote(bool(resources.gpus))))
 

@@ -1,6 +1,7 @@
 """`python poisoned.py CONFIG...` trains them one after the other; POISON says by what the losses of some samples are multiplied.
 
-POISON is JSON: {config file: {position in the run: factor}}. STOP has the same form with a list of positions: the rank that meets
+POISON is JSON: {config file: {position in the run: factor}}. RATE says by what the learning rate of a file is multiplied, beyond
+what a config may say. STOP has the same form with a list of positions: the rank that meets
 one asks to end, and the same file once more goes on from there. A run that ends does not keep the next from beginning.
 """
 
@@ -16,6 +17,7 @@ from trainer import engine, loop
 from trainer.diffusion.objective import Losses, training_loss
 from trainer.engine import join_process_group
 from trainer.failures import Terminated
+from trainer.loop import learning_rate
 
 factors: dict[int, float] = {}
 stops: list[int] = []
@@ -38,6 +40,8 @@ if __name__ == "__main__":
     code = 0
     for path in sys.argv[1:]:
         factors = {int(position): factor for position, factor in json.loads(os.environ["POISON"])[path].items()}
+        rate = json.loads(os.environ.get("RATE", "{}")).get(path, 1.0)
+        loop.learning_rate = lambda train, step, rate=rate: rate * learning_rate(train, step)  # type: ignore[misc]
         stops, terminated = json.loads(os.environ.get("STOP", "{}")).get(path, []), Terminated()
         try:
             loop.train(load_config(path), terminated)

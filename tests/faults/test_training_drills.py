@@ -210,7 +210,10 @@ def poison(*steps: int, factor: float = math.nan) -> dict[int, float]:
 
 
 def train_poisoned(
-    start: Callable[..., Ranks], poisons: dict[Path, dict[int, float]], stops: dict[Path, list[int]] | None = None
+    start: Callable[..., Ranks],
+    poisons: dict[Path, dict[int, float]],
+    stops: dict[Path, list[int]] | None = None,
+    rates: dict[Path, float] | None = None,
 ) -> tuple[list[int], str]:
     """Train these configs on two ranks, one after the other; returns the exit codes and what rank 0 said.
 
@@ -219,6 +222,7 @@ def train_poisoned(
     stops = stops or {}
     *others, last = [path for path in poisons for _ in range(1 + len(stops.get(path, [])))]
     environment = {
+        "RATE": json.dumps({str(path): rate for path, rate in (rates or {}).items()}),
         "POISON": json.dumps({str(path): factors for path, factors in poisons.items()}),
         "STOP": json.dumps({str(path): [*poison(*steps)] for path, steps in stops.items()}),
     }
@@ -292,11 +296,11 @@ def test_over_the_budget_of_bad_steps_a_run_goes_back_once_as_if_nothing_had_bee
 def test_a_run_whose_weights_have_blown_up_goes_on_as_its_sentence_says_and_not_otherwise(
     config: Callable[..., Path], start: Callable[..., Ranks]
 ) -> None:
-    path = config("blown", lr=1e30, steps=8, log_every=2, checkpoint_every=2, bad_steps=3, precision="fp32")
+    path = config("blown", lr=1.0, steps=8, log_every=2, checkpoint_every=2, bad_steps=3, precision="fp32")
     lower = path.with_name("lower.yaml")
-    lower.write_text(path.read_text().replace("lr: 1.0e+30", "lr: 0.001"))
+    lower.write_text(path.read_text().replace("lr: 1.0\n", "lr: 0.001\n"))
     assert load_config(lower).train.lr == 1e-3
-    codes, said = train_poisoned(start, {path: {}, lower: {}})
+    codes, said = train_poisoned(start, {path: {}, lower: {}}, rates={path: 1e30})
     assert codes == [1, 1], said
     first, second = (line for line in said.splitlines() if line.startswith("freeguide: error: "))
     assert "resuming from step 4 of 8" in said

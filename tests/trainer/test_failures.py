@@ -281,7 +281,7 @@ def test_a_stopwatch_adds_up_what_it_was_around(monkeypatch: pytest.MonkeyPatch)
         (["cluster.workers=4", "cluster.min_workers=3"], "cannot be shared by 3 workers"),
         (["cluster.min_workers=2"], "cluster.min_workers=2"),
         (["train.ema_sigma_rel=[0.3]"], "above 0 and below 0.2886"),
-        (["train.ema_half_lives=[8,8]"], "each once"),
+        (["train.ema_half_lives=[8,8]"], "each value once"),
         (["sampling.ema=best"], "sampling.ema=best: one of"),
         (["sampling.ema=half_life_7"], "sampling.ema=half_life_7 is not kept by this training"),
         (["train.schedule=linear"], "train.schedule=linear"),
