@@ -1,10 +1,12 @@
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -64,6 +66,10 @@ def started_head(folder: Path, environment: Mapping[str, str]) -> Iterator[tuple
     port, dashboard, client = free_port(), free_port(), free_port()
     ports = [f"--port={port}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
     ports.append("--dashboard-agent-listen-port=0")  # else the agent of another head here has it, and this one takes no jobs
+    # A job asks its head's temporary folder for the newest cluster, which in the common one may be somebody else's. The name is
+    # short, as those of sockets end at 107 characters.
+    private = tempfile.mkdtemp(prefix="freeguide-head-")
+    ports.append(f"--temp-dir={private}")
     small = ["--num-cpus=4", "--object-store-memory=200000000", "--node-ip-address=127.0.0.1", "--disable-usage-stats"]
     programs = Path(sys.executable).parent
     node = {  # `python` is the node's, with the requirements; the code has to come with the job
@@ -96,6 +102,7 @@ def started_head(folder: Path, environment: Mapping[str, str]) -> Iterator[tuple
         except subprocess.TimeoutExpired:
             os.killpg(head.pid, signal.SIGKILL)
             head.wait()
+        shutil.rmtree(private, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
