@@ -407,7 +407,7 @@ def claim(store: Store, work: str, identity: str) -> bool:
         return True
     try:
         found = parse_json(there)
-        first, same, over = str(found["work"]), found["identity"] == identity, ended(found["writer"])
+        first, same, over = str(found["work"]), found["identity"] == identity, found.get("over") is True or ended(found["writer"])
     except _DAMAGE:
         first, same, over = "job", False, False
     if same:
@@ -426,6 +426,20 @@ def release(store: Store, identity: str) -> None:
     """Takes away the mark of `claim`, where it is of that identity."""
     if marked(store, identity):
         store.delete(BEGUN)
+
+
+def leave(store: Store, work: str, identity: str) -> None:
+    """Says that the work of `claim` was given up: who began it can go on, and others need not wait for its process to end."""
+    if marked(store, identity):
+        store.put(BEGUN, json.dumps({"work": work, "identity": identity, "writer": writer(), "over": True}).encode())
+
+
+def begun_by(store: Store) -> str:
+    """The work whose mark stands here, at work or broken off; "" = none."""
+    try:
+        return str(parse_json(store.get(BEGUN))["work"])
+    except (MissingObject, *_DAMAGE):
+        return ""
 
 
 def marked(store: Store, identity: str) -> bool:

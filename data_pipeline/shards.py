@@ -32,6 +32,7 @@ from data_pipeline.manifest import (
     Uint32s,
     build_manifest,
     claim,
+    leave,
     load_manifest,
     marked,
     release,
@@ -125,8 +126,9 @@ def write_shards(
     """Writes the source as shards and a manifest. Run again, it continues; where the data set is already whole, it does nothing.
 
     `bad_images` is the share of unreadable items that may be left out. `elsewhere` lets other processes write the shards that are
-    missing: it calls `Plan.write` for each unit somewhere, and yields the units in the order in which they get done. Raises
-    DataError where there are more bad images, or where the store holds another data set.
+    missing: it calls `Plan.write` for each unit somewhere, and yields the units in the order in which they get done. What an
+    unfinished call has left of another source, as of the same folder before a picture was repaired, is replaced, which is said.
+    Raises DataError where there are more bad images, or where the store holds another data set.
     """
     plan = Plan.make(source, shard_samples)
     there = plan.existing(store)
@@ -136,12 +138,16 @@ def write_shards(
     try:
         if (there := plan.existing(store)) is not None:  # again: somebody may have finished meanwhile
             return there
+        if first:
+            plan.replace_unfinished(store)
         ours = True
         return _write_missing(plan, source, store, bad_images, progress, elsewhere)
     except BaseException:
         with contextlib.suppress(StoreError):
             if first and not (ours and store.list("shards/")):  # nothing of ours is in the way of another source
                 release(store, plan.identity)
+            elif first:
+                leave(store, "prepare", plan.identity)
         raise
 
 
@@ -193,7 +199,7 @@ class Plan:
                 self._clear(store)
                 return manifest
             raise DataError(f"{store.uri} holds another data set; choose another data.uri, or delete that data set first.")
-        if store.list("shards/") and not store.list(self._part("")) and not marked(store, self.identity):
+        if store.list("shards/") and not store.list(self._part("")) and manifests.begun_by(store) != "prepare":
             raise DataError(f"{store.uri} holds shards of something else and no manifest; choose another data.uri or empty it.")
         return None
 
@@ -203,6 +209,20 @@ class Plan:
         Raises DataError where somebody else is at work.
         """
         return claim(store, "prepare", self.identity)
+
+    def replace_unfinished(self, store: Store) -> None:
+        """Removes what an unfinished data set has left and this one will not write over. Only after `begin`, which may begin anew.
+
+        A shard that this one has too may be written by another process already.
+        """
+        others = [
+            info.key for info in store.list("parts/") if info.key != manifests.BEGUN and not info.key.startswith(self._part(""))
+        ]
+        if others:
+            print("replacing a data set that was begun here and not finished", flush=True)
+        ours = {f"shards/{unit:06d}.tar" for unit in range(self.units)}
+        for key in [*(info.key for info in store.list("shards/") if info.key not in ours), *others]:
+            store.delete(key)
 
     def missing(self, store: Store) -> list[int]:
         """The units whose shard and index are not there yet."""

@@ -138,6 +138,28 @@ def test_strange_tars_are_not_overwritten(store: Store) -> None:
     assert store.get("shards/000000.tar") == b"someone else's"
 
 
+def test_pictures_that_were_repaired_replace_what_was_prepared_before(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    """The sentence says "repair or remove them": then it is another source, and what its predecessor left is in nobody's way."""
+    with pytest.raises(DataError, match="repair or remove them"):
+        write_shards(bad_source(47, {33}), store, shard_samples=10)
+    assert store.exists("shards/000002.tar")
+    repaired = noise_source(29)
+    manifest = write_shards(repaired, store, shard_samples=10)
+    assert "replacing a data set that was begun here and not finished" in capsys.readouterr().out
+    assert {info.key for info in store.list()} >= {shard.key for shard in manifest.shards}
+    assert [info.key for info in store.list("shards/")] == [shard.key for shard in manifest.shards]
+    assert store.list("parts/") == []
+    assert load_manifest(store).samples == 29
+
+
+def test_what_index_was_reading_is_not_replaced(store: Store) -> None:
+    store.put("shards/000000.tar", b"someone else's")
+    manifests.claim(store, "index", "x")
+    with pytest.raises(DataError, match="shards of something else"):
+        write_shards(noise_source(30), store, shard_samples=10)
+    assert store.get("shards/000000.tar") == b"someone else's"
+
+
 def bad_source(items: int, bad: set[int]) -> Source:
     source = noise_source(items)
 
