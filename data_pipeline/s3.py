@@ -59,7 +59,7 @@ T = TypeVar("T")
 
 _clients: dict[tuple[object, ...], Any] = {}  # per process, since a client must not cross a fork, and per endpoint
 _unsigned: set[tuple[object, ...]] = set()  # clients that have found no credentials
-_contacted: set[tuple[int, str]] = set()  # buckets that have answered this process
+_contacted: set[tuple[object, ...]] = set()  # buckets that have answered the client of a place
 _lock = threading.Lock()
 
 _FAULTS = (
@@ -352,7 +352,7 @@ class S3Store(Store):
                 self._consider(error, key, None, tries, began)
                 self.retry.pause(tries, self.traffic.debt, None)
             else:
-                _contacted.add((os.getpid(), self.bucket))
+                _contacted.add((*self._where(), self.bucket))
                 return answer
 
     def _consider(
@@ -366,7 +366,7 @@ class S3Store(Store):
     ) -> None:
         """Returns where another try makes sense, else raises the StoreError that explains `error`."""
         cause = _cause(error)
-        new = (os.getpid(), self.bucket) not in _contacted
+        new = (*self._where(), self.bucket) not in _contacted
         late = time.monotonic() - began + self.retry.read_s > self.retry.first_s or (cause == "no connection" and tries >= 3)
         hopeless = cause is None or (new and (late or cause in STRANGERS)) or (cause == "expired credentials" and tries > 3)
         if cause is None or hopeless or tries >= self.retry.attempts:
@@ -399,7 +399,7 @@ class S3Store(Store):
                 self._consider(error, key, start + body.reached, tries, began, on_retry)
                 self.retry.pause(tries, self.traffic.debt, cancel)
             else:
-                _contacted.add((os.getpid(), self.bucket))
+                _contacted.add((*self._where(), self.bucket))
         first = body.first_byte if body.first_byte is not None else time.monotonic()
         self.traffic.read(body.reached, first - began, time.monotonic() - began)
         return b"".join(body.pieces)

@@ -338,10 +338,20 @@ def test_no_credentials(strict_s3: object, monkeypatch: pytest.MonkeyPatch, tmp_
     assert "no credentials for s3://freeguide/x" in sentence(open_store("s3://freeguide/x", Retry(attempts=4)))
 
 
+def _elsewhere(bucket: str, retry: Retry) -> set[tuple[object, ...]]:
+    """What is noted of a bucket that has answered at the endpoint of the tests' server."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+        store = open_store(f"s3://{bucket}/x", retry)
+        return {(*store._where(), bucket)}  # type: ignore[attr-defined]
+
+
 def test_nobody_listens_at_the_endpoint(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free.getsockname()[1]}")
+    # A bucket of that name may have answered at another endpoint, which says nothing of this one.
+    monkeypatch.setattr("data_pipeline.s3._contacted", {(os.getpid(), "bucket-1"), *_elsewhere("bucket-1", Retry(attempts=5))})
     store = open_store("s3://bucket-1/x", Retry(attempts=5))
     assert "does not answer" in sentence(store)
     assert store.traffic.retries == {"no connection": 2}  # of the four that a server which has answered before would get
