@@ -68,8 +68,8 @@ def inspect(config: Config) -> None:
 def _with_data(config: Config) -> tuple[Config, list[str]]:
     """The config with the number of classes of its data set, and what is absurd for it; without one, what is assumed."""
     try:
-        store = open_store(config.data.uri, _BRIEFLY)
-        store.check()
+        store = open_data(config.data, _BRIEFLY)
+        store.check(write=False)
         manifest = load_manifest(store)
     except UserError as error:
         if config.data.classes:

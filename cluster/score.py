@@ -241,10 +241,8 @@ def _from_files(folder: str, channels: int) -> Samples:
     folders = [key.split("/")[0] for key in keys if "/" in key]
     if not folders:
         return Samples(np.stack(images), None, lossy)
-    names = sorted(set(folders))
-    return Samples(
-        np.stack(images), np.array([names.index(name) for name in folders], np.int64), lossy, tuple(names), numbered=False
-    )
+    names, labels = np.unique(folders, return_inverse=True)
+    return Samples(np.stack(images), labels.astype(np.int64), lossy, tuple(map(str, names)), numbered=False)
 
 
 def _measured(images: NDArray[np.uint8], extractors: list[Extractor], device: str, unit: int) -> list[Measured]:

@@ -70,13 +70,11 @@ def _spread(generated: NDArray[np.floating], real: NDArray[np.floating], estimat
     if edges is None:
         return None
     x, y = generated[: edges[-1]].astype(np.float64), real[:SPREAD].astype(np.float64)
-    groups = len(edges) - 1
-    of = np.repeat(np.arange(groups), np.diff(edges))
     xx, xy = _kernel(x, x), _kernel(x, y)
     np.fill_diagonal(xx, 0.0)
-    pairs = np.array([xx[of == a].sum(0) for a in range(groups)])
-    pairs = np.array([pairs[:, of == b].sum(1) for b in range(groups)])  # sums over the images of group a and those of group b
-    cross = np.array([xy[of == a].sum() for a in range(groups)])
+    begins = edges[:-1]
+    pairs = np.add.reduceat(np.add.reduceat(xx, begins, axis=0), begins, axis=1)  # summed over the images of two groups
+    cross = np.add.reduceat(xy.sum(axis=1), begins)
 
     def distance(count: NDArray[np.integer] | int, within: Array, across: Array) -> Array:  # but for the real images' own term
         return within / (count * (count - 1)) - 2.0 * across / (count * len(y))

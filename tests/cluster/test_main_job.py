@@ -4,13 +4,8 @@ import io
 import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +19,7 @@ from cluster.submit import copy_packages
 from configs.load import load_config
 from data_pipeline.manifest import load_manifest
 from data_pipeline.store import Store, open_store
+from tests.cluster.conftest import started_head
 from trainer import checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -184,7 +180,7 @@ def test_rays_own_submit_runs_the_same_command(ray_head, tmp_path: Path) -> None
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("before", ["a local run", "another program's token"])
 def test_both_documented_submits_work_for_a_user_who_has_set_nothing(s3: str, tmp_path: Path, before: str) -> None:
-    home, programs, ports = tmp_path / "home", Path(sys.executable).parent, [free_port() for _ in range(3)]
+    home, programs = tmp_path / "home", Path(sys.executable).parent
     home.mkdir()
     clean = {name: value for name, value in os.environ.items() if name.startswith("AWS_")} | {
         "HOME": str(home), "PATH": f"{programs}:/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONPATH": str(ROOT),
@@ -203,17 +199,7 @@ def test_both_documented_submits_work_for_a_user_who_has_set_nothing(s3: str, tm
     else:
         (home / ".ray").mkdir()
         (home / ".ray" / "auth_token").write_text("0123456789abcdef0123456789abcdef")
-    url = f"http://127.0.0.1:{ports[1]}"
-    head = subprocess.Popen(
-        [str(programs / "ray"), "start", "--head", "--block", f"--port={ports[0]}", f"--dashboard-port={ports[1]}", "--num-cpus=2",
-         f"--ray-client-server-port={ports[2]}", "--dashboard-agent-listen-port=0", "--object-store-memory=200000000"],
-        env=clean | {"PYTHONPATH": ""}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    try:
-        until = time.monotonic() + 90
-        while not _answers(url):
-            assert time.monotonic() < until
-            time.sleep(0.5)
+    with started_head(tmp_path, clean) as (_, url):
         command = ["prepare", "configs/digits.yaml", f"data.uri=s3://lab/{tmp_path.name}", "run=s3://lab/run"]
         ours = say(str(programs / "python"), "-m", "cluster", *command, "--submit", url)
         assert ours.returncode == 0, ours.stdout + ours.stderr
@@ -233,28 +219,6 @@ def test_both_documented_submits_work_for_a_user_who_has_set_nothing(s3: str, tm
             sentence = f"freeguide: error: the cluster at {url} wants a token, and there is none here; set RAY_AUTH_TOKEN"
             assert refused.stderr.startswith(sentence)
             assert len(refused.stderr.splitlines()) == 1
-    finally:
-        os.killpg(head.pid, signal.SIGTERM)
-        try:
-            head.wait(timeout=15)
-        except subprocess.TimeoutExpired:
-            os.killpg(head.pid, signal.SIGKILL)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _answers(url: str) -> bool:
-    try:
-        urllib.request.urlopen(f"{url}/api/version", timeout=5).close()
-    except urllib.error.HTTPError:
-        return True
-    except OSError:
-        return False
-    return True
 
 
 @pytest.mark.parametrize("name", ["digits", "imagenet64", "imagenet128", "image_folder"])
