@@ -15,7 +15,7 @@ setup: .venv/ready
 	$(PYTHON) -m venv .venv || { echo 'No venv module: on Debian and Ubuntu, apt install python3-venv'; exit 1; }
 	$(BIN)/pip install --quiet --upgrade pip
 	$(if $(TORCH_INDEX),$(BIN)/pip install --quiet -c constraints.txt --index-url $(TORCH_INDEX) torch)
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	touch .venv/ready
 
 demo: setup

@@ -36,7 +36,7 @@ from cluster.sweep import COLUMNS, Series, Worker, items, placed, trained_series
 from cluster.tables import Cost
 from cluster.units import Unit
 from cluster.yardstick import warn_of_few, yardsticks_of
-from configs.errors import StoreError
+from configs.errors import StoreError, counted
 from configs.load import screen_images
 from configs.schema import Config
 from data_pipeline.data_store import open_data
@@ -181,7 +181,7 @@ def _make_units(job: _Job, folds: Sequence[Fold], left: Sequence[Fold]) -> None:
     ]
     total, count = sum(-(-fold.images // unit) for fold in folds), sum(map(len, todo))
     where = job.series[0].store.uri if len(job.series) == 1 else f"{len(job.series)} series"
-    print(f"{total} work units, {total - count} of them done: {where}", flush=True)
+    print(f"{counted(total, 'work unit')}, {total - count} of them done: {where}", flush=True)
     if not count:
         return
     for one, lacks in zip(job.series, todo, strict=True):

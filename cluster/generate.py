@@ -24,7 +24,7 @@ from cluster.metrics.images import to_uint8
 from cluster.session import Resources, progress, session
 from cluster.sweep import Series, Trained, as_trained
 from cluster.units import Connect, Unit
-from configs.errors import ConfigError
+from configs.errors import ConfigError, counted
 from configs.schema import Config
 from data_pipeline.closure import code_version
 from data_pipeline.manifest import NAME, Manifest, Schema, ShardIndex, build_manifest, load_manifest, save_manifest
@@ -81,7 +81,7 @@ def _generated(one: Trained, kind: str, connect: Connect) -> str:
         _check_disk(store, schema, options.images)  # again, as the shards took hours and room
         write_npz(store, load_manifest(store))
     files = f"{NAME} and {NPZ}" if options.npz else NAME
-    print(f"{options.images} images at w={options.w:g}: {len(plan)} shards, {files} in {store.uri}")
+    print(f"{counted(options.images, 'image')} at w={options.w:g}: {counted(len(plan), 'shard')}, {files} in {store.uri}")
     return store.uri
 
 

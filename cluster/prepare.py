@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from cluster import units
 from cluster.session import session
-from configs.errors import visible
+from configs.errors import counted, visible
 from configs.schema import Config
 from data_pipeline.data_store import open_data
 from data_pipeline.index import index_shards
@@ -47,7 +47,7 @@ def prepare(config: Config) -> Manifest:
         elsewhere=functools.partial(_write_on_actors, config, source, store),
     )
     if left_out:
-        print(f"{left_out} {'image' if left_out == 1 else 'images'} left out, data.bad_images={config.data.bad_images:g} allows it")
+        print(f"{counted(left_out, 'image')} left out, data.bad_images={config.data.bad_images:g} allows it")
     if manifest.source == Plan.make(source, config.data.shard_samples).formerly:
         print(
             f"{store.uri} was prepared by an earlier version, which took pictures as they are stored (EXIF and transparency did "
@@ -107,9 +107,12 @@ def index(config: Config) -> Manifest:
 
 def _describe(manifest: Manifest, uri: str, seconds: float) -> None:
     schema = manifest.schema
-    kind = "images" if schema.dtype == "uint8" else f"latents of {schema.dtype}"
+    kind = counted(manifest.samples, "image" if schema.dtype == "uint8" else "latent")
+    if schema.dtype != "uint8":
+        kind += f" of {schema.dtype}"
+    classes, shards = counted(schema.classes, "class", "classes"), counted(len(manifest.shards), "shard")
     print(
-        f"{manifest.samples} {kind} {'x'.join(map(str, schema.shape))}, {schema.classes} classes, {len(manifest.shards)} shards, "
+        f"{kind} {'x'.join(map(str, schema.shape))}, {classes}, {shards}, "
         f"{manifest.bytes / 2**20:.1f} MiB, fingerprint {manifest.fingerprint[:12]}, {seconds:.1f} s: {uri}"
     )
     if manifest.passed_over:

@@ -33,7 +33,7 @@ from ray.experimental import internal_kv
 
 from cluster import ending
 from cluster.submit import ROOT, copy_packages
-from configs.errors import ConfigError, UserError
+from configs.errors import ConfigError, UserError, counted
 from configs.schema import ClusterConfig, Config
 
 LOG = "ray.log"  # what Ray writes to the standard error of this process
@@ -281,8 +281,8 @@ def _lack(each: Resources, least: int, room: int, nodes: list[dict[str, float]])
     kinds = each.bundle
     has = Counter(" and ".join(f"{node.get(kind, 0):g} {kind}" for kind in kinds) for node in nodes)
     there = ", ".join(f"{count} of {what}" for what, count in has.most_common(4))
-    processes = "1 process" if least == 1 else f"{least} processes"
     wanted = " and ".join(f"{amount:g} {kind}" for kind, amount in kinds.items())
+    processes = counted(least, "process", "processes")
     return (
         f"the cluster is too small for {processes} of {wanted}, it has room for {room} (nodes: {there})",
         "lower cluster.workers, cluster.cpus_per_worker or cluster.gpus_per_worker, or set cluster.wait_minutes if it will grow",

@@ -49,3 +49,8 @@ def visible(text: str, most: int = 0) -> str:
     shown = "".join(map(one, text))
     half = (most - 1) // 2
     return shown if not most or len(shown) <= most else f"{shown[:half]}…{shown[-half:]}"
+
+
+def counted(number: int, one: str, many: str = "") -> str:
+    """A number with its noun: "1 shard", "3 shards", "2 classes" (`many` where it is not `one` and an s)."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
