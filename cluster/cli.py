@@ -216,6 +216,8 @@ def _add_score(command: argparse.ArgumentParser) -> None:
     command.add_argument("--w", type=float, default=0.0, help="guidance weight that the images were made with")
     command.add_argument("--device", default="cpu", help="cpu or cuda")
     command.add_argument("--json", default="", help="a file to write the row to")
+    command.add_argument("--request-payer", action="store_true", help="read from buckets for which those who read them pay")
+    command.add_argument("--unsigned", action="store_true", help="read from S3 without credentials, although there may be some")
 
 
 class _Version(argparse.Action):

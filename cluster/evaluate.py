@@ -57,11 +57,11 @@ def evaluate(config: Config) -> Path:
     """
     began = time.monotonic()
     home, data = open_store(config.run), open_data(config.data)
-    for store in (home, data):
-        store.check()
+    home.check()
+    data.check(write=False)  # evaluators and references that cannot go there stand beside the run
     manifest = load_manifest(data)
     config = fitted(config, manifest)
-    found, others = trained_series(config, manifest), read_others(config.evaluate)
+    found, others = trained_series(config, manifest), read_others(config)
     with contextlib.ExitStack() as stack:
         # Where all is done already, Ray is not started.
         connect = functools.cache(lambda: stack.enter_context(session(config, config.cluster.actors)))

@@ -119,7 +119,7 @@ def _measured(config: Config, precision: str, flops: int) -> float:
 def inspect_run(uri: str) -> None:
     """Print where the run at `uri` stands. Raises UserError if there is none."""
     store = open_store(uri)
-    store.check()
+    store.check(write=False)
     state = checkpoint.describe(store)
     if not state["checkpoints"] and not state["damaged"]:
         raise CheckpointError(f"{uri}: no run stands here; give a config file, or the URI that a config calls `run`")

@@ -25,7 +25,8 @@ FEW = 16  # shards that are written before a Ray cluster would have started
 
 def prepare(config: Config) -> Manifest:
     """Write `data.source` to `data.uri`; where it already is, do nothing. Raises UserError."""
-    store = open_data(config.data)
+    # What is read without credentials, data.path, is copied to a place of one's own.
+    store = open_data(replace(config.data, unsigned=False))
     store.check()
     store.sweep()
     source = open_source(config.data)
@@ -89,7 +90,7 @@ def index(config: Config) -> Manifest:
         mixture = save_mixture(store, data.mixture)
         _describe(mixture, store.uri, time.monotonic() - began)
         return mixture
-    names = read_class_names(data.class_names)
+    names = read_class_names(data)
     key = data.label_key or ("label" if names else "")
     manifest, broken = index_shards(
         store,

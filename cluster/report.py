@@ -39,7 +39,8 @@ from cluster.metrics.published import rows_of, why_not_beside
 from cluster.metrics.rows import Row, from_json, require_comparable, require_same_instrument, to_json
 from cluster.tables import Cost, Table, cost_in_seconds, key_of, label_of, names_of, tables_of
 from configs.errors import DataError, visible
-from configs.schema import EvaluateConfig
+from configs.schema import Config
+from data_pipeline.data_store import access_to
 
 ROWS = 4  # of a sample grid, where a page shows several series
 
@@ -111,11 +112,13 @@ def report_files(
     return files
 
 
-def read_others(options: EvaluateConfig) -> list[Row]:
+def read_others(config: Config) -> list[Row]:
     """The rows of `evaluate.others`, in their order. Raises DataError for files that hold none, and for rows of another n."""
     remedy = "score the images first (freeguide score --json), or correct evaluate.others"
-    rows = [row for uri in options.others for row in from_json(read_object(uri, remedy).decode(errors="replace"), uri)]
-    _require_alike(rows, {"n": options.images})
+    rows: list[Row] = []
+    for uri in config.evaluate.others:
+        rows += from_json(read_object(uri, remedy, access_to(config.data, uri)).decode(errors="replace"), uri)
+    _require_alike(rows, {"n": config.evaluate.images})
     return rows
 
 

@@ -35,7 +35,7 @@ from data_pipeline.decode import decode_picture
 from data_pipeline.folder import PICTURES, is_dropping
 from data_pipeline.manifest import NAME, load_manifest
 from data_pipeline.scan import scan_all
-from data_pipeline.store import open_store, read_each
+from data_pipeline.store import Access, Store, open_store, read_each
 from trainer.engine import choose_kernels
 
 LOSSY = PICTURES - {".png", ".apng", ".gif", ".bmp", ".dib", ".tif", ".tiff"}
@@ -97,26 +97,28 @@ def score(
     facts: dict[str, Any] | None = None,
     device: str = "cpu",
     unit: int = UNIT,
+    access: Access | None = None,
 ) -> Row:
     """Measure images and return their row.
 
     `samples`, `reference`, `extractor` and the two of DINOv2 are paths or URIs (see the module and `load_reference`), and
     `extractor_hash` and `dinov2_hash` are the sha256 that their weights have to have ("" = any).
     `dataset` names the reference's data, `name` (default: the samples' own) the row's run, `w` the guidance weight (0 = without)
-    and `facts` what is known of the model, by the names of a Row's fields (p_uncond, steps, nfe, rounding, ...). Raises DataError
-    for images, references or weights that cannot be used, StoreError where a store does not answer, ConfigError for unknown facts.
+    and `facts` what is known of the model, by the names of a Row's fields (p_uncond, steps, nfe, rounding, ...). `access` is how
+    S3 is asked for all of these. Raises DataError for images, references or weights that cannot be used, StoreError where a store
+    does not answer, ConfigError for unknown facts.
     """
     if bool(dinov2) != bool(dinov2_reference):
         raise DataError("FD-DINOv2 needs DINOv2's weights and a reference measured with them; give both or neither")
     check_device(device)
     choose_kernels()
-    judge = load_judge(extractor, extractor_hash)
-    yardstick = Yardstick(judge, load_reference(reference, judge, dataset, device))
+    judge = load_judge(extractor, extractor_hash, access)
+    yardstick = Yardstick(judge, load_reference(reference, judge, dataset, device, access))
     second = None
     if dinov2:
-        other = load_dinov2(dinov2, dinov2_hash)
-        second = Yardstick(other, load_reference(dinov2_reference, other, dataset, device))
-    found = load_samples(samples, judge.channels)
+        other = load_dinov2(dinov2, dinov2_hash, access)
+        second = Yardstick(other, load_reference(dinov2_reference, other, dataset, device, access))
+    found = load_samples(samples, judge.channels, access)
     return score_samples(found, yardstick, second, name=name or samples, w=w, facts=facts, device=device, unit=unit)
 
 
@@ -168,25 +170,27 @@ def check_device(device: str) -> None:
         raise ConfigError(f"--device {device}: torch {torch.__version__} sees {has} here; give --device cpu")
 
 
-def load_reference(uri: str, extractor: Extractor, dataset: str = "", device: str = "cpu") -> Reference:
+def load_reference(
+    uri: str, extractor: Extractor, dataset: str = "", device: str = "cpu", access: Access | None = None
+) -> Reference:
     """The reference at a path or URI: an `.npz` (`metrics.reference` says which) or a data set with a manifest, measured now."""
     if uri.endswith((".npz", ".pkl", ".pickle")):
-        return references.load_npz(uri, extractor, dataset, device)
-    store = open_store(uri)
-    store.check()
+        return references.load_npz(uri, extractor, dataset, device, access)
+    store = open_store(uri, access=access)
+    store.check(write=False)
     return references.from_manifest(store, load_manifest(store), extractor, dataset, device)
 
 
-def load_samples(uri: str, channels: int) -> Samples:
+def load_samples(uri: str, channels: int, access: Access | None = None) -> Samples:
     """Images at a path or URI, decoded to `channels` where they are files. Raises DataError for whatever is not a set of images."""
     if uri.endswith(".npz"):
-        return _from_npz(read_object(uri, "correct the path of the samples"), uri)
-    store = open_store(uri)
-    store.check()
+        return _from_npz(read_object(uri, "correct the path of the samples", access), uri)
+    store = open_store(uri, access=access)
+    store.check(write=False)
     if store.exists(NAME):
         manifest = load_manifest(store)
         return Samples(*scan_all(store, manifest), names=manifest.schema.class_names)
-    return _from_files(uri, channels)
+    return _from_files(store, uri, channels)
 
 
 def _from_npz(data: bytes, where: str) -> Samples:
@@ -206,12 +210,11 @@ def _from_npz(data: bytes, where: str) -> Samples:
     return Samples(images, labels.astype(np.int64))
 
 
-def _from_files(folder: str, channels: int) -> Samples:
+def _from_files(store: Store, folder: str, channels: int) -> Samples:
     """Image files below a folder or prefix, in the order of their names. The folders of the first level are classes.
 
     Raises DataError where some images stand in folders and some beside them: nobody can tell which are the samples.
     """
-    store = open_store(folder)
     keys = sorted(info.key for info in store.list() if Path(info.key).suffix.lower() in PICTURES and not is_dropping(info.key))
     if not keys:
         raise DataError(f"{folder} holds no images ({', '.join(sorted(PICTURES))}) and no {NAME}; give the place of the samples")
@@ -270,6 +273,7 @@ def command(options: argparse.Namespace) -> None:
         w=options.w,
         facts=facts_of(options.overrides),
         device=options.device,
+        access=Access(request_payer=options.request_payer, unsigned=options.unsigned),
     )
     for field, value in asdict(row).items():
         if value not in (None, "", UNKNOWN):

@@ -32,6 +32,7 @@ from configs.load import from_yaml, sweep, validate
 from configs.schema import Config
 from data_pipeline.artifact import to_npz
 from data_pipeline.closure import code_version
+from data_pipeline.data_store import access_to
 from data_pipeline.manifest import Manifest
 from data_pipeline.store import MissingObject, Store, open_store
 from trainer.diffusion.guidance import first_guided
@@ -205,7 +206,7 @@ class Worker:
         self.series = series
         self.device = torch.device("cuda" if resources.gpus else "cpu")
         self.kind = units.kind_of(self.device)
-        self.extractors = [load_extractor(uri, sha256) for uri, sha256 in weights]
+        self.extractors = [load_extractor(uri, sha256, access_to(series[0].config.data, uri)) for uri, sha256 in weights]
         self._sampler = functools.lru_cache(maxsize=NETWORKS)(self._load)
 
     def __call__(self, item: Item) -> None:

@@ -9,7 +9,6 @@ An evaluator is trained in the memory of one task, on PIXELS bytes of images at 
 """
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import math
@@ -32,7 +31,7 @@ from cluster.units import Connect
 from configs.errors import StoreError, UserError
 from configs.schema import Config
 from data_pipeline.closure import code_version
-from data_pipeline.data_store import open_data
+from data_pipeline.data_store import access_to, open_data
 from data_pipeline.manifest import Manifest, load_manifest
 from data_pipeline.scan import scan_all
 from data_pipeline.store import MissingObject, Store, open_store
@@ -52,10 +51,12 @@ def yardsticks_of(config: Config, data: Store, manifest: Manifest, connect: Conn
     images that cannot be used.
     """
     options = config.evaluate
-    given = load_judge(options.extractor, options.extractor_hash) if options.extractor else None
+    given = None
+    if options.extractor:
+        given = load_judge(options.extractor, options.extractor_hash, access_to(config.data, options.extractor))
     found = [_yardstick(config, data, manifest, connect, given, options.extractor, options.reference)]
     if options.dinov2:
-        dinov2 = load_dinov2(options.dinov2, options.dinov2_hash)
+        dinov2 = load_dinov2(options.dinov2, options.dinov2_hash, access_to(config.data, options.dinov2))
         found.append(_yardstick(config, data, manifest, connect, dinov2, options.dinov2, options.dinov2_reference))
     return found
 
@@ -66,7 +67,7 @@ def fit_evaluator(config: Config) -> str:
     Raises UserError before Ray starts for whatever can be known before.
     """
     data = open_data(config.data)
-    data.check()
+    data.check(write=False)
     manifest = load_manifest(data)
     config = fitted(config, manifest)
     with contextlib.ExitStack() as stack:
@@ -130,6 +131,7 @@ def _yardstick(
     places = [data.child(name), open_store(config.run).child(name)]  # beside the run if the data may only be read
     with contextlib.suppress(MissingObject):
         return _load(config, places, given, weights, reference)
+    _check_writable(places)
     if not given and not _holding(places, EVALUATOR):
         evaluators.check_shape(manifest.schema.image_size, manifest.schema.channels, manifest.schema.classes)
         print(f"training the evaluator on {manifest.samples} real images", flush=True)
@@ -155,14 +157,19 @@ def _load(config: Config, places: Sequence[Store], given: Extractor | None, weig
         if not (there := _holding(places, EVALUATOR)):
             raise MissingObject(EVALUATOR)
         weights = f"{there.uri}/{EVALUATOR}"
-        extractor = load_extractor(weights, config.evaluate.extractor_hash)
-    data = references.read_file(reference) if reference else b""
+        extractor = load_extractor(weights, config.evaluate.extractor_hash, access_to(config.data, weights))
+    data = _file(config, reference)
     if reference and not references.has_images(data):
         return Yardstick(extractor, references.from_npz(data, reference, extractor, dataset_name(config)), weights)
     key = _reference_key(extractor, data)
     if not (there := _holding(places, key)):
         raise MissingObject(key)
     return Yardstick(extractor, references.from_npz(there.get(key), f"{there.uri}/{key}", extractor), weights)
+
+
+def _file(config: Config, reference: str) -> bytes:
+    """The file that is named as a reference, empty where none is."""
+    return references.read_file(reference, access_to(config.data, reference)) if reference else b""
 
 
 def _reference_key(extractor: Extractor, data: bytes) -> str:
@@ -190,11 +197,12 @@ def _publish(config: Config, places: Sequence[Store], given: tuple[str, str] | N
     data = open_data(config.data)
     manifest = load_manifest(data)
     if given:
-        extractor = load_extractor(*given)
+        extractor = load_extractor(*given, access_to(config.data, given[0]))
     else:
         there = _holding(places, EVALUATOR) or _put(places, EVALUATOR, lambda: _fit(config, data, manifest, device).to_bytes())
-        extractor = load_extractor(f"{there.uri}/{EVALUATOR}")
-    file = references.read_file(reference) if reference else b""
+        weights = f"{there.uri}/{EVALUATOR}"
+        extractor = load_extractor(weights, access=access_to(config.data, weights))
+    file = _file(config, reference)
     key = _reference_key(extractor, file)
     if not (reference and not references.has_images(file)) and not _holding(places, key):
         _put(places, key, lambda: _see(config, data, manifest, extractor, reference, file, device).to_bytes(extractor))
@@ -207,6 +215,15 @@ def _holding(places: Sequence[Store], key: str) -> Store | None:
             if place.exists(key):
                 return place
     return None
+
+
+def _check_writable(places: Sequence[Store]) -> None:
+    """Raises the StoreError of the last of `places` where none can be written, before minutes are spent on what goes there."""
+    for place in places[:-1]:
+        with contextlib.suppress(StoreError):
+            place.check()
+            return
+    places[-1].check()
 
 
 def _put(places: Sequence[Store], key: str, make: Callable[[], bytes]) -> Store:
@@ -236,9 +253,8 @@ def _see(
 def _fit(config: Config, data: Store, manifest: Manifest, device: str) -> Evaluator:
     choose_kernels()
     every = max(1, -(-manifest.samples * math.prod(manifest.schema.shape) // PIXELS))
-    part = dataclasses.replace(manifest, shards=manifest.shards[::every])  # evenly spread, as data may be sorted by class
+    images, labels = scan_all(data, manifest, every)  # evenly spread, as data may be sorted by class
     if every > 1:
-        print(f"the evaluator is trained on one shard in {every}: {part.samples} of {manifest.samples} images", flush=True)
-    images, labels = scan_all(data, part)
+        print(f"the evaluator is trained on one shard in {every}: {len(images)} of {manifest.samples} images", flush=True)
     epochs, seed = config.evaluate.evaluator_epochs, config.evaluate.evaluator_seed
     return evaluators.fit_evaluator(images, labels, config.data.classes, epochs, seed, name=dataset_name(config), device=device)

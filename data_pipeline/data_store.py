@@ -10,14 +10,23 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from configs.locations import locate
 from configs.schema import DataConfig
 from data_pipeline.store import Access, Denied, ObjectInfo, Retry, Store, open_store
 
 
 def open_data(data: DataConfig, retry: Retry | None = None) -> Store:
     """The store of the data set that the options name. Touches nothing yet. Raises StoreError for locations that are none."""
-    access = Access(request_payer=data.request_payer, unsigned=data.unsigned)
-    return DataStore(open_store(data.uri, retry, access), open_store(data.manifest, retry) if data.manifest else None)
+    tars = open_store(data.uri, retry, access_to(data, data.uri))
+    return DataStore(tars, open_store(data.manifest, retry) if data.manifest else None)
+
+
+def access_to(data: DataConfig, uri: str) -> Access:
+    """How S3 is asked for what stands at `uri`: in a bucket of the data as for the data, elsewhere as for anything of one's own."""
+    places = [place for place in (data.uri, data.path) if place.startswith("s3:")]
+    if locate(uri).bucket not in {locate(place).bucket for place in places}:
+        return Access()
+    return Access(request_payer=data.request_payer, unsigned=data.unsigned)
 
 
 class DataStore(Store):

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from configs.errors import ConfigError, DataError
 from configs.schema import DataConfig
+from data_pipeline.data_store import access_to
 from data_pipeline.decode import (
     MAX_PICTURE_BYTES,
     RECORDED,
@@ -39,7 +40,7 @@ from data_pipeline.folder import PICTURES, RAW, find, listed, named
 from data_pipeline.manifest import Manifest, Schema, load_manifest
 from data_pipeline.order import FIRST_ROUNDS, key, permute
 from data_pipeline.shards import Sample, Source
-from data_pipeline.store import Store, open_store
+from data_pipeline.store import Access, Store, open_store
 
 LATENTS = {".npy"}
 WINDOW_BYTES = 256 * 2**20  # encoded bytes of the blocks among which samples are shuffled, and which a reader holds
@@ -66,7 +67,7 @@ def open_source(data: DataConfig) -> Source:
             data.dtype,
             data.class_depth,
             data.background,
-            read_class_names(data.class_names),
+            read_class_names(data),
         )
     if data.source == "idx":
         if data.channels != 1:
@@ -75,7 +76,16 @@ def open_source(data: DataConfig) -> Source:
     if data.source == "parquet":
         return parquet(data.path, data.image_size, data.channels, data.classes, resize=data.resize)
     if data.source == "webdataset":
-        return tars(data.path, data.image_size, data.channels, data.classes, data.resize, data.dtype, data.background)
+        return tars(
+            data.path,
+            data.image_size,
+            data.channels,
+            data.classes,
+            data.resize,
+            data.dtype,
+            data.background,
+            access_to(data, data.path),
+        )
     raise ConfigError(f"data.source={data.source} is unknown; choose digits, folder, idx, parquet or webdataset.")
 
 
@@ -167,13 +177,13 @@ def count_of(passed_over: Mapping[str, int]) -> str:
     return ", ".join(f"{kind} {count}" for kind, count in sorted(passed_over.items(), key=lambda pair: (-pair[1], pair[0])))
 
 
-def read_class_names(uri: str) -> tuple[str, ...]:
-    """The names of the classes in their order from a text file, one a line, or a JSON list. Empty where `uri` is."""
-    if not uri:
+def read_class_names(data: DataConfig) -> tuple[str, ...]:
+    """The names of the classes in their order from a text file, one a line, or a JSON list. Empty where none is named."""
+    if not (uri := data.class_names):
         return ()
     place, _, name = uri.rpartition("/")
     try:
-        text = open_store(place or "/").get(name).decode("utf-8-sig")
+        text = open_store(place or "/", access=access_to(data, uri)).get(name).decode("utf-8-sig")
         names = json.loads(text) if text.lstrip().startswith("[") else [line.strip() for line in text.splitlines() if line.strip()]
     except (ValueError, RecursionError) as error:
         raise DataError(f"data.class_names={uri} is neither text nor a JSON list; write one name a line") from error
@@ -289,6 +299,7 @@ def tars(
     resize: str = "adm",
     dtype: str = "uint8",
     background: int = WHITE,
+    access: Access | None = None,
 ) -> Source:
     """WebDataset tars in a folder or bucket that `freeguide index` has been run on, read in blocks of about 4 MiB.
 
@@ -296,7 +307,7 @@ def tars(
 
     Raises DataError where there is no manifest, or it speaks of another number of classes or another dtype.
     """
-    store = open_store(uri)
+    store = open_store(uri, access=access)
     manifest = load_manifest(store)
     _check_classes(f"{uri} has {manifest.schema.classes} classes", manifest.schema.classes, classes)
     if manifest.schema.dtype != dtype:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cluster.metrics.features import DINOV2, Measured, load_weights, read_object, to_rgb
+from data_pipeline.store import Access
 
 FILE = "dinov2_vitl14_pretrain.pth"
 SOURCE = f"get it from dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/{FILE} and keep the name"
@@ -137,11 +138,11 @@ class DinoV2:
         return Measured(torch.cat(parts).numpy())
 
 
-def load(uri: str) -> DinoV2:
+def load(uri: str, access: Access | None = None) -> DinoV2:
     """DINOv2 with the weights at a path or URI. Raises DataError if they are missing or of another network."""
     with torch.device("meta"):  # 1.2 GB that need not be initialised first
         network = VisionTransformer()
-    return DinoV2(network, load_weights(read_object(uri, SOURCE), network, uri))
+    return DinoV2(network, load_weights(read_object(uri, SOURCE, access), network, uri))
 
 
 def to_input(x: Tensor) -> Tensor:

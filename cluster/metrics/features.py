@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from configs.errors import DataError
-from data_pipeline.store import MissingObject, open_store
+from data_pipeline.store import Access, MissingObject, open_store
 
 DINOV2 = "dinov2-vitl14"  # what rows call it
 UNIT = 1024  # images measured at a time where no work unit says otherwise; it decides the order in which moments are added
@@ -78,56 +78,57 @@ def measure_with(extractors: Sequence[Extractor], images: NDArray[np.uint8], dev
     return replace(measured, dinov2=extractors[1].measure(images, device).features) if len(extractors) > 1 else measured
 
 
-def load_extractor(uri: str, sha256: str = "") -> Extractor:
+def load_extractor(uri: str, sha256: str = "", access: Access | None = None) -> Extractor:
     """The extractor whose weights stand at `uri`, a path or `s3://...`, known by the name of the file.
 
     `*.safetensors` is an evaluator, `*inception-2015-12-05*` Inception, `*dinov2_vitl14*` DINOv2. `sha256` is the hash that it has
-    to have; "" = any. Raises DataError for other names, missing files and wrong hashes, StoreError where the store does not answer.
+    to have; "" = any. `access` is how S3 is asked. Raises DataError for other names, missing files and wrong hashes, StoreError
+    where the store does not answer.
     """
-    extractor = _load(uri)
+    extractor = _load(uri, access)
     if sha256 and sha256 != extractor.hash:
         raise DataError(f"{uri} has the hash {extractor.hash} and not {sha256}; correct the path, or the hash it is pinned to")
     return extractor
 
 
-def load_judge(uri: str, sha256: str = "") -> Extractor:
+def load_judge(uri: str, sha256: str = "", access: Access | None = None) -> Extractor:
     """`load_extractor` of weights that have classes, as the Inception score needs them."""
-    extractor = load_extractor(uri, sha256)
+    extractor = load_extractor(uri, sha256, access)
     if extractor.name == DINOV2:
         raise DataError(f"{uri} holds DINOv2, which has no classes and so no Inception score; name it as dinov2, beside another")
     return extractor
 
 
-def load_dinov2(uri: str, sha256: str = "") -> Extractor:
+def load_dinov2(uri: str, sha256: str = "", access: Access | None = None) -> Extractor:
     """`load_extractor` of weights that have to be DINOv2's."""
-    extractor = load_extractor(uri, sha256)
+    extractor = load_extractor(uri, sha256, access)
     if extractor.name != DINOV2:
         raise DataError(f"{uri} holds {extractor.name} and not DINOv2, which FD-DINOv2 needs; give the path of DINOv2's weights")
     return extractor
 
 
-def _load(uri: str) -> Extractor:
+def _load(uri: str, access: Access | None) -> Extractor:
     # Imported here: the three know this module's protocol.
     from cluster.metrics import dinov2, evaluator, inception
 
     name = uri.rsplit("/", 1)[-1]
     if name.endswith(".safetensors"):
-        return evaluator.from_bytes(read_object(uri, "fit an evaluator, or correct its path"), uri)
+        return evaluator.from_bytes(read_object(uri, "fit an evaluator, or correct its path", access), uri)
     if "inception-2015-12-05" in name:
-        return inception.load(uri)
+        return inception.load(uri, access)
     if "dinov2_vitl14" in name:
-        return dinov2.load(uri)
+        return dinov2.load(uri, access)
     raise DataError(
         f"{uri} does not say which extractor it holds; name Inception's weights {inception.FILE}, DINOv2's {dinov2.FILE}, and an "
         "evaluator *.safetensors"
     )
 
 
-def read_object(uri: str, remedy: str) -> bytes:
+def read_object(uri: str, remedy: str, access: Access | None = None) -> bytes:
     """The bytes at a path or URI. Raises DataError, with the remedy, if nothing is there."""
     folder, _, name = uri.rpartition("/")
     try:
-        return open_store(folder or ("/" if uri.startswith("/") else ".")).get(name)
+        return open_store(folder or ("/" if uri.startswith("/") else "."), access=access).get(name)
     except MissingObject:
         raise DataError(f"{uri} does not exist; {remedy}") from None
 

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from cluster.metrics.features import Measured, load_weights, read_object, to_rgb
 from cluster.metrics.rows import INCEPTION
 from configs.errors import DataError
+from data_pipeline.store import Access
 
 HASH = "6726825d"  # first digits of the published file's sha256, also in its name
 FILE = f"weights-inception-2015-12-05-{HASH}.pth"
@@ -154,9 +155,9 @@ class Inception:
         return Measured(features, probabilities, spatial)
 
 
-def load(uri: str) -> Inception:
+def load(uri: str, access: Access | None = None) -> Inception:
     """Inception with the weights at a path or URI. Raises DataError if they are missing or are not the published file."""
-    return from_bytes(read_object(uri, SOURCE), uri, HASH)
+    return from_bytes(read_object(uri, SOURCE, access), uri, HASH)
 
 
 def from_bytes(data: bytes, where: str, prefix: str) -> Inception:

@@ -21,7 +21,7 @@ from configs.errors import DataError
 from data_pipeline.artifact import names_of, read_npz, to_npz
 from data_pipeline.manifest import Manifest
 from data_pipeline.scan import scan
-from data_pipeline.store import Store
+from data_pipeline.store import Access, Store
 
 Array = NDArray[np.float64]
 
@@ -141,16 +141,16 @@ def has_images(data: bytes) -> bool:
     return "arr_0" in names and "features" not in names
 
 
-def read_file(uri: str) -> bytes:
+def read_file(uri: str, access: Access | None = None) -> bytes:
     """The file at a path or URI, for `from_npz`."""
     if uri.endswith((".pkl", ".pickle")):
         raise DataError(f"{uri} is a pickle, which could run code and is never read; save its mu and sigma with np.savez")
-    return read_object(uri, "correct the path of the reference")
+    return read_object(uri, "correct the path of the reference", access)
 
 
-def load_npz(uri: str, extractor: Extractor, dataset: str = "", device: str = "cpu") -> Reference:
+def load_npz(uri: str, extractor: Extractor, dataset: str = "", device: str = "cpu", access: Access | None = None) -> Reference:
     """`from_npz` of a path or URI."""
-    return from_npz(read_file(uri), uri, extractor, dataset, device)
+    return from_npz(read_file(uri, access), uri, extractor, dataset, device)
 
 
 _NAMES = {"mu", "sigma", "mu_s", "sigma_s", "n", "features", "extractor", "dataset", "origin", "arr_0", "class_names"}

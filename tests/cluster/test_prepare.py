@@ -7,21 +7,27 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from cluster.metrics.features import load_extractor
 from cluster.prepare import FEW, index, prepare
 from configs.errors import DataError
 from configs.load import load_config
-from configs.schema import Config
+from configs.schema import Config, DataConfig
 from data_pipeline import sources
+from data_pipeline.data_store import access_to
 from data_pipeline.decode import fit
 from data_pipeline.manifest import load_manifest
+from data_pipeline.s3 import S3Store
 from data_pipeline.scan import scan_all
 from data_pipeline.shards import write_shards
-from data_pipeline.store import Store, open_store
+from data_pipeline.sources import open_source, read_class_names
+from data_pipeline.store import Access, Store, create_bucket, open_store
+from tests.data_pipeline.conftest import write_noise
 
 ROOT = Path(__file__).parents[2]
 IMAGES = 96
@@ -183,3 +189,51 @@ def test_index_joins_data_sets_into_a_mixture(config: Callable[..., Config], tmp
         (str(tmp_path / "b"), 1, IMAGES),
     ]
     assert load_manifest(open_store(str(tmp_path / "mixed"))).fingerprint == mixture.fingerprint
+
+
+def test_whatever_is_read_in_the_bucket_of_the_data_is_asked_for_as_the_data_are(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for bucket in ("s3://theirs", "s3://mine"):
+        create_bucket(bucket)
+    place = tmp_path.name
+    theirs, mine = f"s3://theirs/{place}", f"s3://mine/{place}"
+    write_noise(open_store(theirs), 60, shard_samples=20)
+    for bucket in (theirs, mine):
+        open_store(bucket).put("names.txt", "\n".join(map(str, range(10))).encode())
+    public = open_store("s3://theirs")
+    assert isinstance(public, S3Store)
+    for info in public.list():
+        public._client().put_object_acl(Bucket="theirs", Key=info.key, ACL="public-read")
+    public._client().put_bucket_acl(Bucket="theirs", ACL="public-read")
+    asked: list[tuple[str, Access]] = []
+    client = S3Store._client
+
+    def seen(self: S3Store) -> object:
+        asked.append((self.bucket, self.access))
+        return client(self)
+
+    monkeypatch.setattr(S3Store, "_client", seen)
+    paid = Access(request_payer=True, unsigned=True)
+
+    def accesses(bucket: str) -> set[Access]:
+        return {access for where, access in asked if where == bucket}
+
+    options: dict[str, Any] = {"request_payer": True, "unsigned": True, "image_size": 8, "channels": 3, "classes": 10}
+    data = DataConfig(uri=f"{mine}/data", path=theirs, source="webdataset", **options)
+    source = open_source(data)
+    source.read(0)
+    assert accesses("theirs") == {paid}
+    prepare(Config(name="x", data=data, run=""))
+    assert accesses("theirs") == {paid}
+    assert accesses("mine") == {Access(request_payer=True)}
+    asked.clear()
+    for where in (theirs, mine):
+        assert len(read_class_names(DataConfig(uri=theirs, class_names=f"{where}/names.txt", **options))) == 10
+    assert (accesses("theirs"), accesses("mine")) == ({paid}, {Access()})
+    asked.clear()
+    mine_too = DataConfig(uri=theirs, **options)
+    with pytest.raises(DataError, match="does not exist; fit an evaluator"):
+        load_extractor(f"{theirs}/shards/000000.safetensors", access=access_to(mine_too, theirs))
+    assert accesses("theirs") == {paid}
+    assert access_to(mine_too, str(tmp_path)) == access_to(DataConfig(uri=str(tmp_path), **options), mine) == Access()

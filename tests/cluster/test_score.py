@@ -366,6 +366,8 @@ def test_the_command_prints_the_row_and_writes_it(place, tmp_path, capsys):
         overrides=["steps=8"],
         device="cpu",
         json=str(tmp_path / "row.json"),
+        request_payer=False,
+        unsigned=False,
     )
     command(options)
     printed = capsys.readouterr().out

@@ -32,7 +32,7 @@ from configs.load import load_config
 from data_pipeline.manifest import Schema, load_manifest
 from data_pipeline.scan import scan_all
 from data_pipeline.shards import Sample, Source, write_shards
-from data_pipeline.store import open_store
+from data_pipeline.store import Denied, FolderStore, open_store
 from tests.cluster.untrained import small, write_lab, write_run
 from trainer.sampler import Sampler, image_labels
 
@@ -100,6 +100,37 @@ def test_fit_evaluator_makes_it_once_and_says_how_to_pin_it(
     assert pinned.extractor.hash == own.extractor.hash == pin[1].split("=")[1]
     assert pinned.reference.sha256 == own.reference.sha256
     assert f"reference {own.reference.sha256}: 90 images of toys" in printed
+
+
+def test_an_evaluation_of_data_that_may_only_be_read_needs_no_other_place_for_them(
+    toys: str, tmp_path: Path, made: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check, publish, refused = FolderStore.check, FolderStore._publish, [toys]
+
+    def only_read(self: FolderStore, write: bool = True) -> None:
+        if write and self.uri.startswith(tuple(refused)):
+            raise Denied(f"{self.uri} may not be written; choose another folder or change its rights.")
+        check(self, write)
+
+    def put(self: FolderStore, *arguments: Any, **options: Any) -> str:
+        only_read(self)
+        return publish(self, *arguments, **options)
+
+    monkeypatch.setattr(FolderStore, "check", only_read)
+    monkeypatch.setattr(FolderStore, "_publish", put)
+    command = ["fit-evaluator", DIGITS, f"data.uri={toys}", f"run={tmp_path}/run", *FACTS]
+    assert main(command) == 0
+    assert f"pin it: evaluate.extractor={tmp_path}/run/evaluators/" in capsys.readouterr().out
+    refused.append(str(tmp_path / "run"))
+    assert main(command) == 0  # all is there, so nothing has to be written
+    assert made == ["made"]
+    assert main([*command, "evaluate.evaluator_seed=1"]) == 2
+    assert capsys.readouterr().err.count("may not be written") == 1
+    assert made == ["made"]  # said before it is trained
+    config = load_config(DIGITS, [*command[2:]], "evaluate")
+    refused.pop()
+    with pytest.raises(UserError, match="no checkpoint"):  # and not that the data may not be written
+        evaluation.evaluate(config)
 
 
 def test_another_evaluator_than_the_pinned_one_is_refused_in_a_sentence_with_both(toys: str, find: Find) -> None:
@@ -271,9 +302,9 @@ def test_every_extractor_is_read_once(toys: str, find: Find, tiny_dinov2: str, m
     find(toys, *pinned)
     read, load = list[str](), features._load
 
-    def counted(uri: str) -> features.Extractor:
+    def counted(uri: str, access: object) -> features.Extractor:
         read.append(uri)
-        return load(uri)
+        return load(uri, access)
 
     monkeypatch.setattr(features, "_load", counted)
     find(toys, *pinned)

@@ -1,13 +1,13 @@
 """Tests of scan.py: a whole data set, once, in order, or one sentence about what is missing."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
 from configs.errors import DataError
+from data_pipeline import tar
 from data_pipeline.manifest import Manifest
 from data_pipeline.scan import scan, scan_all
+from data_pipeline.shards import pack_shard
 from data_pipeline.store import Store
 from tests.data_pipeline.conftest import noise_source, write_noise
 
@@ -49,6 +49,32 @@ def test_a_broken_tar_is_named(store: Store) -> None:
 
 def test_a_shard_of_another_length_is_named(store: Store) -> None:
     manifest = write_noise(store, 30, shard_samples=10)
-    shards = (*manifest.shards[:2], replace(manifest.shards[2], samples=11))
-    with pytest.raises(DataError, match=r"shards/000002\.tar: holds 10 samples, the manifest says 11"):
-        list(scan(store, replace(manifest, shards=shards)))
+    source = noise_source(30)
+    store.put(manifest.shards[2].key, pack_shard(map(source.read, range(9))).data)
+    with pytest.raises(DataError, match=r"shards/000002\.tar: holds 9 samples, the manifest says 10"):
+        list(scan(store, manifest))
+
+
+@pytest.mark.parametrize("chunk_samples", [None, 2, 8, 64])
+def test_bytes_that_were_not_indexed_are_refused(store: Store, chunk_samples: int | None) -> None:
+    manifest = write_noise(store, 60, shard_samples=10, chunk_samples=chunk_samples)
+    assert len(list(scan(store, manifest, 2))) == 30
+    for shard in (0, 2, 5):
+        key = manifest.shards[shard].key
+        kept = store.get(key)
+        for number in (0, 9):  # a label that reads well and is wrong, at either end of the shard
+            at = next(span for i, span in enumerate(tar.samples(kept)) if i == number)
+            name = kept.index(b".cls", at.start)
+            value = at.start + (name - at.start) // tar.BLOCK * tar.BLOCK + tar.BLOCK
+            store.put(key, kept[:value] + bytes([kept[value] ^ 1]) + kept[value + 1 :])
+            with pytest.raises(DataError, match=rf"00000{shard}\.tar (or .* )?does not hold the bytes that were indexed; restore"):
+                scan_all(store, manifest)
+            if shard % 2 == 0:
+                with pytest.raises(DataError, match="does not hold the bytes that were indexed"):
+                    scan_all(store, manifest, 2)
+        store.put(key, kept)
+    images, labels = scan_all(store, manifest)
+    half, some = scan_all(store, manifest, 2)
+    wanted = np.concatenate([np.arange(first, first + 10) for first in (0, 20, 40)])
+    assert np.array_equal(half, images[wanted])
+    assert np.array_equal(some, labels[wanted])
