@@ -16,7 +16,6 @@ import json
 import math
 import re
 import warnings
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +24,7 @@ import numpy.typing as npt
 from PIL import Image, ImageChops, ImageFile, UnidentifiedImageError
 
 from configs.errors import DataError, visible
+from data_pipeline import whole
 from data_pipeline.manifest import Schema
 
 IMAGE_FIELDS = ("png", "jpg", "jpeg", "webp", "npy")
@@ -59,12 +59,13 @@ class BadSample(DataError):
 
 
 def decode_sample(
-    fields: Mapping[str, bytes], schema: Schema, resize: str = "adm", background: int | None = None
+    fields: Mapping[str, bytes], schema: Schema, resize: str = "adm", background: int | None = None, strict: bool = True
 ) -> tuple[Values, int]:
     """The image, uint8 (H, W, C), or the latents, float (C, H, W), as the schema says, and the label.
 
     An image of another size is fitted, see `fit`; with a `background` it is read as a person sees it. Where the schema speaks of
-    latents, images beside them are passed over.
+    latents, images beside them are passed over. Without `strict` it is not searched for damage that takes long to find, see
+    `whole.load`: for bytes that have been checked already.
     """
     wanted = IMAGE_FIELDS if schema.dtype == "uint8" else ("npy",)
     present = [ext for ext in wanted if ext in fields]
@@ -77,7 +78,7 @@ def decode_sample(
     if present[0] == "npy":
         image = _decode_npy(data, schema.channels)
     elif background is None:
-        image = decode_image(data, schema.channels)
+        image = decode_image(data, schema.channels, strict)
     else:
         image = decode_picture(data, schema.channels, background)
     return fit(image, schema.image_size, resize), label
@@ -93,9 +94,9 @@ def decode_latents(data: bytes, schema: Schema) -> Latents:
     return latents
 
 
-def decode_image(data: bytes, channels: int) -> Pixels:
+def decode_image(data: bytes, channels: int, strict: bool = True) -> Pixels:
     """PNG, JPEG or WebP bytes as uint8 (H, W, channels), at the size they have. As they are stored: alpha and EXIF do not count."""
-    with _opened(data, CODECS, MAX_BYTES) as image:
+    with _opened(data, CODECS, MAX_BYTES, strict) as image:
         return _pixels(image, channels)
 
 
@@ -145,7 +146,7 @@ def seen_otherwise(data: bytes | memoryview) -> bool:
 
 
 @contextlib.contextmanager
-def _opened(data: bytes, codecs: tuple[str, ...], most: int) -> Iterator[ImageFile.ImageFile]:
+def _opened(data: bytes, codecs: tuple[str, ...], most: int, strict: bool = True) -> Iterator[ImageFile.ImageFile]:
     """The image of these bytes, of which only the header has been read. Whatever goes wrong with it raises BadSample."""
     if len(data) > most:
         raise BadSample("size", f"its image has {len(data)} bytes, over the cap of {most}")
@@ -155,9 +156,7 @@ def _opened(data: bytes, codecs: tuple[str, ...], most: int) -> Iterator[ImageFi
                 raise BadSample("size", f"its image has {image.width} x {image.height} pixels, over the cap of {MAX_PIXELS}")
             if image.mode.startswith(("I", "F")) or any(map(_is_deep, image.tile)):
                 raise BadSample("codec", f"its image has more than 8 bits per channel (mode {image.mode}); convert it to 8")
-            image.load()
-            if image.format == "PNG":
-                _check_complete(image, data)
+            whole.load(image, data, strict)
             yield image
     except UnidentifiedImageError as error:
         raise BadSample("codec", f"its image is neither {_listed(codecs)}{_what_it_is(data)}") from error
@@ -165,6 +164,8 @@ def _opened(data: bytes, codecs: tuple[str, ...], most: int) -> Iterator[ImageFi
         raise BadSample("size", "its image is a decompression bomb") from error
     except BadSample:
         raise
+    except whole.Damaged as error:
+        raise BadSample("image", str(error)) from error
     except Exception as error:  # decoders meet hostile bytes with many kinds of error, SyntaxError among them
         raise BadSample("image", f"its image does not decode ({type(error).__name__}: {error})") from error
 
@@ -203,35 +204,6 @@ def _pixels(image: Image.Image, channels: int) -> Pixels:
     mode = "L" if channels == 1 else "RGB"
     pixels = np.asarray(image if image.mode == mode else image.convert(mode))  # converting would copy those that fit
     return pixels[..., None] if channels == 1 else pixels
-
-
-def _check_complete(image: Image.Image, data: bytes) -> None:
-    """Raises BadSample for a PNG whose rows end early: Pillow is content if the compressed stream ends anywhere.
-
-    Rows that are not there are zero, so the bytes are counted only if the last row is zero, or rows come in several passes.
-    """
-    interlaced = data[28] == 1
-    if not interlaced and np.asarray(image.crop((0, image.height - 1, image.width, image.height))).any():
-        return
-    bits = data[24] * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[data[25]]
-    whole = 0
-    for left, top, right, down in ADAM7 if interlaced else ((0, 0, 1, 1),):
-        wide, high = -(-(image.width - left) // right), -(-(image.height - top) // down)
-        whole += high * (1 + -(-wide * bits // 8)) if wide > 0 else 0
-    at, found, unpacker = 8, 0, zlib.decompressobj()
-    while at + 8 <= len(data) and found < whole:
-        size, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
-        piece = data[at + 8 : at + 8 + size] if kind == b"IDAT" else b""
-        while piece and found < whole:
-            found += len(unpacker.decompress(piece, 2**20))
-            piece = unpacker.unconsumed_tail
-        at += 12 + size
-    if found < whole:
-        raise BadSample("image", f"its PNG stops after {found} of {whole} bytes of pixels")
-
-
-# Of each pass of an interlaced PNG: the first column and row, and the steps to the next ones.
-ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 
 
 def _decode_npy(data: bytes, channels: int) -> Pixels:
