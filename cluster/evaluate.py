@@ -42,7 +42,7 @@ from configs.schema import Config
 from data_pipeline.data_store import open_data
 from data_pipeline.manifest import load_manifest
 from data_pipeline.store import MissingObject, open_store
-from trainer.loop import fitted
+from trainer.loop import fitted, misguided
 from trainer.sampler import evaluations, sweep_evaluations
 from trainer.telemetry import event_file
 
@@ -61,6 +61,8 @@ def evaluate(config: Config) -> Path:
     data.check(write=False)  # evaluators and references that cannot go there stand beside the run
     manifest = load_manifest(data)
     config = fitted(config, manifest)
+    for sentence in misguided(config, "evaluate"):
+        print(f"WARNING: {sentence}", file=sys.stderr, flush=True)
     found, others = trained_series(config, manifest), read_others(config)
     with contextlib.ExitStack() as stack:
         # Where all is done already, Ray is not started.
@@ -77,8 +79,8 @@ def evaluate(config: Config) -> Path:
     files = report_files(
         flat,
         job.grids,
-        title=f"{config.name}: {flat[0].fid_name} and IS over w",
-        classes=manifest.schema.class_names[:COLUMNS],
+        title=f"{config.name}: {flat[0].fid_name}{'' if flat[0].inception_score is None else ' and IS'} over w",
+        classes=manifest.schema.class_names[:COLUMNS] if manifest.schema.classes > 1 else (),
         varying=varying(config, [*screened, *flat]),
         screened=screened,
         others=others,

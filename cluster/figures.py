@@ -65,13 +65,15 @@ def distance(value: float) -> str:
 
 
 def curves(series: list[Series]) -> bytes:
-    """FID and IS with their spreads, and accuracy, precision and recall, each over w."""
+    """FID and, if there are any, IS with their spreads, and accuracy, precision and recall, each over w."""
     with _style():
         return _curves(_shortened(series))
 
 
 def frontier(series: list[Series], others: Sequence[Row] = (), published: Sequence[Published] = ()) -> bytes:
-    """FID against IS, one curve per series, points labelled with w; single points for `others`, grey ones for `published`."""
+    """FID against IS of rows that have both, one curve per series, points labelled with w; single points for `others`, grey ones
+    for `published`.
+    """
     with _style():
         return _frontier(_shortened(series), others, published)
 
@@ -88,8 +90,9 @@ def _shortened(series: list[Series]) -> list[Series]:
 
 
 def _curves(series: list[Series]) -> bytes:
-    figure = Figure(figsize=(13.5, 3.9), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
+    scored = any(row.inception_score is not None for _, rows in series for row in rows)
+    figure = Figure(figsize=(13.5 if scored else 9.0, 3.9), layout="constrained")
+    left, *middle, right = figure.subplots(1, 3 if scored else 2)
     for (colour, marker), (label, rows) in zip(_styles(series), series, strict=True):
         w = [row.w for row in rows]
         left.plot(w, [row.fid for row in rows], f"{marker}-", color=colour, label=label)
@@ -99,10 +102,11 @@ def _curves(series: list[Series]) -> bytes:
             left.errorbar([row.w for row in known], [row.fid for row in known], error, fmt="none", color=colour, capsize=2)
         best = best_of(rows)
         left.plot(best.w, best.fid, "o", markersize=11, markerfacecolor="none", markeredgecolor=colour)
-        score = np.array([row.inception_score for row in rows])
-        spread = np.array([row.inception_score_std for row in rows])
-        middle.plot(w, score, f"{marker}-", color=colour, label=label)
-        middle.fill_between(w, score - spread, score + spread, color=colour, alpha=0.15, linewidth=0)
+        for axes in middle:
+            score = np.array([row.inception_score for row in rows], float)
+            spread = np.array([row.inception_score_std for row in rows], float)
+            axes.plot(w, score, f"{marker}-", color=colour, label=label)
+            axes.fill_between(w, score - spread, score + spread, color=colour, alpha=0.15, linewidth=0)
         for (name, line), colour_ in zip(SHARES, COLOURS, strict=False):
             points = [(row.w, getattr(row, name)) for row in rows if getattr(row, name) is not None]
             if points:
@@ -115,14 +119,16 @@ def _curves(series: list[Series]) -> bytes:
     else:
         left.set_title(f"{name} (ring: best)")
         left.legend()
-    middle.set_title("Inception score, ± std of the splits")
+    for axes in middle:
+        axes.set_title("Inception score, ± std of the splits")
     right.set_title("shares of images")
     measured = [(name, line) for name, line in SHARES if any(getattr(row, name) is not None for _, rows in series for row in rows)]
     for name, line in measured:
         colour = GREY if len(series) > 1 else COLOURS[SHARES.index((name, line))]
         right.plot([], [], line, color=colour, label=name)
-    right.legend(fontsize=9)
-    for axes in (left, middle, right):
+    if measured:
+        right.legend(fontsize=9)
+    for axes in (left, *middle, right):
         _guidance_axis(axes, sorted({row.w for _, rows in series for row in rows}))
     return _drawn(figure)
 
@@ -131,12 +137,11 @@ def _frontier(series: list[Series], others: Sequence[Row], published: Sequence[P
     figure = Figure(figsize=(7.2, 5.4), layout="constrained")
     axes = figure.subplots()
     for (colour, marker), (label, rows) in zip(_styles(series), series, strict=True):
-        axes.plot([row.inception_score for row in rows], [row.fid for row in rows], f"{marker}-", color=colour, label=label)
-        best = best_of(rows)
-        axes.plot(best.inception_score, best.fid, "o", markersize=11, markerfacecolor="none", markeredgecolor=colour)
+        axes.plot(*zip(*map(_point, rows), strict=True), f"{marker}-", color=colour, label=label)
+        axes.plot(*_point(best_of(rows)), "o", markersize=11, markerfacecolor="none", markeredgecolor=colour)
     rows = [row for _, members in series for row in members]
     _log_if_wide(axes, [row.fid for row in rows])
-    places = [(visible(row.run, LONGEST), row.inception_score, row.fid) for row in others]
+    places = [(visible(row.run, LONGEST), row.inception_score, row.fid) for row in others if row.inception_score is not None]
     places += [(number.model, number.inception_score, number.fid) for number in published if number.inception_score is not None]
     for _, score, fid in places:
         axes.plot(score, fid, "D", color=GREY, markersize=4)
@@ -151,9 +156,15 @@ def _frontier(series: list[Series], others: Sequence[Row], published: Sequence[P
     return _drawn(figure)
 
 
+def _point(row: Row) -> tuple[float, float]:
+    """Where a row stands in the frontier, which rows without a score have no place in."""
+    assert row.inception_score is not None
+    return row.inception_score, row.fid
+
+
 def _label_points(axes: Axes, series: list[Series], places: Sequence[tuple[str, float, float]]) -> None:
     """Write names beside single points and w beside those of curves, the ends and the best first, where nothing is in the way."""
-    curves = [axes.transData.transform([(row.inception_score, row.fid) for row in rows]) for _, rows in series]
+    curves = [axes.transData.transform([_point(row) for row in rows]) for _, rows in series]
     single = axes.transData.transform([(score, fid) for _, score, fid in places]) if places else np.empty((0, 2))
     obstacles = np.concatenate([*(_dense(points) for points in curves), single])
     sideways = np.array([1.0, 0.0])
@@ -267,9 +278,10 @@ def side_by_side(
         canvas.paste(Image.fromarray(tile), (left, top))
         baseline = top - head + 54
         draw.text((left + 3, baseline), f"w = {row.w:g}", INK, _font(26, bold=True), anchor="ls")
-        fid, score = f"{row.fid_name} {distance(row.fid)}", f"IS {row.inception_score:.2f}"
+        fid = f"{row.fid_name} {distance(row.fid)}"
+        both = fid if row.inception_score is None else f"{fid}   IS {row.inception_score:.2f}"
         room = width - 14 - draw.textlength(f"w = {row.w:g}", _font(26, bold=True))
-        fitting = [words for words in (f"{fid}   {score}", fid) if draw.textlength(words, _font(19)) <= room]
+        fitting = [words for words in (both, fid) if draw.textlength(words, _font(19)) <= room]
         if fitting:
             draw.text((left + width - 3, baseline), fitting[0], GREY, _font(19), anchor="rs")
         cell = (width - 3) / grids[row].shape[1]

@@ -68,7 +68,8 @@ class Made:
 class Folded:
     """All that a report needs of the units of a row.
 
-    The grid is uint8 (rows, COLUMNS classes at most, H, W, C); None where labels are drawn, so that no column is a class.
+    The grid is uint8 (rows, COLUMNS classes at most, H, W, C), of one class (rows, COLUMNS images at most, H, W, C); None where
+    labels are drawn, so that no column is a class.
     """
 
     values: dict[str, float | None]  # see `measure.values`
@@ -130,11 +131,12 @@ class Folder:
 def _fold(one: Series, fold: Fold, yardsticks: Sequence[Yardstick]) -> Folded:
     plan = units.split([fold.w], fold.images, one.config.evaluate.unit)
     parts = [_arrays(one.store, unit.key("npz")) for unit in plan]
-    labels = np.concatenate([part["labels"] for part in parts])
+    classes = one.config.data.classes
+    labels = np.concatenate([part["labels"] for part in parts]) if classes > 1 else None  # of one class they say nothing
     grid = None
     if one.config.sampling.labels == "balanced":
         shown = np.concatenate([part["images"] for part in parts])
-        columns = min(one.config.data.classes, COLUMNS)
+        columns = min(classes if classes > 1 else len(shown), COLUMNS)  # of one class they are lines of pictures
         grid = shown[: len(shown) // columns * columns].reshape(-1, columns, *shown.shape[1:])
     made = {
         unit: Made(unit.last - unit.first, float(part["seconds"]), int(part["evaluations"]), str(part["device"]))

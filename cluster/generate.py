@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import shutil
+import sys
 import tempfile
 import zipfile
 from pathlib import Path
@@ -32,6 +33,7 @@ from data_pipeline.scan import scan
 from data_pipeline.shards import Sample, pack_shard
 from data_pipeline.store import FolderStore, Store, open_store, read_each
 from trainer.engine import choose_kernels
+from trainer.loop import misguided
 from trainer.sampler import image_labels
 
 NPZ = "samples.npz"
@@ -46,6 +48,8 @@ def generate(config: Config) -> str:
     with contextlib.ExitStack() as stack:
         connect = functools.cache(lambda: stack.enter_context(session(config, config.cluster.actors)))
         one = as_trained(config, "generate")
+        for sentence in misguided(one.config, "generate"):
+            print(f"WARNING: {sentence}", file=sys.stderr, flush=True)
         return units.on_one_kind(config, open_store(config.run), connect, functools.partial(_generated, one))
 
 

@@ -16,7 +16,7 @@ from data_pipeline.store import Retry, open_store
 from trainer import checkpoint
 from trainer.devices import REFERENCE, cpu_flops, peak_flops, peak_of
 from trainer.diffusion.theory import draw_figure_2
-from trainer.loop import fitted, misfits
+from trainer.loop import fitted, misfits, misguided
 from trainer.networks.build import build_network, count_parameters, forward_flops
 from trainer.sampler import sweep_evaluations
 
@@ -77,7 +77,7 @@ def _with_data(config: Config) -> tuple[Config, list[str]]:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, classes=ASSUMED))
         return config, [f"the number of classes is not known before the data are there, and taken for {ASSUMED} ({error})"]
     config = fitted(config, manifest)
-    return config, list(misfits(config, manifest.samples))
+    return config, [*misfits(config, manifest.samples), *misguided(config, "evaluate")]
 
 
 @dataclasses.dataclass(frozen=True)

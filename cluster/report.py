@@ -9,9 +9,9 @@ on interruptions (seconds, images/s, evaluations that were made twice) goes into
 page links the latter.
 
 Files: report.json (rows, readable by `rows.from_json`), report.csv (every field of every row), screen.csv (the same of a first
-look, where there was one), table.md, fid_over_w.png, frontier.png (FID against IS, the paper's figure 4), samples.png (several w
-side by side), index.html (all of it in one file). One series also has samples_w<w>.png for each w; several have samples_1.png,
-samples_2.png, ... in their order, instead of samples.png. No table mixes n, and no CSV file.
+look, where there was one), table.md, fid_over_w.png, frontier.png (FID against IS, the paper's figure 4; not without an IS),
+samples.png (several w side by side), index.html (all of it in one file). One series also has samples_w<w>.png for each w; several
+have samples_1.png, samples_2.png, ... in their order, instead of samples.png. No table mixes n, and no CSV file.
 """
 
 import base64
@@ -56,7 +56,8 @@ def save_report(files: Mapping[str, bytes], out_dir: Path) -> list[Path]:
     folder = os.open(out_dir, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
-        for old in (*out_dir.glob("samples*.png"), *out_dir.glob("screen.csv")):  # of other w or series, of a report with a screen
+        # Of other w or series, of a report with a screen, of an extractor with classes.
+        for old in (path for name in ("samples*.png", "screen.csv", "frontier.png") for path in out_dir.glob(name)):
             old.unlink()
         for name, data in files.items():
             (out_dir / name).write_bytes(data)
@@ -97,8 +98,9 @@ def report_files(
         "table.md": _markdown(title, tables).encode(),
         "fid_over_w.png": figures.curves(series),
     }
-    matching = [number for number in rows_of(ordered[0].dataset) if why_not_beside(ordered[0]) is None and number.w is None]
-    files["frontier.png"] = figures.frontier(series, others, matching)
+    if all(row.inception_score is not None for row in ordered):
+        matching = [number for number in rows_of(ordered[0].dataset) if why_not_beside(ordered[0]) is None and number.w is None]
+        files["frontier.png"] = figures.frontier(series, others, matching)
     if looked:
         files["screen.csv"] = _csv(looked).encode()
     files |= _pictures(series, grids, classes)

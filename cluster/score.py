@@ -29,6 +29,7 @@ from cluster.metrics.reference import Reference
 from cluster.metrics.rows import UNKNOWN, Row, to_json, typed
 from cluster.session import progress
 from cluster.units import code_version
+from cluster.yardstick import warn_of_symmetry
 from configs.errors import ConfigError, DataError
 from data_pipeline.artifact import read_npz
 from data_pipeline.decode import decode_picture
@@ -118,6 +119,7 @@ def score(
     if dinov2:
         other = load_dinov2(dinov2, dinov2_hash, access)
         second = Yardstick(other, load_reference(dinov2_reference, other, dataset, device, access))
+    warn_of_symmetry(judge)
     found = load_samples(samples, judge.channels, access)
     return score_samples(found, yardstick, second, name=name or samples, w=w, facts=facts, device=device, unit=unit)
 
@@ -138,12 +140,14 @@ def score_samples(
     extractors = [each.extractor for each in (yardstick, dinov2) if each]
     units = _measured(samples.images, extractors, device, unit)
     given = _checked(facts or {}, {"w", "n", "run", "code_version", *measure.VALUES, *measure.conditions(yardstick, dinov2)})
+    asked = yardstick.extractor.has_classes  # else there is no accuracy, and labels only tell the cycles
+    labels = samples.labels_by(yardstick.reference.class_names) if asked else samples.labels
     known = {"rounding": f"{UNKNOWN}, compressed with loss" if samples.lossy else UNKNOWN, "labels": UNKNOWN} | given
     return Row(
         w=w,
         n=len(samples.images),
         run=name,
-        **measure.values(units, samples.labels_by(yardstick.reference.class_names), yardstick, dinov2),  # type: ignore[arg-type]
+        **measure.values(units, labels, yardstick, dinov2),  # type: ignore[arg-type]
         **measure.conditions(yardstick, dinov2),
         **known,
         code_version=code_version(),
@@ -189,7 +193,8 @@ def load_samples(uri: str, channels: int, access: Access | None = None) -> Sampl
     store.check(write=False)
     if store.exists(NAME):
         manifest = load_manifest(store)
-        return Samples(*scan_all(store, manifest), names=manifest.schema.class_names)
+        images, labels = scan_all(store, manifest)
+        return Samples(images, labels if manifest.schema.classes > 1 else None, names=manifest.schema.class_names)
     return _from_files(store, uri, channels)
 
 

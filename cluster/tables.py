@@ -70,9 +70,10 @@ def tables_of(
 def _screen(ordered: Sequence[Row], varying: Sequence[str]) -> Table:
     """The table of the first look: other n, so another table."""
     table = _metrics(ordered, varying)
+    better = "a" if ordered[0].inception_score is None else "at least its IS and a"
     note = (
         "A first look at every w. More images went to those that may lie on the frontier, and their neighbours in w: a w is left "
-        f"out where another has at least its IS and a {ordered[0].fid_name} lower by more than both spreads. "
+        f"out where another has {better} {ordered[0].fid_name} lower by more than both spreads. "
     )
     return replace(table, heading=f"The screen: n = {ordered[0].n}", note=note + table.note)
 
@@ -344,4 +345,8 @@ def _caption(ordered: Sequence[Row], varying: Sequence[str]) -> str:
         words.append(f"± after {', '.join(names)}: standard deviation over sets of n images of one network, by jackknife.")
     if row.fid_name != "FID":
         words.append(f"{row.fid_name} is the Fréchet distance of these features and compares with no other FID.")
+    if row.inception_score is None:
+        words.append(
+            f"{row.extractor} tells no classes apart: there is no Inception score, and no curve of {row.fid_name} over it."
+        )
     return " ".join(words)

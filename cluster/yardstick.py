@@ -1,9 +1,9 @@
 """What images are measured with: feature networks, and the statistics of the real images as each of them sees these.
 
 A yardstick is weights and a reference. Weights are named by the user, or are those of the data's own evaluator, which is trained
-here where the data have none yet. A reference is named by the user, or measured here on the data. Whatever is made here stands
-beside the data, under a name that says what made it, so that every run on that data is measured with the same; if the data may
-only be read, it stands beside the run.
+here where the data have none yet: on their labels, or on the turns of their pictures if they have one class only. A reference is
+named by the user, or measured here on the data. Whatever is made here stands beside the data, under a name that says what made it,
+so that every run on that data is measured with the same; if the data may only be read, it stands beside the run.
 
 An evaluator is trained in the memory of one task, on PIXELS bytes of images at most. References are measured image by image.
 """
@@ -39,6 +39,7 @@ from trainer.engine import choose_kernels
 from trainer.loop import fitted
 
 EVALUATOR = "evaluator.safetensors"
+WEAK = 0.4  # accuracy in telling turns below which features say little; guessing has 0.25
 FITTING = "cluster.yardstick:_fit"  # decides the weights of an evaluator
 SEEING = "cluster.yardstick:_see"  # decides a reference
 PIXELS = 4 * 2**30  # bytes of decoded images that an evaluator is trained on: 350 000 images of 64x64x3
@@ -75,9 +76,10 @@ def fit_evaluator(config: Config) -> str:
         found = _yardstick(config, data, manifest, connect, None, "", "")
     extractor, reference = found.extractor, found.reference
     assert isinstance(extractor, Evaluator)
-    print(f"evaluator {extractor.hash}: {100 * extractor.accuracy:.1f} % accuracy on held-out images, FID-{extractor.name}")
+    print(f"evaluator {extractor.hash}: {_accuracy(extractor)}, FID-{extractor.name}")
     print(f"reference {reference.sha256}: {reference.pool.n} images of {dataset_name(config)}, beside it")
     print(f"pin it: evaluate.extractor={found.weights} evaluate.extractor_hash={extractor.hash}")
+    warn_of_symmetry(extractor)
     return found.weights
 
 
@@ -86,11 +88,21 @@ def dataset_name(config: Config) -> str:
     return config.evaluate.dataset or Path(config.data.uri).name
 
 
+def evaluator_name(config: Config, manifest: Manifest) -> str:
+    """What tables call the features of the data's own evaluator, so that they say which these are."""
+    return dataset_name(config) if has_labels(manifest) else f"{dataset_name(config)}-{evaluators.ROTATIONS}"
+
+
+def has_labels(manifest: Manifest) -> bool:
+    """Whether the labels of the data tell anything: one class is none."""
+    return manifest.schema.classes > 1
+
+
 def warn_of_few(images: int, classes: int, yardsticks: list[Yardstick]) -> None:
     """One line on standard error for each yardstick whose features are as many as the images, or more, and one where a split of
     the Inception score, of which there are 10, has fewer images than classes.
     """
-    if images < 10 * classes:
+    if images < 10 * classes and any(each.extractor.has_classes for each in yardsticks):
         print(
             f"WARNING: {images} images of {classes} classes: a split of the Inception score, a tenth of them, cannot hold "
             f"all classes and scores low; take {10 * classes} images or more to compare it",
@@ -106,6 +118,22 @@ def warn_of_few(images: int, classes: int, yardsticks: list[Yardstick]) -> None:
                 file=sys.stderr,
                 flush=True,
             )
+
+
+def warn_of_symmetry(extractor: Extractor) -> None:
+    """One line on standard error if `extractor` learned the turns of pictures and can hardly tell them."""
+    if isinstance(extractor, Evaluator) and extractor.rotations and extractor.accuracy < WEAK:
+        print(
+            f"WARNING: {extractor.name} has {_accuracy(extractor)}, and guessing has 25 %: pictures that look alike when they are "
+            "turned, or are too few, teach it little, and its distances say little; set evaluate.extractor to Inception's weights",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _accuracy(evaluator: Evaluator) -> str:
+    of = "rotation accuracy" if evaluator.rotations else "accuracy"
+    return f"{100 * evaluator.accuracy:.1f} % {of} on held-out images"
 
 
 def _yardstick(
@@ -127,14 +155,18 @@ def _yardstick(
             "seed": config.evaluate.evaluator_seed,
             "code": code_version(FITTING),
         }
+        if not has_labels(manifest):
+            options |= {"learned": evaluators.ROTATIONS}
     name = f"evaluators/{units.fingerprint(options)}/"
     places = [data.child(name), open_store(config.run).child(name)]  # beside the run if the data may only be read
     with contextlib.suppress(MissingObject):
         return _load(config, places, given, weights, reference)
     _check_writable(places)
     if not given and not _holding(places, EVALUATOR):
-        evaluators.check_shape(manifest.schema.image_size, manifest.schema.channels, manifest.schema.classes)
-        print(f"training the evaluator on {manifest.samples} real images", flush=True)
+        evaluators.check_shape(manifest.schema.image_size, manifest.schema.channels)
+        evaluators.check_name(evaluator_name(config, manifest))
+        what = "" if has_labels(manifest) else ", to tell how they are turned, as they have no classes"
+        print(f"training the evaluator on {manifest.samples} real images{what}", flush=True)
     else:
         print(f"measuring {reference or f'{manifest.samples} real images'}", flush=True)
     resources = connect()
@@ -144,8 +176,7 @@ def _yardstick(
         raise UserError(failure)
     made = _load(config, places, given, weights, reference)
     if isinstance(made.extractor, Evaluator) and not given:
-        accuracy = f"{100 * made.extractor.accuracy:.1f} % accuracy on held-out images"
-        print(f"evaluator {made.extractor.hash[:12]}: {accuracy}", flush=True)
+        print(f"evaluator {made.extractor.hash[:12]}: {_accuracy(made.extractor)}", flush=True)
     return made
 
 
@@ -256,5 +287,7 @@ def _fit(config: Config, data: Store, manifest: Manifest, device: str) -> Evalua
     images, labels = scan_all(data, manifest, every)  # evenly spread, as data may be sorted by class
     if every > 1:
         print(f"the evaluator is trained on one shard in {every}: {len(images)} of {manifest.samples} images", flush=True)
-    epochs, seed = config.evaluate.evaluator_epochs, config.evaluate.evaluator_seed
-    return evaluators.fit_evaluator(images, labels, config.data.classes, epochs, seed, name=dataset_name(config), device=device)
+    epochs, seed, name = config.evaluate.evaluator_epochs, config.evaluate.evaluator_seed, evaluator_name(config, manifest)
+    if not has_labels(manifest):
+        return evaluators.fit_rotations(images, epochs, seed, name=name, device=device)
+    return evaluators.fit_evaluator(images, labels, config.data.classes, epochs, seed, name=name, device=device)

@@ -306,6 +306,16 @@ def misfits(config: Config, samples: int) -> Iterator[str]:
         )
 
 
+def misguided(config: Config, command: str) -> Iterator[str]:
+    """What is allowed but means nothing: guidance of data with one class, in `command`, which is evaluate or generate."""
+    asked, enough = {"evaluate": (config.evaluate.w, [0]), "generate": (config.generate.w, 0)}[command]
+    if config.data.classes == 1 and asked != enough:
+        yield (
+            f"{command}.w={asked}: guidance goes from all images towards those of a class, and the data have one class only, so "
+            f"that w > 0 just enlarges the difference of two estimates of the same; {command}.w={enough} would do"
+        )
+
+
 def fitted(config: Config, manifest: Manifest) -> Config:
     """The config with the number of classes that the data have. Raises ConfigError where it speaks of other samples than theirs."""
     for name in ("image_size", "channels", "classes", "dtype"):
@@ -332,7 +342,8 @@ def draw_samples(run: Run, step: int) -> None:
 
 def _draw(run: Run, step: int) -> None:
     config = run.config
-    columns, rows = min(config.data.classes, 10), 4
+    classes, rows = config.data.classes, 4
+    columns = min(classes, 10) if classes > 1 else 10  # of one class they are lines of pictures
     sampling = dataclasses.replace(
         config.sampling,
         sampler="dpmpp_2m",
@@ -343,5 +354,5 @@ def _draw(run: Run, step: int) -> None:
     )
     sampler = Sampler.from_run(dataclasses.replace(config, sampling=sampling), step, run.engine.device)
     index = torch.arange(rows * columns)
-    x = sampler.sample(index, index % columns, config.generate.w)
+    x = sampler.sample(index, index % columns % classes, config.generate.w)
     run.telemetry.images(step, f"samples/w={config.generate.w:g}", grid(x, columns))

@@ -122,6 +122,7 @@ class DinoV2:
     name: str = DINOV2
     resize: str = f"bicubic-antialias-{SIZE}"
     channels: int = 3
+    has_classes: bool = False
 
     @property
     def width(self) -> int:

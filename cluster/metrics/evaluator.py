@@ -6,11 +6,16 @@ its weights. Its distances are called `FID-<name>` and compare with others of th
 
 A fifth of the images is held out by a fixed permutation (never by position, since labels may repeat with a period). The weights
 are those trained on the other four fifths, so the accuracy stated is the accuracy of the very network that measures.
+
+Data without classes have no labels to learn. There the network learns by how many quarter turns a picture was turned (Gidaris et
+al. 2018, arXiv 1803.07728), for which it has to find out what stands upright in it. Its four turns are no classes of the data: such
+an evaluator measures features only, and no Inception score or accuracy can be made of it.
 """
 
 import hashlib
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -29,6 +34,12 @@ HELD_OUT = 5  # one image in so many is held out
 HELD_OUT_SEED = 20220726  # of the permutation that decides which; independent of the training seed
 PEAK_LR = 3e-3
 BATCH = 128
+AT_A_TIME = 512  # images measured together
+TURNS = 4  # of a picture by a quarter each, with which it is as it was
+ROTATIONS = "rotations"  # what an evaluator says that it learned, if it learned turns; one that learned labels says nothing
+
+# The rows (n,) of a training set -> images uint8 (N, H, W, C) to learn from, and what to say of them (N,), N = n or TURNS n.
+Lesson = Callable[[NDArray[np.int64]], tuple[NDArray[np.uint8], NDArray[np.int64]]]
 
 
 class Network(nn.Module):
@@ -62,6 +73,11 @@ class Evaluator:
     seed: int
     accuracy: float  # on the held-out fifth
     network: Network
+    rotations: bool = False  # whether it learned the turns of pictures: its classes are these then, and none of the data
+
+    @property
+    def has_classes(self) -> bool:
+        return not self.rotations
 
     @cached_property
     def hash(self) -> str:
@@ -72,9 +88,9 @@ class Evaluator:
         return digest.hexdigest()
 
     def features(
-        self, images: NDArray[np.uint8], batch: int = 512, device: str = "cpu"
+        self, images: NDArray[np.uint8], batch: int = AT_A_TIME, device: str = "cpu"
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Images uint8 (N, H, W, C) -> features (N, 64) and class probabilities (N, K), both float32.
+        """Images uint8 (N, H, W, C) -> features (N, 64) and probabilities (N, K) of what it learned, both float32.
 
         Bits repeat for equal `batch`, device and thread count. Raises DataError for images that the network was not made for.
         """
@@ -102,12 +118,13 @@ class Evaluator:
         return FEATURES
 
     def measure(self, images: NDArray[np.uint8], device: str = "cpu") -> Measured:
-        """`features` in the form that all extractors share."""
-        return Measured(*self.features(images, device=device))
+        """`features` in the form that all extractors share; how a picture is turned is nothing that metrics ask."""
+        features, probabilities = self.features(images, device=device)
+        return Measured(features, probabilities if self.has_classes else None)
 
     def to_bytes(self) -> bytes:
         """A sealed safetensors file that holds the weights and what `from_bytes` needs; equal evaluators give equal bytes."""
-        facts = {field: getattr(self, field) for field in _FACTS}
+        facts = {field: getattr(self, field) for field in _FACTS} | ({"learned": ROTATIONS} if self.rotations else {})
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.network.state_dict().items()}
         return to_safetensors(tensors, "evaluator", facts)
 
@@ -130,18 +147,22 @@ def fit_evaluator(
     On a CPU the same data, seed and thread count give the same weights, bit for bit; the global random state is not touched.
     Raises DataError for images, labels or a name that do not fit.
     """
-    _check(images, labels, classes, epochs, name)
-    size, channels = images.shape[1], images.shape[3]
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(HELD_OUT_SEED))
-    held_out, kept = order[: len(order) // HELD_OUT].numpy(), order[len(order) // HELD_OUT :].numpy()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = Network(size, channels, classes)
-    _train(network.to(device), images, labels, kept, epochs, seed, device)
-    network.cpu()
-    untested = Evaluator(name, size, channels, classes, epochs, seed, float("nan"), network)
-    accuracy = float(np.mean(untested.features(images[held_out])[1].argmax(axis=1) == labels[held_out]))
-    return Evaluator(name, size, channels, classes, epochs, seed, accuracy, network)
+    _check_images(images, epochs, name)
+    _check_labels(images, labels, classes)
+    fresh = _fresh(images, classes, epochs, seed, name)
+    return _taught(fresh, lambda rows: (images[rows], labels[rows].astype(np.int64)), len(images), device)
+
+
+def fit_rotations(images: NDArray[np.uint8], epochs: int = 30, seed: int = 0, *, name: str, device: str = "cpu") -> Evaluator:
+    """As `fit_evaluator`, without labels: train on every image in its four turns. A held-out image is held out in all of them."""
+    _check_images(images, epochs, name)
+    fresh = replace(_fresh(images, TURNS, epochs, seed, name), rotations=True)
+    return _taught(fresh, lambda rows: (turned(images[rows]), np.repeat(np.arange(TURNS), len(rows))), len(images), device)
+
+
+def turned(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Square images (N, H, H, C) -> (4 N, H, H, C): all of them as they are, then by one, two and three quarter turns."""
+    return np.concatenate([np.rot90(images, turns, axes=(1, 2)) for turns in range(TURNS)])
 
 
 def from_bytes(data: bytes, where: str = "evaluator") -> Evaluator:
@@ -150,8 +171,11 @@ def from_bytes(data: bytes, where: str = "evaluator") -> Evaluator:
     tensors, facts = read_safetensors(data, where, "evaluator", "an evaluator", remedy)
     try:
         values: dict[str, Any] = {field: kind(facts[field]) for field, kind in _FACTS.items()}
+        learned = facts.get("learned")
+        if learned not in (None, ROTATIONS) or (learned and values["classes"] != TURNS):
+            raise ValueError(f"it learned {str(learned)[:40]!r} of {values['classes']} classes")
         check_shape(values["size"], values["channels"], values["classes"])
-        _check_name(values["name"])
+        check_name(values["name"])
         if tensors["head.weight"].shape != (values["classes"], FEATURES) or not 0 <= values["accuracy"] <= 1:
             raise ValueError(f"{values['classes']} classes, an accuracy of {values['accuracy']:g}")
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
@@ -161,7 +185,7 @@ def from_bytes(data: bytes, where: str = "evaluator") -> Evaluator:
     except (DataError, KeyError, ValueError, TypeError, OverflowError, RuntimeError) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise DataError(f"{where} is not an evaluator ({reason}); {remedy}") from None
-    return Evaluator(**values, network=network.eval())
+    return Evaluator(**values, network=network.eval(), rotations=learned == ROTATIONS)
 
 
 def _convolution(width_in: int, width_out: int) -> list[nn.Module]:
@@ -172,19 +196,33 @@ def _to_input(images: NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(images.astype(np.float32)).permute(0, 3, 1, 2) / 127.5 - 1.0
 
 
-def _train(
-    network: Network,
-    images: NDArray[np.uint8],
-    labels: NDArray[np.integer],
-    kept: NDArray[np.int64],
-    epochs: int,
-    seed: int,
-    device: str,
-) -> None:
+def _fresh(images: NDArray[np.uint8], classes: int, epochs: int, seed: int, name: str) -> Evaluator:
+    """An evaluator that has learned nothing yet. Raises DataError for images that none takes."""
+    size, channels = images.shape[1], images.shape[3]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = Network(size, channels, classes)
+    return Evaluator(name, size, channels, classes, epochs, seed, float("nan"), network)
+
+
+def _taught(fresh: Evaluator, lesson: Lesson, images: int, device: str) -> Evaluator:
+    """The evaluator after the lesson of so many images, but for the held-out fifth, on which it is tested."""
+    order = torch.randperm(images, generator=torch.Generator().manual_seed(HELD_OUT_SEED))
+    held_out, kept = order[: images // HELD_OUT].numpy(), order[images // HELD_OUT :].numpy()
+    copies = TURNS if fresh.rotations else 1
+    _train(fresh.network.to(device), lesson, kept, BATCH // copies, fresh.epochs, fresh.seed, device)
+    fresh.network.cpu()
+    right = []
+    for start in range(0, len(held_out), AT_A_TIME // copies):
+        shown, expected = lesson(held_out[start : start + AT_A_TIME // copies])
+        right.append(fresh.features(shown)[1].argmax(axis=1) == expected)
+    return replace(fresh, accuracy=float(np.mean(np.concatenate(right))))
+
+
+def _train(network: Network, lesson: Lesson, kept: NDArray[np.int64], batch: int, epochs: int, seed: int, device: str) -> None:
     """AdamW with a one-cycle learning rate on the rows `kept`; batches in the order of a generator of their own."""
     generator = torch.Generator().manual_seed(seed)
-    targets = torch.from_numpy(labels.astype(np.int64))
-    batch = min(BATCH, len(kept))
+    batch = min(batch, len(kept))
     steps = len(kept) // batch  # the remainder of an epoch is left out: batch norm wants full batches
     optimizer = torch.optim.AdamW(network.parameters(), lr=PEAK_LR, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=epochs * steps)
@@ -192,9 +230,9 @@ def _train(
     for _ in range(epochs):
         order = kept[torch.randperm(len(kept), generator=generator).numpy()]
         for step in range(steps):
-            rows = order[step * batch : (step + 1) * batch]
-            _, logits = network(_to_input(images[rows]).to(device))
-            loss = F.cross_entropy(logits, targets[rows].to(device))
+            images, targets = lesson(order[step * batch : (step + 1) * batch])
+            _, logits = network(_to_input(images).to(device))
+            loss = F.cross_entropy(logits, torch.from_numpy(targets).to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -202,36 +240,43 @@ def _train(
     network.eval()
 
 
-def _check(images: NDArray[np.uint8], labels: NDArray[np.integer], classes: int, epochs: int, name: str) -> None:
+def _check_images(images: NDArray[np.uint8], epochs: int, name: str) -> None:
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != images.shape[2]:
         raise DataError(
             f"an evaluator is trained on square images uint8 (N, H, W, C), not {images.dtype} {images.shape}; decode them first"
         )
+    check_shape(images.shape[1], images.shape[3])
+    if len(images) < 2 * HELD_OUT:
+        raise DataError(f"{len(images)} images are too few to train and test an evaluator; use at least {2 * HELD_OUT}")
+    if epochs < 1:
+        raise DataError(f"an evaluator needs one epoch or more, not {epochs}; correct evaluate.evaluator_epochs")
+    check_name(name)
+
+
+def _check_labels(images: NDArray[np.uint8], labels: NDArray[np.integer], classes: int) -> None:
     check_shape(images.shape[1], images.shape[3], classes)
     if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
         raise DataError(
             f"{len(images)} images need as many integer labels, not {labels.dtype} {labels.shape}; give one label per image"
         )
-    if len(images) < 2 * HELD_OUT:
-        raise DataError(f"{len(images)} images are too few to train and test an evaluator; use at least {2 * HELD_OUT}")
     if labels.min() < 0 or labels.max() >= classes:
         raise DataError(f"labels {labels.min()} to {labels.max()} do not fit {classes} classes; correct data.classes")
-    if epochs < 1:
-        raise DataError(f"an evaluator needs one epoch or more, not {epochs}; correct evaluate.evaluator_epochs")
-    _check_name(name)
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Raises DataError for what tables cannot call an evaluator."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or name.lower().startswith("inception"):
         raise DataError(
-            f"{name!r} cannot name an evaluator; use letters, digits, '-', '_' and '.', and leave 'inception' to Inception"
+            f"{name!r} cannot name an evaluator; use letters, digits, '-', '_' and '.', as evaluate.dataset for example, and leave "
+            "'inception' to Inception"
         )
 
 
-def check_shape(size: int, channels: int, classes: int) -> None:
-    """Raises DataError for images that no evaluator takes."""
-    if not 8 <= size <= 64 or channels not in (1, 3) or classes < 2:
+def check_shape(size: int, channels: int, classes: int | None = None) -> None:
+    """Raises DataError for images that no evaluator takes; with `classes`, for labels that none learns."""
+    if not 8 <= size <= 64 or channels not in (1, 3) or (classes is not None and classes < 2):
+        wanted = "8 to 64 pixels per side, 1 or 3 channels" + ("" if classes is None else " and 2 classes or more")
+        found = f"{size} pixels, {channels} channels" + ("" if classes is None else f" and {classes} classes")
         raise DataError(
-            f"an evaluator takes 8 to 64 pixels per side, 1 or 3 channels and 2 classes or more, not {size} pixels, {channels} "
-            f"channels and {classes} classes; prepare the data so, or set evaluate.extractor to Inception's weights"
+            f"an evaluator takes {wanted}, not {found}; prepare the data so, or set evaluate.extractor to Inception's weights"
         )

@@ -68,6 +68,10 @@ class Extractor(Protocol):
     def width(self) -> int:
         """Number of features of an image, d."""
 
+    @property
+    def has_classes(self) -> bool:
+        """Whether it says how probable classes are. Without, there is no Inception score and no accuracy."""
+
     def measure(self, images: NDArray[np.uint8], device: str = "cpu") -> Measured:
         """Measure images uint8 (N, H, W, C). Raises DataError for images that it cannot take."""
 
@@ -92,7 +96,7 @@ def load_extractor(uri: str, sha256: str = "", access: Access | None = None) -> 
 
 
 def load_judge(uri: str, sha256: str = "", access: Access | None = None) -> Extractor:
-    """`load_extractor` of weights that have classes, as the Inception score needs them."""
+    """`load_extractor` of weights that FID is measured with: not DINOv2, whose distance has a name and a column of its own."""
     extractor = load_extractor(uri, sha256, access)
     if extractor.name == DINOV2:
         raise DataError(f"{uri} holds DINOv2, which has no classes and so no Inception score; name it as dinov2, beside another")

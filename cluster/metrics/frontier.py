@@ -2,9 +2,10 @@
 
 Guidance trades FID against IS, so two models are compared where their IS is equal, never where their w is. The paper's Table 1 is
 the warning: at w = 1 the model of p_uncond = 0.5 has the lowest FID of the three (9.13 against 12.6), and at every IS up to 200 it
-has the highest.
+has the highest. Rows without a score have no frontier: the lower FID is the better one.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,7 +23,7 @@ def fid_at(rows: Sequence[Row], inception_score: float) -> float | None:
 
     Where the curve turns back and passes the score twice, the lower FID counts: one would choose that w.
     """
-    points = [(row.inception_score, row.fid) for row in sorted(rows, key=lambda row: row.w)]
+    points = [(row.inception_score, row.fid) for row in sorted(rows, key=lambda row: row.w) if row.inception_score is not None]
     found = [fid for score, fid in points if score == inception_score]
     for (score_a, fid_a), (score_b, fid_b) in pairwise(points):
         if min(score_a, score_b) < inception_score < max(score_a, score_b):
@@ -32,10 +33,11 @@ def fid_at(rows: Sequence[Row], inception_score: float) -> float | None:
 
 
 def common_scores(series: Sequence[Sequence[Row]], count: int = 10) -> list[float]:
-    """Up to `count` round Inception scores, rising, that every series reaches; empty where their ranges do not overlap."""
-    low = max(min(row.inception_score for row in rows) for rows in series)
-    high = min(max(row.inception_score for row in rows) for rows in series)
-    if high <= low:
+    """Up to `count` round Inception scores, rising, that every series reaches; empty if their ranges do not overlap, or if a series
+    has none.
+    """
+    reached = [[row.inception_score for row in rows if row.inception_score is not None] for rows in series]
+    if not all(reached) or (high := min(map(max, reached))) <= (low := max(map(min, reached))):
         return []
     for step in (m * 10.0**e for e in range(-4, 5) for m in (1.0, 2.0, 5.0)):
         first, last = int(np.ceil(low / step)), int(np.floor(high / step))
@@ -47,16 +49,16 @@ def common_scores(series: Sequence[Sequence[Row]], count: int = 10) -> list[floa
 def near_frontier(curves: Sequence[Sequence[Row]]) -> list[list[float]]:
     """The w of each curve that may lie on the common frontier of all of them, and their neighbours in w: what deserves more images.
 
-    A row is beaten by one of at least its Inception score whose FID is lower by more than the sum of both spreads (`fid_std`).
-    Where a spread is not known, nobody knows who is beaten.
+    A row is beaten by one of at least its Inception score, if it has one, whose FID is lower by more than the sum of both spreads
+    (`fid_std`). Where a spread is not known, nobody knows who is beaten.
     """
-    known = [(row.inception_score, row.fid, row.fid_std) for rows in curves for row in rows if row.fid_std is not None]
+    known = [(_score(row), row.fid, row.fid_std) for rows in curves for row in rows if row.fid_std is not None]
 
     def beaten(row: Row) -> bool:
         if row.fid_std is None:
             return False
         limit = row.fid - row.fid_std
-        return any(score >= row.inception_score and fid + std < limit for score, fid, std in known)
+        return any(score >= _score(row) and fid + std < limit for score, fid, std in known)
 
     found = []
     for rows in curves:
@@ -64,6 +66,10 @@ def near_frontier(curves: Sequence[Sequence[Row]]) -> list[list[float]]:
         kept = [not beaten(row) for row in ordered]
         found.append([row.w for i, row in enumerate(ordered) if any(kept[max(0, i - 1) : i + 2])])
     return found
+
+
+def _score(row: Row) -> float:
+    return -math.inf if row.inception_score is None else row.inception_score
 
 
 @dataclass(frozen=True)

@@ -137,6 +137,7 @@ class Inception:
     resize: str = f"tf1-bilinear-{SIZE}"
     channels: int = 3
     width: int = 2048
+    has_classes: bool = True
 
     @property
     def name(self) -> str:

@@ -41,7 +41,7 @@ class Yardstick:
 
     def described(self) -> "Yardstick":
         """Without the extractor's network, which may weigh a gigabyte: `values` and `conditions` do not need it."""
-        facts = {name: getattr(self.extractor, name) for name in ("name", "hash", "resize", "channels", "width")}
+        facts = {name: getattr(self.extractor, name) for name in ("name", "hash", "resize", "channels", "width", "has_classes")}
         return replace(self, extractor=cast("Extractor", SimpleNamespace(**facts)))
 
 
@@ -51,32 +51,31 @@ def values(
     yardstick: Yardstick,
     dinov2: Yardstick | None = None,
 ) -> dict[str, float | None]:
-    """The values of a row, by the names of its fields, from N images in units; `labels` (N,) are those that made the images.
+    """The values of a row, by the names of its fields, from N images in units; `labels` (N,) are those that made the images, None
+    where they are not known or there is one class only.
 
     With the yardstick `dinov2`, the units hold DINOv2's features too (`measure_with`).
     What the reference or the extractor does not allow is None: precision, recall and KID without features of real images, sFID
     without spatial ones, FID-infinity and the distances' spreads for fewer images, or cycles of balanced labels, than they need.
-    Class accuracy needs an own evaluator: Inception's 1008 classes are not numbered as ImageNet's labels. Raises DataError where
-    FID, IS or FD-DINOv2 cannot be computed.
+    IS and class accuracy need an extractor with classes, and accuracy an own evaluator: Inception's 1008 classes are not numbered
+    as ImageNet's labels. Raises DataError where FID, IS or FD-DINOv2 cannot be computed.
     """
     reference, whole = yardstick.reference, concatenated(units)
-    if whole.probabilities is None:
-        raise DataError(
-            f"{yardstick.extractor.name} has no classes and so no Inception score; measure with Inception or an evaluator"
-        )
+    if yardstick.extractor.has_classes and whole.probabilities is None:
+        raise DataError(f"some units hold no probabilities of {yardstick.extractor.name}'s classes; measure these images again")
     n, d = whole.features.shape
     cycle = _cycle(n, labels)
     enough = n // 3 > d and n >= 2 * cycle
-    score = inception_score(whole.probabilities)
     found: dict[str, float | None] = {
         "fid": fid(moments.merged(moments.from_features(unit.features) for unit in units), reference.pool),
         "fid_std": fid_spread(whole.features, reference.pool, cycle),
         "fid_infinity": fid_infinity(whole.features, reference.pool, POINTS, cycle=cycle).value if enough else None,
-        "inception_score": score.mean,
-        "inception_score_std": score.std,
     }
-    if labels is not None and yardstick.extractor.name != INCEPTION:
-        found["accuracy"] = class_accuracy(whole.probabilities, labels)
+    if yardstick.extractor.has_classes and whole.probabilities is not None:
+        score = inception_score(whole.probabilities)
+        found |= {"inception_score": score.mean, "inception_score_std": score.std}
+        if labels is not None and yardstick.extractor.name != INCEPTION:
+            found["accuracy"] = class_accuracy(whole.probabilities, labels)
     if reference.features is not None:
         near = precision_recall(whole.features, reference.features)
         distance = kid(whole.features, reference.features, cycle=cycle)

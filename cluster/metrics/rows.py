@@ -41,8 +41,8 @@ class Row:
 
     fid: float
     fid_std: float | None = None  # over sets of n images of the same network, by jackknife; not over training runs
-    inception_score: float
-    inception_score_std: float  # over the splits
+    inception_score: float | None = None  # of an extractor with classes
+    inception_score_std: float | None = None  # over the splits
     accuracy: float | None = None  # share of images that the extractor's classifier gives the label they were made for
     precision: float | None = None
     recall: float | None = None

@@ -79,6 +79,7 @@ def changed(root: Path, before: dict[str, str], place: str, old: str, new: str) 
         ("cluster/metrics/inception.py", "(x - 128.0) / 128.0", "(x - 127.5) / 127.5", {"units"}),
         ("cluster/metrics/evaluator.py", "PEAK_LR = 3e-3", "PEAK_LR = 4e-3", {"evaluators"}),
         ("cluster/metrics/evaluator.py", "/ 127.5 - 1.0", "/ 128.0 - 1.0", {"units", "evaluators"}),
+        ("cluster/metrics/evaluator.py", "np.rot90(images, turns", "np.rot90(images, turns + 1", {"evaluators"}),
         ("cluster/metrics/reference.py", "KEPT = 10_000", "KEPT = 9_000", {"references"}),
         ("cluster/metrics/moments.py", "BLOCK = 4096", "BLOCK = 2048", {"rows", "references"}),
         ("cluster/metrics/fid.py", "def fid_spread(", "@id\ndef fid_spread(", {"rows"}),

@@ -124,3 +124,18 @@ def test_where_a_spread_is_not_known_nothing_is_left_out():
     unknown = [replace(row, fid_std=None) for row in bad]
     assert near_frontier([good, unknown]) == [[0.0, 1.0, 2.0], [0.0, 1.0, 2.0]]
     assert near_frontier([[replace(row, fid_std=None) for row in good], bad]) == [[0.0, 1.0, 2.0], [0.0, 1.0, 2.0]]
+
+
+def test_without_an_inception_score_nothing_is_compared_at_one_and_a_screen_keeps_the_lowest_fid():
+    rows = [
+        replace(ROW, w=w, fid=fid, fid_std=0.1, inception_score=None, inception_score_std=None)
+        for w, fid in ((0.0, 2.0), (0.5, 1.9), (1.0, 5.0), (2.0, 9.0))
+    ]
+    scored = [replace(row, inception_score=3.0 + row.w) for row in rows]
+    assert (fid_at(rows, 3.5), fid_at([*rows, *scored], 3.5)) == (None, 1.9)
+    assert common_scores([rows]) == common_scores([rows, scored]) == []
+    assert near_frontier([rows]) == [[0.0, 0.5, 1.0]]  # 1.0 is a neighbour
+    assert near_frontier([scored]) == [[0.0, 0.5, 1.0, 2.0]]  # there a larger w has the higher score
+    assert near_frontier([rows, [replace(row, fid=row.fid - 1.5) for row in rows]]) == [[], [0.0, 0.5, 1.0]]
+    seeds = over_seeds([*rows, *(replace(row, seed=1, fid=row.fid + 2) for row in rows)])
+    assert (seeds[0].values["fid"].mean, "inception_score" in seeds[0].values) == (3.0, False)

@@ -32,6 +32,7 @@ class Judge:
     resize: str = "none"
     channels: int = 1
     width: int = D
+    has_classes: bool = True
 
     def measure(self, images: np.ndarray, device: str = "cpu") -> Measured:
         raise AssertionError("nothing is measured here")
@@ -132,8 +133,21 @@ def test_what_cannot_be_measured_is_left_out():
     few = [Measured(FEATURES[:12], PROBABILITIES[:12])]
     found = values(few, LABELS[:12], BARE)
     assert (found["fid_std"], found["fid_infinity"]) == (None, None)
-    with pytest.raises(DataError, match="toy has no classes and so no Inception score"):
-        values(_units(probabilities=None), LABELS, FULL)
+    for units in (_units(probabilities=None), [*_units(150)[:1], *_units(150, probabilities=None)[1:]]):
+        with pytest.raises(DataError, match="some units hold no probabilities of toy's classes; measure these images again"):
+            values(units, LABELS, FULL)
+
+
+@pytest.mark.parametrize("units", [_units(150), _units(150, probabilities=None)])
+def test_an_extractor_without_classes_gives_all_but_the_inception_score_and_the_accuracy(units):
+    """Whatever else it may be sure of: its probabilities are of no classes."""
+    without = replace(FULL, extractor=Judge(has_classes=False))
+    found = values(units, LABELS, without)
+    of_classes = {"inception_score", "inception_score_std", "accuracy"}
+    assert found == {name: value for name, value in values(_units(150), LABELS, FULL).items() if name not in of_classes}
+    assert values(units, LABELS, without.described()) == found
+    row = Row(w=0.0, n=N, run="x", code_version="x", rounding="r", labels="l", **found, **conditions(without))  # type: ignore[arg-type]
+    assert (row.inception_score, row.inception_score_std, row.accuracy) == (None, None, None)
 
 
 def test_too_few_images_are_said_once_and_loudly():

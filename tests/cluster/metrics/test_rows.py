@@ -230,6 +230,18 @@ def test_what_was_trained_is_network_diffusion_and_training_but_not_p_uncond_or_
     assert _trained(model__network="dit", model__dropout=0.0) == _trained(model__network="dit")
 
 
+def test_a_row_without_an_inception_score_is_none_and_one_that_has_it_keeps_it():
+    without = replace(ROW, inception_score=None, inception_score_std=None, accuracy=None)
+    assert from_json(to_json([without, ROW])) == [without, ROW]
+    assert without != ROW
+    document = json.loads(to_json([without]))
+    for name in ("inception_score", "inception_score_std"):
+        del document["rows"][0][name]
+    assert from_json(json.dumps(document)) == [without]
+    with pytest.raises(DataError, match=r"inception_score of the row w = 0\.3 of run 'digits' is inf"):
+        replace(ROW, inception_score=float("inf"))
+
+
 def test_rows_from_before_a_condition_was_known_are_read():
     document = json.loads(to_json([ROW]))
     del document["rows"][0]["trained"]
