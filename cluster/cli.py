@@ -6,17 +6,21 @@ Whatever a user gets wrong ends in one sentence on standard error and exit code 
 import argparse
 import errno
 import importlib.metadata
+import math
 import os
 import platform
+import re
 import select
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, cast
 
 from cluster import ending
-from configs.errors import UserError, visible
+from configs.checks import choices
+from configs.errors import ConfigError, UserError, visible
 from configs.load import SUFFIXES, find_config, load_config
 from configs.loopback import reach_loopback_directly
 from configs.schema import Config
@@ -41,7 +45,7 @@ EXAMPLES = {
     "evaluate": "freeguide evaluate image_folder run=s3://bucket/runs/photos evaluate.w=[0,0.5,1] --screen",
     "export": "freeguide export image_folder run=s3://bucket/runs/photos",
     "inspect": "freeguide inspect digits, or for a run freeguide inspect s3://bucket/runs/photos",
-    "score": "freeguide score samples.npz --extractor weights.safetensors --reference s3://bucket/photos w=0.5",
+    "score": "freeguide score samples.npz --extractor weights.safetensors --reference s3://bucket/photos --w 0.5",
     "demo": "freeguide demo train.steps=200",
 }
 RAY_ENVIRONMENT = {
@@ -58,13 +62,13 @@ def main(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # names of files and classes may hold what a terminal cannot show
             stream.reconfigure(errors="backslashreplace")
-    options = _parse(arguments)
     for name, value in RAY_ENVIRONMENT.items():  # Ray reads these when it is imported
         os.environ.setdefault(name, value)
     reach_loopback_directly()
-    with ending.heard():
+    with ending.heard(), warnings.catch_warnings():
+        warnings.showwarning = _warn
         try:
-            code = _command(options)
+            code = _command(_parse(arguments))
             if sys.stdout is not None:
                 sys.stdout.flush()  # here, where a reader that has gone does no harm
             return code
@@ -88,6 +92,11 @@ def main(arguments: list[str] | None = None) -> int:
             return ending.INTERRUPTED if isinstance(end, KeyboardInterrupt) else ending.TERMINATED
 
 
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    """A warning as a user reads it: without the line of the source that it comes from."""
+    print(f"WARNING: {visible(str(message))}", file=sys.stderr, flush=True)
+
+
 def _unread() -> bool:
     """Whether nobody reads our output any more, as after `freeguide inspect digits | head -1`."""
     poll = select.poll()
@@ -108,6 +117,10 @@ def _command(options: argparse.Namespace) -> int:
     if options.command == "inspect" and _names_a_run(options.config):
         from cluster.inspect import inspect_run
 
+        if more := [*options.overrides, *(["--order"] if options.order else []), *(["--theory"] if options.theory else [])]:
+            raise ConfigError(
+                f"inspect {options.config}: of a run, {masked(more[0])} cannot be asked; give a config file, or the run alone"
+            )
         inspect_run(options.config)
         return 0
     config = load_config(options.config, options.overrides, options.command)
@@ -115,26 +128,19 @@ def _command(options: argparse.Namespace) -> int:
         options.command = "inspect"
     if getattr(options, "submit", None):
         return _submit(options, config)
-    run = _run(options.command)
     if options.command == "inspect":
-        run(config)
-    else:
-        from cluster.session import temporary
+        from cluster.inspect import inspect
 
-        with temporary():
-            run(config)
-    if getattr(options, "order", False):
-        from cluster.inspect import inspect_order
+        inspect(config, order=getattr(options, "order", False), theory=getattr(options, "theory", None))
+        return 0
+    from cluster.session import temporary
 
-        inspect_order(config)
-    if getattr(options, "theory", None):
-        from cluster.inspect import inspect_theory
-
-        inspect_theory(config, options.theory)
+    with temporary():
+        _job(options.command)(config)
     return 0
 
 
-def _run(command: str) -> Callable[[Config], object]:
+def _job(command: str) -> Callable[[Config], object]:
     # Imported here: `freeguide --help` and a wrong key should not wait for torch and ray.
     if command == "prepare":
         from cluster.prepare import prepare
@@ -160,18 +166,14 @@ def _run(command: str) -> Callable[[Config], object]:
         from cluster.evaluate import evaluate
 
         return evaluate
-    if command == "export":
-        from cluster.export import export
+    from cluster.export import export
 
-        return export
-    from cluster.inspect import inspect
-
-    return inspect
+    return export
 
 
 def _names_a_run(name: str) -> bool:
     """Whether `freeguide inspect NAME` means a run: a URI or a folder. A bare word that is neither is the name of a config."""
-    return not name.endswith(SUFFIXES) and (name != Path(name).name or Path(name).is_dir())
+    return not (name.endswith(SUFFIXES) or Path(name).is_file()) and (name != Path(name).name or Path(name).is_dir())
 
 
 def _submit(options: argparse.Namespace, config: Config) -> int:
@@ -191,12 +193,40 @@ def _submit(options: argparse.Namespace, config: Config) -> int:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if any(word.startswith("-") for word in rest):
-        parser.error(masked(f"unrecognized arguments: {' '.join(rest)}"))
+    if wrong := next((word for word in rest if word.startswith("-")), None):
+        parser.error(f"unrecognized arguments: {wrong}", options.command)
     options.overrides += rest  # overrides may also follow an option; argparse alone stops at the first
     if getattr(options, "screen", False):
         options.overrides.append("evaluate.screen=-1")  # as an override it travels with --submit
     return options
+
+
+class _Parser(argparse.ArgumentParser):
+    """What is wrong with a command line is one sentence, as is all that a user gets wrong. Commands have such parsers, too."""
+
+    def error(self, message: str, command: str = "") -> NoReturn:
+        """Raises ConfigError; `command` is the one that was given, if this is not its own parser."""
+        of = self._of(command) if command else self
+        if found := re.match(r"argument COMMAND: invalid choice: '([^']*)'", message):
+            message = f"unknown command {found[1]}; {choices('commands', found[1], [*EXAMPLES])}"
+        elif found := re.match(r"unrecognized arguments: ([^\s=]+)", message):
+            known = [name for action in of._actions for name in action.option_strings if name.startswith("--")]
+            message = f"unknown option {found[1]}; {choices('options', found[1], known)}"
+        raise ConfigError(f"{message}; see `{of.prog} --help`")
+
+    def _of(self, command: str) -> "_Parser":
+        every = next(action for action in self._actions if isinstance(action, argparse._SubParsersAction))
+        return cast(_Parser, every.choices[command])
+
+
+def _finite(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number")
+    return value
 
 
 _SCORE = "Measure images that anyone made, with the same rows as `evaluate`. docs/evaluation.md says what compares with what."
@@ -204,7 +234,9 @@ _SCORE = "Measure images that anyone made, with the same rows as `evaluate`. doc
 
 def _add_score(command: argparse.ArgumentParser) -> None:
     command.add_argument("samples", help="an .npz with arr_0 (and labels arr_1), a folder of images, or shards with a manifest")
-    command.add_argument("overrides", nargs="*", metavar="fact=value", help="what is known of their maker: steps=256 v=0.3 ...")
+    command.add_argument(
+        "overrides", nargs="*", default=[], metavar="fact=value", help="what is known of their maker: steps=256 v=0.3 ..."
+    )
     command.add_argument("--extractor", required=True, help="weights of the feature network: Inception, or an own evaluator")
     command.add_argument("--extractor-hash", default="", help="the sha256 that those weights have to have")
     command.add_argument("--reference", required=True, help="the real images: a data set with a manifest, or an .npz of statistics")
@@ -213,7 +245,7 @@ def _add_score(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dinov2-reference", default="", help="DINOv2 statistics of the real images")
     command.add_argument("--dataset", default="", help="name of the data set, as tables call it")
     command.add_argument("--name", default="", help="name of the row")
-    command.add_argument("--w", type=float, default=0.0, help="guidance weight that the images were made with")
+    command.add_argument("--w", type=_finite, default=0.0, help="guidance weight that the images were made with")
     command.add_argument("--device", default="cpu", help="cpu or cuda")
     command.add_argument("--json", default="", help="a file to write the row to")
     command.add_argument("--request-payer", action="store_true", help="read from buckets for which those who read them pay")
@@ -250,8 +282,8 @@ _DEMO = (
 )
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> _Parser:
+    parser = _Parser(
         prog="freeguide",
         description="Train and measure classifier-free-guidance diffusion models on clusters.",
         fromfile_prefix_chars="@",  # @FILE stands for the arguments in it, one a line: so they come to a submitted job
@@ -274,7 +306,11 @@ def _parser() -> argparse.ArgumentParser:
         )
         config.complete = _FILES  # type: ignore[attr-defined]
         command.add_argument(
-            "overrides", nargs="*", metavar="key=value", help="options that win over the file, for example train.lr=1e-4"
+            "overrides",
+            nargs="*",
+            default=[],
+            metavar="key=value",
+            help="options that win over the file, for example train.lr=1e-4",
         )
         if name == "inspect":
             command.add_argument(
@@ -294,7 +330,7 @@ def _parser() -> argparse.ArgumentParser:
             )
     _add_score(_add(commands, "score", "measure anyone's images: .npz, a folder, or shards", _SCORE))
     command = _add(commands, "demo", "train and measure on real handwritten digits, on this machine", _DEMO)
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="options that win over configs/digits.yaml")
+    command.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="options that win over configs/digits.yaml")
     return parser
 
 

@@ -25,6 +25,7 @@ from configs.secrets import masked
 from data_pipeline.store import TEMP, MissingObject, Store, create_bucket, open_store
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "digits.yaml"
+COMMANDS = ("prepare", "train", "evaluate")
 BUCKET = "s3://freeguide"
 KEPT = Path("runs") / ".s3"
 
@@ -36,10 +37,12 @@ def demo(overrides: list[str], run: Callable[[list[str]], int]) -> int:
     user's store, and if another demo is using the folder.
     """
     began = time.monotonic()
+    for command in COMMANDS:
+        load_config(CONFIG, overrides, command)  # refused here, before anything is begun
     with contextlib.nullcontext() if _on_own_store(overrides) else local_s3(KEPT) as endpoint:
         if endpoint:
             print(f"S3 server of the demo: {endpoint}, kept in {KEPT}", flush=True)
-        for command in ("prepare", "train", "evaluate"):
+        for command in COMMANDS:
             print(f"\n$ {masked(shlex.join(['freeguide', command, os.path.relpath(CONFIG), *overrides]))}", flush=True)
             if code := run([command, str(CONFIG), *overrides]):
                 return code

@@ -7,6 +7,7 @@ import torch
 
 from configs.errors import CheckpointError, UserError
 from configs.load import screen_images, sweep, to_yaml
+from configs.locations import check_target
 from configs.schema import Config, TrainConfig
 from data_pipeline import quality
 from data_pipeline.data_store import open_data
@@ -26,12 +27,20 @@ _SMALL_PARAMETERS, _SMALL_FLOPS, _TRIAL_FLOPS = 50_000_000, 2 * 10**9, 5 * 10**8
 _BRIEFLY = Retry(attempts=1, connect_s=2.0, read_s=2.0, first_s=3.0)
 
 
-def inspect(config: Config) -> None:
+def inspect(config: Config, order: bool = False, theory: str | None = None) -> None:
     """Print the config, the network's size, and what a step, a checkpoint and an evaluation cost. Raises UserError.
 
-    Times are those of the machine at hand, in the precision that the config asks for.
+    Times are those of the machine at hand, in the precision that the config asks for. With `order`, also how well its order of its
+    data set mixes; with `theory`, also draw the paper's figure 2 into that PNG. Both are made first, as they may be refused.
     """
+    more = [*([_order(config)] if order else []), *([_theory(config, theory)] if theory else [])]
     print(to_yaml(config))
+    _costs(config)
+    for text in more:
+        print(f"\n{text}")
+
+
+def _costs(config: Config) -> None:
     config, notes = _with_data(config)
     images = {"image_size": config.data.image_size, "channels": config.data.channels, "classes": config.data.classes}
     with torch.device("meta"):
@@ -130,20 +139,20 @@ def inspect_run(uri: str) -> None:
             print(f"{'' if i else name:<{width}}  {line}")
 
 
-def inspect_order(config: Config) -> None:
-    """Print how well this config's order of its data set mixes, beside independent draws. Raises UserError without the data set."""
+def _order(config: Config) -> str:
+    """How well this config's order of its data set mixes, beside independent draws. Raises UserError without the data set."""
     store = open_data(config.data)
     store.check(write=False)
     manifest = load_manifest(store)
     batch = config.train.global_batch
-    print()
-    print(quality.table(manifest, Order.choose(manifest, batch, config.seed), batch))
+    return quality.table(manifest, Order.choose(manifest, batch, config.seed), batch)
 
 
-def inspect_theory(config: Config, path: str) -> None:
+def _theory(config: Config, path: str) -> str:
     """Draw figure 2 of the paper, and what Algorithm 2 with the config's steps and v really samples, into a PNG."""
+    check_target("--theory", path)
     draw_figure_2(path, steps=config.sampling.steps, v=config.sampling.v, seed=config.sampling.seed)
-    print(f"\nfigure 2 of the paper, and samples with T={config.sampling.steps}, v={config.sampling.v:g}: {path}")
+    return f"figure 2 of the paper, and samples with T={config.sampling.steps}, v={config.sampling.v:g}: {path}"
 
 
 def _state_bytes(parameters: int, train: TrainConfig, workers: int) -> int:

@@ -11,14 +11,14 @@ from dataclasses import replace
 
 from cluster import units
 from cluster.session import session
-from configs.errors import counted, visible
+from configs.errors import ConfigError, counted, visible
 from configs.schema import Config
 from data_pipeline.data_store import open_data
 from data_pipeline.index import index_shards
-from data_pipeline.manifest import Manifest, Schema, save_mixture
+from data_pipeline.manifest import Manifest, Schema, is_run, save_mixture
 from data_pipeline.shards import Plan, Source, write_shards
 from data_pipeline.sources import count_of, open_source, read_class_names
-from data_pipeline.store import Store
+from data_pipeline.store import Store, open_like
 
 FEW = 16  # shards that are written before a Ray cluster would have started
 
@@ -28,6 +28,7 @@ def prepare(config: Config) -> Manifest:
     # What is read without credentials, data.path, is copied to a place of one's own.
     store = open_data(replace(config.data, unsigned=False))
     store.check()
+    _check_place(open_like(store, config.data.uri))
     store.sweep()
     source = open_source(config.data)
     began, left_out = time.monotonic(), 0
@@ -84,6 +85,7 @@ def index(config: Config) -> Manifest:
     """
     store, data = open_data(config.data), config.data
     store.check()
+    _check_place(open_like(store, config.data.uri))
     store.sweep()
     began = time.monotonic()
     if data.mixture:
@@ -104,6 +106,11 @@ def index(config: Config) -> Manifest:
         print(f"left out: {tar.key}: {tar.reason}")
     _describe(manifest, store.uri, time.monotonic() - began)
     return manifest
+
+
+def _check_place(store: Store) -> None:
+    if is_run(store):
+        raise ConfigError(f"data.uri={store.uri} is a run, and a data set needs a place of its own; name another data.uri")
 
 
 def _describe(manifest: Manifest, uri: str, seconds: float) -> None:

@@ -31,6 +31,7 @@ from cluster.session import progress
 from cluster.units import code_version
 from cluster.yardstick import warn_of_symmetry
 from configs.errors import ConfigError, DataError
+from configs.locations import check_target
 from data_pipeline.artifact import read_npz
 from data_pipeline.decode import decode_picture
 from data_pipeline.folder import PICTURES, is_dropping
@@ -137,9 +138,9 @@ def score_samples(
 ) -> Row:
     """`score` of images and yardsticks in memory, `unit` images at a time: with the unit of an evaluation, to its bits."""
     samples = samples.dealt
+    given = _checked(facts or {}, {"n", "run", "code_version", *measure.VALUES, *measure.conditions(yardstick, dinov2)})
     extractors = [each.extractor for each in (yardstick, dinov2) if each]
     units = _measured(samples.images, extractors, device, unit)
-    given = _checked(facts or {}, {"w", "n", "run", "code_version", *measure.VALUES, *measure.conditions(yardstick, dinov2)})
     asked = yardstick.extractor.has_classes  # else there is no accuracy, and labels only tell the cycles
     labels = samples.labels_by(yardstick.reference.class_names) if asked else samples.labels
     known = {"rounding": f"{UNKNOWN}, compressed with loss" if samples.lossy else UNKNOWN, "labels": UNKNOWN} | given
@@ -156,11 +157,17 @@ def score_samples(
 
 def _checked(facts: dict[str, Any], measured: set[str]) -> dict[str, Any]:
     for name in facts:
+        if name == "w":
+            raise ConfigError(f"w={facts[name]}: give the guidance weight as an option, --w {facts[name]}")
         if name in measured:
             raise ConfigError(f"{name} is measured and cannot be given as a fact of the model; leave it out")
     try:
         return {name: typed(name, value) for name, value in facts.items()}
-    except (KeyError, TypeError) as error:
+    except TypeError as error:
+        raise ConfigError(
+            f"{error}, and a row holds another type of value there; give for example steps=256 or p_uncond=0.1"
+        ) from None
+    except KeyError as error:
         raise ConfigError(f"{error} is no fact of a model; give fields of a metric row such as steps=256 or p_uncond=0.1") from None
 
 
@@ -170,8 +177,10 @@ def check_device(device: str) -> None:
         raise ConfigError(f"--device {device}: give cpu, cuda, or cuda:N for the GPU of number N")
     number, count = int(device.partition(":")[2] or 0), torch.cuda.device_count()
     if device != "cpu" and number >= count:
-        has = f"only {count} GPUs" if count else "no GPU" if torch.version.cuda else "no GPU, as it is a build for the CPU"
-        raise ConfigError(f"--device {device}: torch {torch.__version__} sees {has} here; give --device cpu")
+        has = (
+            f"only {count} GPUs here" if count else "no GPU here" if torch.version.cuda else "no GPU, as it is a build for the CPU"
+        )
+        raise ConfigError(f"--device {device}: torch {torch.__version__} sees {has}; give --device cpu")
 
 
 def load_reference(
@@ -265,6 +274,8 @@ def _measured(images: NDArray[np.uint8], extractors: list[Extractor], device: st
 
 def command(options: argparse.Namespace) -> None:
     """`freeguide score`: print the row, and write it to `options.json` where that is given. See `score` for the other options."""
+    if options.json:
+        check_target("--json", options.json)
     row = score(
         options.samples,
         reference=options.reference,

@@ -222,10 +222,15 @@ def _sampling_checks(config: Config, command: str) -> Checks:
 
 def choices(what: str, wrong: str, right: list[str]) -> str:
     """The nearest of the right names, or all of them where none is near."""
+    if near := nearest(wrong, right):
+        return f"did you mean {near}?"
+    listed = ", ".join(right if len(right) <= 16 else [r for r in right if "." not in r]) or "none"
+    return f"the {what} are: {listed}"
+
+
+def nearest(wrong: str, right: list[str]) -> str:
+    """The right name that `wrong` was meant to be, "" where none is near."""
     by_last_part = {name.rsplit(".", 1)[-1]: name for name in reversed(right)}
     near = difflib.get_close_matches(wrong, right, n=1, cutoff=0.6)
     near = near or [by_last_part[n] for n in difflib.get_close_matches(wrong.rsplit(".", 1)[-1], by_last_part, n=1, cutoff=0.75)]
-    if near:
-        return f"did you mean {near[0]}?"
-    listed = ", ".join(right if len(right) <= 12 else [r for r in right if "." not in r]) or "none"
-    return f"the {what} are: {listed}"
+    return near[0] if near else ""

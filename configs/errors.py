@@ -13,10 +13,13 @@ _TURNING = set(map(chr, (0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 
 
 
 class UserError(Exception):
-    """A mistake or an outage on the user's side. The message is one sentence: what, where, what to do. It holds no secrets."""
+    """A mistake or an outage on the user's side. The message is one sentence: what, where, what to do.
+
+    It holds no secrets, and no final period, as what stands last is often copied.
+    """
 
     def __init__(self, sentence: str) -> None:
-        super().__init__(masked(sentence))
+        super().__init__(masked(sentence if sentence.endswith("..") else sentence.removesuffix(".")))
 
 
 class ConfigError(UserError):

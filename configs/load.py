@@ -23,7 +23,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from configs.checks import checks, choices, shown, value_of
+from configs.checks import checks, choices, nearest, shown, value_of
 from configs.errors import ConfigError, StoreError
 from configs.locations import locate
 from configs.schema import LOCATION, Config, EvaluateConfig, options
@@ -52,28 +52,21 @@ def load_config(
     """
     path = find_config(path)
     merged = OmegaConf.structured(Config)
-    try:
-        document = OmegaConf.load(path)
-    except RecursionError as error:
-        raise ConfigError(f"{path}: not a config: it is nested too deeply") from error
-    except _UNREADABLE as error:
-        raise ConfigError(f"{path}: not valid YAML: {shown(error)}") from error
-    except OSError as error:  # OmegaConf raises one, too, for a document that is a number
-        reason = error.strerror or "a config is a mapping of keys to values, this file holds a single value"
-        raise ConfigError(f"{path}: {reason}") from error
-    if not isinstance(document, DictConfig):
-        raise ConfigError(f"{path}: a config is a mapping of keys to values, this file holds a list")
-    _merge(merged, OmegaConf.to_container(document), str(path))
+    _merge(merged, *_document(path), str(path))
     for override in overrides or []:
-        key, equals, _ = override.partition("=")
+        key, equals, text = override.partition("=")
         where = f"argument {shown(override, quoted=True)}"
         if not equals or not key.strip():
-            raise ConfigError(f"{where}: an override has the form key=value, for example train.lr=1e-4")
+            raise ConfigError(f"{where}: an override has the form key=value, without spaces, for example train.lr=1e-4")
         try:
             nested = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
+            plain = yaml.load(text, yaml.BaseLoader)
         except (*_UNREADABLE, RecursionError) as error:
-            raise ConfigError(f"{where}: not a value in YAML: {shown(error)}") from error
-        _merge(merged, nested, where)
+            raise ConfigError(
+                f"{where}: not a value in YAML ({_why(error)}); quote one with spaces: 'evaluate.w=[0, 1]'"
+            ) from error
+        plain = functools.reduce(lambda inside, name: {name: inside}, reversed(key.split(".")), plain)
+        _merge(merged, nested, plain, where, into=key not in options())
     config = _resolved(merged, str(path))
     try:
         config = _placed(config, place or _absolute)
@@ -101,17 +94,22 @@ def find_config(name: str | Path) -> Path:
     A file in the working folder wins. Raises ConfigError, naming what there is.
     """
     path = Path(name)
+    if re.match(r"[A-Za-z][\w+.-]*:/", str(name)):
+        raise ConfigError(f"{name}: a config is a file of this machine; copy it here, and give its path")
     bare = path.name == str(name) != ""
     tried = [path, *([path.with_name(f"{path.name}.yaml")] if bare and path.suffix not in SUFFIXES else [])]
     found = next((each for each in (*tried, *(PACKAGED / each.name for each in tried if bare)) if each.is_file()), None)
     if found is not None:
         return found
-    if path.exists():
-        raise ConfigError(f"{path}: not a file; a config is a YAML file")
-    near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-    packaged = ", ".join(sorted(p.stem for p in PACKAGED.glob("*.yaml")))
-    beside = f"{choices('files beside it', path.name, near)}; " if near else ""
-    raise ConfigError(f"{path}: no such config file; {beside}the configs that come with freeguide are: {packaged}")
+    if path.exists() and str(name):
+        of_run = f", such as that of a run, {path / 'config.yaml'}" if (path / "config.yaml").is_file() else ""
+        raise ConfigError(f"{path}: not a file; a config is a YAML file{of_run}")
+    packaged = {p.stem: p.stem for p in sorted(PACKAGED.glob("*.yaml"))}
+    beside = {p.stem: p.name for p in sorted(path.parent.glob("*.y*ml")) if p.is_file()}
+    those = f"those that come with freeguide are: {', '.join(packaged)}"
+    if near := nearest(path.stem, [*packaged, *beside]):
+        raise ConfigError(f"{path}: no such config file; did you mean {(packaged | beside)[near]}? ({those})")
+    raise ConfigError(f"{str(name).strip() or 'the name of the config is empty'}: no such config file; {those}")
 
 
 def to_yaml(config: Config) -> str:
@@ -188,7 +186,7 @@ def sweep(config: Config) -> list[Config]:
 def _typed(key: str, value: Any) -> Any:
     """A value of the sweep as its option takes it."""
     one = OmegaConf.structured(Config)
-    _merge(one, {key: _literal(value)}, "evaluate.sweep")
+    _merge(one, {key: _literal(value)}, None, "evaluate.sweep")
     found = OmegaConf.select(one, key)
     return OmegaConf.to_object(found) if OmegaConf.is_config(found) else found
 
@@ -208,30 +206,97 @@ def screen_images(options: EvaluateConfig) -> int:
 # --- merging ---
 
 
-def _merge(config: DictConfig, nested: Any, where: str) -> None:
-    """Set every leaf of `nested` in `config`, refusing keys and values that the schema does not know."""
+def _document(path: Path) -> tuple[Any, Any]:
+    """What a YAML file says, and the same with every value as the text that it is. Raises ConfigError."""
+    try:
+        document = OmegaConf.load(path)
+        plain = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)
+    except RecursionError as error:
+        raise ConfigError(f"{path}: not a config: it is nested too deeply") from error
+    except _UNREADABLE as error:
+        raise ConfigError(f"{path}: not valid YAML: {_why(error)}") from error
+    except OSError as error:  # OmegaConf raises one, too, for a document that is a number
+        reason = error.strerror or "a config is a mapping of keys to values, this file holds a single value"
+        raise ConfigError(f"{path}: {reason}") from error
+    if isinstance(plain, str) and plain:  # which OmegaConf takes for a key
+        raise ConfigError(
+            f"{path}: a config is a mapping of keys to values, this file holds a text: {shown(plain[:40], quoted=True)}"
+        )
+    if not isinstance(document, DictConfig):
+        raise ConfigError(f"{path}: a config is a mapping of keys to values, this file holds a list")
+    return OmegaConf.to_container(document), plain
+
+
+def _why(error: Exception) -> str:
+    """What is wrong with a text that is no YAML, and where."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"its byte {error.start} is no text in UTF-8"
+    mark = getattr(error, "problem_mark", None)
+    return (
+        shown(error)
+        if mark is None
+        else f"line {mark.line + 1}, column {mark.column + 1}: {shown(getattr(error, 'problem', error))}"
+    )
+
+
+def _merge(config: DictConfig, nested: Any, plain: Any, where: str, into: bool = False) -> None:
+    """Set every leaf of `nested` in `config`, refusing keys and values that the schema does not know.
+
+    `plain` is the same tree, whose values are the texts that were written. With `into`, mappings are added to, not replaced.
+    """
     known = options()
-    for key, value in _leaves(nested, known):
+    for key, value, text in _leaves(nested, plain, known):
         if key not in known:
             raise ConfigError(f"{where}: unknown key {key}; {choices('keys', key, list(known))}")
-        if is_dataclass(known[key]):
+        kind = known[key]
+        if is_dataclass(kind):
             raise ConfigError(f"{where}: {key} is a group of options, not a value; set for example {_example(key, known)}")
         try:
-            OmegaConf.update(config, key, value, merge=False)
+            OmegaConf.update(config, key, _meant(kind, value, text), merge=into)
         except _UNREADABLE as error:
-            if get_origin(known[key]) is Literal:
-                right = [str(word) for word in get_args(known[key])]
+            if value is None:
+                raise ConfigError(f"{where}: {key} has no value; it takes {_type_name(kind)}") from error
+            if get_origin(kind) is Literal:
+                right = [str(word) for word in get_args(kind)]
                 raise ConfigError(f"{where}: {key}={shown(value)}: {choices('values', str(value), right)}") from error
-            raise ConfigError(f"{where}: {key} takes {_type_name(known[key])}, not {shown(value, quoted=True)}") from error
+            said = text if isinstance(text, str) and not isinstance(value, str) else value
+            write = f"; write {key}=[{shown(said)}]" if _is_list(kind) and not isinstance(value, dict | list) else ""
+            quoted = isinstance(value, str)
+            raise ConfigError(f"{where}: {key} takes {_type_name(kind)}, not {shown(said, quoted)}{write}") from error
 
 
-def _leaves(nested: Any, known: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(nested: Any, plain: Any, known: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     for name, value in nested.items():
-        key = f"{prefix}{name}"
+        key, text = f"{prefix}{name}", plain.get(str(name)) if isinstance(plain, dict) else None
         if isinstance(value, dict) and (key not in known or is_dataclass(known[key])):
-            yield from _leaves(value, known, f"{key}.")
+            yield from _leaves(value, text, known, f"{key}.")
         elif value is not None or not is_dataclass(known.get(key)):  # `data:` with nothing under it is an empty group
-            yield key, value
+            yield key, value, text
+
+
+def _meant(kind: Any, value: Any, text: Any) -> Any:
+    """A value for an option of the type `kind`, by what stands there as `text`: YAML would have `on` be true, 1e3 1000.0, 010 8.
+
+    Raises ValueError for what nobody means.
+    """
+    kind = _bare(kind)
+    if get_origin(kind) in (list, dict):
+        inner = get_args(kind)[-1]
+        if isinstance(value, list) and isinstance(text, list) and len(value) == len(text):
+            return [_meant(inner, each, one) for each, one in zip(value, text, strict=True)]
+        if isinstance(value, dict) and isinstance(text, dict):
+            return {name: _meant(inner, each, text.get(str(name))) for name, each in value.items()}
+    elif kind is str and not isinstance(value, str | dict | list):
+        return "" if value is None else text if isinstance(text, str) else value
+    elif (kind is bool and type(value) is int and value not in (0, 1)) or (
+        kind in (int, float) and isinstance(text, str) and re.fullmatch(r"[-+]?0\d+|[^{}]*:[^{}]*", text)
+    ):
+        raise ValueError
+    return value
+
+
+def _is_list(kind: Any) -> bool:
+    return get_origin(_bare(kind)) is list
 
 
 def _example(group: str, known: dict[str, Any]) -> str:
@@ -356,7 +421,7 @@ def _absolute(key: str, uri: str) -> str:
     try:
         place = locate(uri)
     except StoreError as error:
-        raise ConfigError(f"{key}: {str(error).rstrip('.')}") from error
+        raise ConfigError(f"{key}: {error}") from error
     if place.bucket and key == "data.disk_cache":
         raise ConfigError(f"{key}={uri}: the cache is a folder on each node's own disk; give its path")
     return place.uri

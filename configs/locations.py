@@ -9,8 +9,9 @@ import re
 import unicodedata
 import urllib.parse
 from dataclasses import dataclass
+from pathlib import Path
 
-from configs.errors import StoreError
+from configs.errors import ConfigError, StoreError
 
 GIVE = "give s3://bucket/prefix or a folder"
 
@@ -21,6 +22,7 @@ _ARN = re.compile(
     r"|arn:aws[a-z-]*:s3-outposts:[a-z0-9-]+:\d{12}:outpost[/:][a-zA-Z0-9-]{1,63}[/:]accesspoint[/:][a-zA-Z0-9-]{1,63}"
 )
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*):(?=/)|(?i:(s3|file)):")
+_SLIP = re.compile(r"(?i)(s3[an]?|gs|file|https?)[^/]?//")
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ def locate(uri: str) -> Location:
             f"The location {uri!r} has line breaks, control characters, bytes that are no text, or spaces around it; {GIVE}."
         )
     scheme = _SCHEME.match(uri)
+    if scheme is None and _SLIP.match(uri):
+        raise StoreError(f"{uri} looks like a URI without the colon before its slashes; {GIVE} (./{uri} if it is one)")
     if scheme is None:
         return _folder(uri, uri)
     name, rest = scheme[0][:-1].lower(), uri[scheme.end() :]
@@ -56,6 +60,15 @@ def locate(uri: str) -> Location:
     if not rest.startswith("//"):
         raise StoreError(f"{uri} has no // after s3:; give s3://bucket/prefix.")
     return _s3(uri, rest[2:])
+
+
+def check_target(option: str, path: str) -> None:
+    """Raises ConfigError if no file can be written at `path`, before what is to be written is made."""
+    place = Path(path)
+    if not path or place.is_dir() or not place.parent.is_dir():
+        raise ConfigError(f"{option} {path!r} is no file in a folder that exists; give the path of a file")
+    if not os.access(place if place.exists() else place.parent, os.W_OK):
+        raise ConfigError(f"{option} {path!r} may not be written; give a path in a folder of yours")
 
 
 def _s3(uri: str, rest: str) -> Location:

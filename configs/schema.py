@@ -108,7 +108,7 @@ ZeroStage = Literal[0, 1, 2, 3]
 SamplerName = Literal["ancestral", "ddim", "dpmpp_2m", "heun"]
 Spacing = Literal["u", "logsnr", "karras"]
 Labels = Literal["balanced", "random"]
-Name = Annotated[str, Pattern(r"[\w-][\w.-]{0,199}", "must name a folder under runs/")]
+Name = Annotated[str, Pattern(r"[\w-][\w.-]{0,199}", "must name a folder under runs/, of letters, digits, '_', '-' and '.'")]
 Sha256 = Annotated[str, Pattern("|[0-9a-f]{64}", "a sha256 has 64 hexadecimal digits, in lower case")]
 Average = Annotated[
     str,

@@ -108,7 +108,7 @@ class DataStore(Store):
             if self.beside is not None:
                 raise
             hint = "or set data.manifest to a place of your own for the manifest and whatever belongs to the data"
-            raise Denied(f"{str(error).rstrip('.')}; {hint}.") from error.__cause__
+            raise Denied(f"{error}; {hint}") from error.__cause__
 
 
 def _is_tar(key: str) -> bool:

@@ -86,10 +86,11 @@ def index_shards(
     Besides the walk, the first sample of each tar must decode. Broken tars are left out whole where `skip_broken` says so, else
     DataError names them. `report` is told what a person should know. Memory: one tar per thread.
     """
+    tars = _find(store, pattern)  # before anything is written there
     work = hashlib.sha256(f"index {pattern} {skip_broken} {schema}".encode()).hexdigest()
     claim(store, "index", work)
     try:
-        return _indexed(store, schema, pattern, skip_broken, threads, progress, report)
+        return _indexed(store, schema, tars, pattern, skip_broken, threads, progress, report)
     finally:
         release(store, work)
 
@@ -97,6 +98,7 @@ def index_shards(
 def _indexed(
     store: Store,
     schema: Schema,
+    tars: list[ObjectInfo],
     pattern: str,
     skip_broken: bool,
     threads: int,
@@ -114,7 +116,6 @@ def _indexed(
         schema = replace(schema, label_key=known.label_key)
     if known is not None and replace(known, class_names=()) == replace(schema, class_names=()):
         schema = replace(schema, class_names=schema.class_names or known.class_names)
-    tars = _find(store, pattern)
     if before is None and not pattern:
         _check_parts(store, [info.key for info in tars])
     if before is not None and not pattern:

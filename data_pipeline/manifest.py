@@ -33,6 +33,7 @@ from data_pipeline.tar import BLOCK
 from data_pipeline.unfinished import ended, writer
 
 NAME = "manifest.json"
+MANIFEST = "freeguide manifest"  # its format, where the data set is no mixture
 BEGUN = "parts/begun"  # says who is at work here
 VERSION = 1
 CHUNK_BYTES = 4 * 2**20  # aim of one ranged GET
@@ -338,8 +339,29 @@ def join(parts: Sequence[tuple[str, int, Manifest]]) -> Manifest:
     )
 
 
+def is_run(store: Store) -> bool:
+    """Whether training writes there: a data set needs a place of its own."""
+    return not store.exists(NAME) and store.exists("config.yaml")
+
+
+def _header(store: Store) -> dict[str, Any] | None:
+    """What the manifest at a place says first, whatever the rest of it; None where there is none, or no JSON."""
+    try:
+        found = parse_json(store.get(NAME), MANIFEST_BYTES)
+    except (MissingObject, *_DAMAGE):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def save_mixture(store: Store, weights: Mapping[str, int]) -> Manifest:
-    """Writes the mixture of the data sets at these URIs. Raises DataError where one is missing or does not fit to the others."""
+    """Writes the mixture of the data sets at these URIs.
+
+    Raises DataError where one is missing or does not fit to the others, and where a data set with tars of its own stands already.
+    """
+    if (before := _header(store)) and before.get("format") == MANIFEST:
+        raise DataError(
+            f"{store.home} holds a data set of its own, whose manifest would be lost; name another data.uri for a mixture"
+        )
     parts = [(uri, weight, load_manifest(open_like(store, uri))) for uri, weight in weights.items()]
     joined = join(parts)
     rows = [{"uri": uri, "weight": weight, "fingerprint": manifest.fingerprint} for uri, weight, manifest in parts]
@@ -380,7 +402,7 @@ def save_manifest(store: Store, manifest: Manifest, new: bool = False) -> None:
         name: [getattr(shard, name) for shard in manifest.shards] for name in ("key", "bytes", "etag", "samples")
     }
     header = {
-        "format": "freeguide manifest",
+        "format": MANIFEST,
         "version": VERSION,
         "fingerprint": manifest.fingerprint,
         "source": manifest.source,
@@ -474,6 +496,10 @@ def _load(store: Store, parts: bool) -> Manifest:
         if store.uri.endswith(".tar"):
             folder, _, name = store.uri.rpartition("/")
             raise DataError(f"{store.uri} is one tar; run `freeguide index` with data.uri={folder} data.shards={name}.") from error
+        if is_run(store):
+            raise DataError(
+                f"{store.uri} is a run, and no data set; set data.uri to where `freeguide prepare` wrote the data"
+            ) from error
         raise DataError(
             f"There is no manifest at {where}; run `freeguide prepare` to write shards, or `freeguide index` for existing tars."
         ) from error
@@ -483,7 +509,7 @@ def _load(store: Store, parts: bool) -> Manifest:
             if not parts:
                 raise ValueError("it is a mixture in a mixture")
             return _load_mixture(store, where, header)
-        if header["format"] != "freeguide manifest" or header["version"] != VERSION:
+        if header["format"] != MANIFEST or header["version"] != VERSION:
             raise DataError(f"{where} is a manifest of another version; run `freeguide index` again.")
         index = store.get(checked(header["index"]["key"]))
         if hashlib.sha256(index).hexdigest() != header["index"]["sha256"]:

@@ -117,7 +117,8 @@ def image_folder(
     """
     root = Path(path)
     if not path or not root.is_dir():
-        raise DataError(f"The image folder {named(path)!r} does not exist; set data.path to a folder of class folders.")
+        what = "is on a store" if "://" in str(path) else "is a file" if Path(path).exists() else "does not exist"
+        raise DataError(f"The image folder {named(path)!r} {what}; set data.path to a folder of class folders on this machine")
     where, raw = named(path), dtype == "uint8"
     found = find(root, PICTURES if raw else LATENTS, class_depth, class_names)
     if not found.files:

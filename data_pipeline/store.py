@@ -378,6 +378,8 @@ class FolderStore(Store):
             yield
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
             path = self.folder / key
+            if isinstance(error, IsADirectoryError):
+                raise StoreError(f"{where} is a folder, and a file is looked for; correct the path") from error
             for place in (path, *path.parents):
                 if place.is_symlink() and not place.exists():
                     raise StoreError(

@@ -307,7 +307,7 @@ class Reader:
             over = len(self._bad) > self.data.bad_samples * self.manifest.samples
         if over:
             raise DataError(
-                f"{self.manifest.describe(id_)} cannot be used ({str(error).rstrip('.')}); "
+                f"{self.manifest.describe(id_)} cannot be used ({error}); "
                 f"repair the shard and index it again, or raise data.bad_samples (now {self.data.bad_samples})."
             ) from error
 

@@ -22,7 +22,7 @@ from configs.errors import ConfigError, UserError
 from configs.load import sealed, to_yaml
 from configs.schema import Config, TrainConfig
 from data_pipeline.data_store import open_data
-from data_pipeline.manifest import Manifest, load_manifest
+from data_pipeline.manifest import NAME, Manifest, load_manifest
 from data_pipeline.order import Order
 from data_pipeline.store import Retry, Store, open_store
 from data_pipeline.stream import Batch, Reader
@@ -210,6 +210,8 @@ def preflight(config: Config) -> int:
     names, drop = [p.name for p in profiles(config.train)], config.train.lost_averages == "drop"
     newest = next(checkpoint.candidates(store, names, drop), None)
     if newest is None:
+        if config.run != config.data.manifest and store.exists(NAME):
+            raise ConfigError(f"run={config.run} holds a data set, and a run needs a place of its own; name another run=URI")
         return 0
     checkpoint.check_identity(store, newest, run_identity(config, manifest, order))
     checkpoint.check_averages(store, newest, names, drop)

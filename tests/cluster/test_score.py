@@ -107,7 +107,7 @@ def test_what_their_maker_did_not_say_is_not_known_and_what_we_know_is_said(plac
         (["fid=1.0"], "fid is measured and cannot be given"),
         (["n=50000"], "n is measured"),
         (["colour=red"], "'colour' is no fact of a model"),
-        (["steps=many"], "steps is 'many' is no fact"),
+        (["steps=many"], "steps is 'many', and a row holds another type"),
     ],
 )
 def test_facts_that_are_none_are_refused(place, facts, words):

@@ -100,7 +100,7 @@ def sentence(use: Callable[[], object], kind: type[StoreError] = StoreError) -> 
         use()
     text = str(caught.value)
     assert type(caught.value) is kind, text
-    assert text.endswith(".")
+    assert not text.endswith(".")
     assert "\n" not in text
     return text
 

@@ -296,7 +296,7 @@ def sentence(store: Store) -> str:
     with pytest.raises(StoreError) as caught:
         store.check()
     text = str(caught.value)
-    assert text.endswith(".")
+    assert not text.endswith(".")
     assert "\n" not in text
     return text
 
