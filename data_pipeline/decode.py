@@ -35,6 +35,7 @@ MAX_BYTES = 32 * 2**20  # encoded bytes of one image
 MAX_PICTURE_BYTES = 256 * 2**20  # of one file of a source: scanners do not compress
 MAX_PIXELS = 64 * 10**6
 MAX_LABEL_BYTES = 64 * 2**10
+ANY_LABEL = 2**31  # classes, where nobody knows how many there are
 
 NPY_HEADER = re.compile(
     rb"\{'descr': '(\|u1|<f2|<f4)', 'fortran_order': False, 'shape': \((\d{1,8}), (\d{1,8}), (\d{1,8})\), \} *\n"
@@ -254,7 +255,8 @@ def decode_label(fields: Mapping[str, bytes], classes: int, key: str = "", names
             raise BadSample("label", f"its label {_quoted(raw)} is none of data.class_names")
     if type(label) is not int or not 0 <= label < classes:
         hint = "; list the names of the classes in data.class_names" if isinstance(label, str) and not names else ""
-        raise BadSample("label", f"its label {_quoted(label)} is not a number from 0 to {classes - 1}{hint}")
+        most = f" to {classes - 1}" if classes < ANY_LABEL else ""
+        raise BadSample("label", f"its label {_quoted(label)} is not a number from 0{most}{hint}")
     return label
 
 

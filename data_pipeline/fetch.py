@@ -190,9 +190,7 @@ class Fetcher:
             if crc != self.manifest.crcs[chunk]:
                 raise BadSample("checksum", "its bytes are not those that were indexed")
             whole = self.manifest.in_chunk(chunk)
-            spans = [(span, part) for part in parts for span in tar.samples(part)]
-            if len(spans) < whole:  # a manifest of an earlier version, which counted strays
-                spans = [(span, part) for part in parts for span in tar.samples(part, strays=True)]
+            spans = tar.at_least(whole, lambda rule: ((span, part) for part in parts for span in tar.samples(part, rule=rule)))
             if len(spans) != whole:
                 raise BadSample("tar", f"its chunk holds {len(spans)} samples, not {whole}")
         except BadSample as error:

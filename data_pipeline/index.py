@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 from configs.errors import DataError
 from data_pipeline import tar
-from data_pipeline.decode import IMAGE_FIELDS, BadSample, decode_label, decode_sample, seen_otherwise
+from data_pipeline.decode import ANY_LABEL, IMAGE_FIELDS, BadSample, decode_label, decode_sample, seen_otherwise
 from data_pipeline.folder import SPLITS, is_dropping
 from data_pipeline.manifest import (
     Manifest,
@@ -34,7 +34,6 @@ from data_pipeline.shards import index_tar
 from data_pipeline.store import MissingObject, ObjectInfo, Store
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.lz4", ".tar.z")
-ANY_LABEL = 2**31
 MAX_SHARDS = 10**7  # a brace range beyond this is a slip of the keyboard
 
 
@@ -106,12 +105,11 @@ def _indexed(
     report: Callable[[str], None],
 ) -> tuple[Manifest, list[Broken]]:
     before = _before(store)
-    schema = replace(schema, classes=schema.classes or len(schema.class_names))
-    if not schema.classes:
-        if before is None:
-            raise DataError(f"The tars in {store.uri} do not say how many classes there are; set data.classes.")
-        schema = replace(schema, classes=before.schema.classes)
     known = before.schema if before is not None else stored_schema(store)
+    schema = replace(schema, classes=schema.classes or len(schema.class_names) or (known.classes if known is not None else 0))
+    counting = not schema.classes
+    if counting:
+        schema = replace(schema, classes=ANY_LABEL)
     if known is not None and not schema.label_key:
         schema = replace(schema, label_key=known.label_key)
     if known is not None and replace(known, class_names=()) == replace(schema, class_names=()):
@@ -132,6 +130,7 @@ def _indexed(
         listed = "; ".join(f"{item.key}: {item.reason}" for item in broken[:10])
         more = f"; and {len(broken) - 10} more" if len(broken) > 10 else ""
         raise DataError(f"{len(broken)} of {len(tars)} tars in {store.uri} are broken ({listed}{more}); repair or skip them.")
+    schema = _classes(store, schema, sorted({label for index in indexes for label in index.labels}), counting, report)
     passed = sum((Counter(index.passed_over) for index in indexes), Counter[str]())
     manifest = replace(build_manifest(schema, indexes, source="index"), passed_over={kind: passed[kind] for kind in sorted(passed)})
     if otherwise := sum(index.seen_otherwise for index in indexes):
@@ -147,6 +146,31 @@ def _indexed(
     for info in store.list("parts/index-"):
         store.delete(info.key)
     return manifest, broken
+
+
+def _classes(store: Store, schema: Schema, labels: list[int], counting: bool, report: Callable[[str], None]) -> Schema:
+    """The schema with the number of classes that the labels say, if nobody else did. Classes without pictures are named.
+
+    Raises DataError where nobody has said that there are such classes.
+    """
+    if not labels:
+        return schema
+    classes = labels[-1] + 1 if counting else schema.classes
+    lacking = (
+        list(itertools.islice((label for label in range(classes) if label not in set(labels)), 6)) if classes > len(labels) else []
+    )
+    begin = "; if labels begin at 1, list them in data.class_names, one a line" if lacking[:1] == [0] else ""
+    shown = f"{', '.join(map(str, lacking[:5]))}{', ...' if len(lacking) > 5 else ''}"
+    if lacking and counting:
+        raise DataError(
+            f"The labels in {store.uri} go from {labels[0]} to {labels[-1]}, and these classes have no picture: {shown}{begin}; "
+            f"set data.classes={classes} if that is meant"
+        )
+    if counting:
+        report(f"{classes} classes, as the labels go from 0 to {labels[-1]} (data.classes is not set)")
+    elif lacking:
+        report(f"classes without a picture, of {classes}: {shown}{begin}")
+    return replace(schema, classes=classes)
 
 
 def _before(store: Store) -> Manifest | None:
@@ -201,7 +225,7 @@ def _check_parts(store: Store, keys: list[str]) -> None:
 
 
 def _index(store: Store, schema: Schema, info: ObjectInfo) -> ShardIndex | Broken:
-    facts = f"2 {info.key} {info.etag} {replace(schema, class_names=schema.class_names if schema.label_key else ())}"
+    facts = f"{tar.RULE} {info.key} {info.etag} {replace(schema, class_names=schema.class_names if schema.label_key else ())}"
     part = f"parts/index-{hashlib.sha256(facts.encode()).hexdigest()[:32]}.npz"
     with contextlib.suppress(MissingObject, DataError):  # a damaged one is made anew
         return ShardIndex.from_bytes(store.get(part))
@@ -214,21 +238,21 @@ def _index(store: Store, schema: Schema, info: ObjectInfo) -> ShardIndex | Broke
         return Broken(info.key, f"at byte {error.offset}, {error.reason}")
     except BadSample as error:
         return Broken(info.key, f"the first sample is unusable, {error}")
-    otherwise, largest = _look(spans, data, schema)
-    if largest >= schema.classes:
+    otherwise, labels = _look(spans, data, schema)
+    if labels and labels[-1] >= schema.classes:
         return Broken(
             info.key,
-            f"it has the label {largest}, and data.classes={schema.classes} allows 0 to {schema.classes - 1} (if labels begin at 1,"
-            " list them in data.class_names, one a line)",
+            f"it has the label {labels[-1]}, and data.classes={schema.classes} allows 0 to {schema.classes - 1} (if labels begin "
+            "at 1, list them in data.class_names, one a line)",
         )
-    index = ShardIndex(info.key, len(data), info.etag, starts, crcs, (), dict(passed), otherwise, largest)
+    index = ShardIndex(info.key, len(data), info.etag, starts, crcs, (), dict(passed), otherwise, labels)
     store.put(part, index.to_bytes())
     return index
 
 
-def _look(spans: list[tar.Span], data: bytes, schema: Schema) -> tuple[int, int]:
-    """How many images a person would see otherwise, and the largest label."""
-    otherwise, largest, view = 0, -1, memoryview(data)
+def _look(spans: list[tar.Span], data: bytes, schema: Schema) -> tuple[int, tuple[int, ...]]:
+    """How many images a person would see otherwise, and the labels that occur, sorted."""
+    otherwise, found, view = 0, set[int](), memoryview(data)
     for span in spans:
         for ext, (start, size) in span.fields.items():
             if schema.dtype == "uint8" and ext in IMAGE_FIELDS and ext != "npy":
@@ -236,8 +260,8 @@ def _look(spans: list[tar.Span], data: bytes, schema: Schema) -> tuple[int, int]
         labels = {ext: (start, size) for ext, (start, size) in span.fields.items() if ext not in IMAGE_FIELDS}
         with contextlib.suppress(BadSample):  # counted when it is trained on, see data.bad_samples
             fields = span._replace(fields=labels).read(data)
-            largest = max(largest, decode_label(fields, ANY_LABEL, schema.label_key, schema.class_names))
-    return otherwise, largest
+            found.add(decode_label(fields, ANY_LABEL, schema.label_key, schema.class_names))
+    return otherwise, tuple(sorted(found))
 
 
 def _first_decodes(spans: Iterator[tar.Span], data: bytes, schema: Schema) -> None:

@@ -106,11 +106,11 @@ class ShardIndex:
     bad: tuple[str, ...] = ()  # source images that could not be read and are not in the shard
     passed_over: Mapping[str, int] = field(default_factory=dict)  # members that are no sample's, by kind
     seen_otherwise: int = 0  # images that a person would see otherwise, see `decode.seen_otherwise`
-    largest_label: int = -1
+    labels: tuple[int, ...] = ()  # those that occur, sorted
 
     def to_bytes(self) -> bytes:
-        more = [dict(self.passed_over), self.seen_otherwise, self.largest_label]
-        facts = json.dumps([self.key, self.size, self.etag, self.bad, *(more if more != [{}, 0, -1] else [])])
+        more = [dict(self.passed_over), self.seen_otherwise, list(self.labels)]
+        facts = json.dumps([self.key, self.size, self.etag, self.bad, *(more if more != [{}, 0, []] else [])])
         return to_npz({"facts": np.frombuffer(facts.encode(), np.uint8), "starts": self.starts, "crcs": self.crcs})
 
     @classmethod
@@ -126,9 +126,9 @@ class ShardIndex:
                 raise ValueError("a name is no text")
             if _disordered(starts, np.zeros(len(starts), np.int64), np.array([whole(size, most=MOST_BYTES)])):
                 raise ValueError("its samples do not fit into its shard")
-            passed, otherwise, largest = more or ({}, 0, -1)
+            passed, otherwise, labels = more or ({}, 0, [])
             passed = {str(kind): whole(count) for kind, count in passed.items()}
-            return cls(checked(key), size, etag, starts, crcs, tuple(bad), passed, whole(otherwise), whole(largest, least=-1))
+            return cls(checked(key), size, etag, starts, crcs, tuple(bad), passed, whole(otherwise), tuple(map(whole, labels)))
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise DataError(f"{where} is no index ({error}); delete it and give the command again") from None
 

@@ -338,6 +338,7 @@ def tars(
         manifest.samples,
         _Blockwise(load, use, rows, manifest.bytes),
         seen if dtype == "uint8" else old,
+        manifest.passed_over,
         formerly=old if dtype == "uint8" else "",
     )
 

@@ -3,9 +3,9 @@
 A tar is a row of 512-byte headers, each followed by its member's bytes, padded to 512, and ended by two zero blocks. Samples are
 runs of members whose names agree up to the first dot of the base name, WebDataset's rule. The walk takes regular files with
 ustar, PAX or GNU long names. Folders and names without an extension are passed over, as webdataset does, and so is what systems
-leave (`folder.is_dropping`) and what has neither an image nor a label, such as README.md. Everything else is an error at a byte: a
-bad header, a member cut short, a link, a device, a sparse file, an absolute name or one with `..`, a compressed tar, a member over
-the cap, one extension twice in a sample.
+leave (`folder.is_dropping`), what has neither an image nor a label, such as README.md, and a .json without its picture, which may
+be of the whole shard. Everything else is an error at a byte: a bad header, a member cut short, a link, a device, a sparse file, an
+absolute name or one with `..`, a compressed tar, a member over the cap, one extension twice in a sample.
 """
 
 from __future__ import annotations
@@ -14,20 +14,22 @@ import contextlib
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple, TypeVar
 
 from configs.errors import DataError
-from data_pipeline.folder import is_dropping
+from data_pipeline.folder import OTHERS, is_dropping
 
 BLOCK = 512
 MAX_MEMBER = 64 * 2**20  # bytes of one member
 MAX_META = 64 * 2**10  # bytes of one PAX or GNU header
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-FIELDS = {"png", "jpg", "jpeg", "webp", "npy", "cls", "json"}  # what a sample has at least one of
+FIELDS = {"png", "jpg", "jpeg", "webp", "npy", "cls"}  # what a sample has at least one of
+RULE = 3  # of what a sample is; manifests of earlier versions followed 1, all groups of members, or 2, also a .json by itself
 SAMPLE_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # webdataset.tariterators.base_plus_ext
 
 Bytes = bytes | bytearray | memoryview
+T = TypeVar("T")
 
 
 class TarError(DataError):
@@ -57,16 +59,16 @@ class Span(NamedTuple):
         return {ext: bytes(view[start : start + size]) for ext, (start, size) in self.fields.items()}
 
 
-def samples(data: Bytes, ended: bool = False, strays: bool = False, passed: Counter[str] | None = None) -> Iterator[Span]:
+def samples(data: Bytes, ended: bool = False, rule: int = RULE, passed: Counter[str] | None = None) -> Iterator[Span]:
     """The samples of a tar, or of a piece that begins and ends between samples, in order.
 
-    With `ended`, the bytes must close with the end-of-archive mark; without it a cut between two members cannot be seen. `strays`
-    takes what is no sample for one, as manifests of earlier versions do; `passed` counts it by its kind. Raises TarError.
+    With `ended`, the bytes must close with the end-of-archive mark; without it a cut between two members cannot be seen. `passed`
+    counts by its kind what `rule` takes for no sample. Raises TarError.
     """
     key, start, fields = "", 0, dict[str, tuple[int, int]]()
     passed = Counter() if passed is None else passed
     for member in members(data, ended):
-        if not strays and is_dropping(member.name):
+        if rule > 1 and is_dropping(member.name):
             passed["hidden files and what systems left"] += 1
             continue
         match = SAMPLE_NAME.fullmatch(member.name)
@@ -76,29 +78,47 @@ def samples(data: Bytes, ended: bool = False, strays: bool = False, passed: Coun
             continue
         prefix, ext = match.group(1), match.group(2).lower()
         if fields and prefix != key:
-            if strays or not FIELDS.isdisjoint(fields):
+            if _is_sample(fields, rule):
                 yield Span(key, start, fields)
             else:
-                passed.update(f".{name}"[:20] for name in fields)
+                passed.update(map(_kind, fields))
             fields = {}
         if not fields:
             key, start = prefix, member.header
         if ext in fields:
             raise TarError(f"the sample {prefix!r} has two members {ext!r}", member.header)
         fields[ext] = (member.start, member.size)
-    if fields and (strays or not FIELDS.isdisjoint(fields)):
+    if fields and _is_sample(fields, rule):
         yield Span(key, start, fields)
     else:
-        passed.update(f".{name}"[:20] for name in fields)
+        passed.update(map(_kind, fields))
+
+
+def _is_sample(fields: Mapping[str, object], rule: int) -> bool:
+    """A .json is a sample's if something is there that may be its picture, of a kind that is not read too: that is said then."""
+    if rule == 1 or not FIELDS.isdisjoint(fields):
+        return True
+    return "json" in fields and (rule == 2 or any(f".{ext.rpartition('.')[2]}" not in OTHERS for ext in fields))
+
+
+def _kind(ext: str) -> str:
+    return ".json without a picture" if ext == "json" else f".{ext}"[:20]
 
 
 def counted(data: Bytes, count: int, ended: bool = False) -> list[Span]:
-    """The samples of a tar or a piece that holds `count` by its manifest, which may be one that takes strays for samples."""
-    spans = list(samples(data, ended))
-    if len(spans) < count:
+    """The samples of a tar or a piece that holds `count` by its manifest, which an earlier version may have made by its rule."""
+    return at_least(count, lambda rule: samples(data, ended, rule))
+
+
+def at_least(count: int, found: Callable[[int], Iterator[T]]) -> list[T]:
+    """What is found by the first rule, of the latest to the earliest, that finds `count`."""
+    every = list(found(RULE))
+    for rule in range(RULE - 1, 0, -1):
+        if len(every) >= count:
+            break
         with contextlib.suppress(TarError):
-            spans = list(samples(data, ended, strays=True))
-    return spans
+            every = list(found(rule))
+    return every
 
 
 def members(data: Bytes, ended: bool = False) -> Iterator[Member]:

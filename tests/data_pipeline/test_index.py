@@ -187,18 +187,20 @@ def test_strays_are_passed_over_at_every_depth_and_counted(store: Store) -> None
         store.delete("manifest.json")
 
 
-def test_a_manifest_that_took_strays_for_samples_is_read_as_before(store: Store) -> None:
-    """Of an earlier version: the strays are samples that cannot be used, and a budget puts donors in their places."""
-    data = make_tar([*pairs(range(10)), ("README.md", b"x"), ("train/._x.png", b"x"), *pairs(range(10, 18))])
-    spans = list(tar.samples(data, ended=True, strays=True))
-    assert (len(spans), len(list(tar.samples(data, ended=True)))) == (20, 18)
+@pytest.mark.parametrize(("rule", "count"), [(1, 22), (2, 20)])
+def test_a_manifest_that_took_strays_for_samples_is_read_as_before(store: Store, rule: int, count: int) -> None:
+    """Of earlier versions: the strays are samples that cannot be used, and a budget puts donors in their places."""
+    strays = [("README.md", b"x"), ("train/._x.png", b"x"), ("x.json", b"{}")]
+    data = make_tar([*pairs(range(10)), *strays, *pairs(range(10, 19))])
+    spans = list(tar.samples(data, ended=True, rule=rule))
+    assert (len(spans), len(list(tar.samples(data, ended=True)))) == (count, 19)
     starts = [0, *(span.start for span in spans[1:])]
     crcs = [zlib.crc32(data[start:end]) for start, end in itertools.pairwise([*starts, len(data)])]
     index = ShardIndex("a.tar", len(data), store.put("a.tar", data), np.array(starts, np.uint32) // 512, np.array(crcs, np.uint32))
     for chunk in (1, 4):
         save_manifest(store, build_manifest(SCHEMA, [index], "index", chunk))
         items, labels, _ = epoch(store, bad_samples=0.2)
-        assert set(items) <= set(range(18))
+        assert set(items) <= set(range(19))
         assert len(items) == 20
         assert labels == [item % 10 for item in items]
 
@@ -276,6 +278,96 @@ def test_labels_that_begin_at_1_are_noticed_and_read(store: Store) -> None:
     index_shards(store, Schema(8, 3, 0, tuple(str(n + 1) for n in range(10)), label_key="label"))
     items, labels, _ = epoch(store)
     assert labels == [item % 10 for item in items]
+
+
+def labelled(*labels: int) -> bytes:
+    return make_tar(
+        [
+            member
+            for n, label in enumerate(labels)
+            for member in ((f"{n:06d}.cls", str(label).encode()), (f"{n:06d}.png", pairs([n])[1][1]))
+        ]
+    )
+
+
+def test_the_number_of_classes_is_counted_if_nobody_says_it(store: Store) -> None:
+    said: list[str] = []
+    store.put("a.tar", labelled(0, 1, 2, 0))
+    store.put("b.tar", labelled(4, 3, 0))
+    manifest, _ = index_shards(store, Schema(8, 3, 0), report=said.append)
+    assert (manifest.schema.classes, load_manifest(store).schema.classes) == (5, 5)
+    assert said == ["5 classes, as the labels go from 0 to 4 (data.classes is not set)"]
+    assert epoch_labels(store) == [0, 0, 0, 1, 2, 3, 4]
+    said.clear()
+    assert index_shards(store, Schema(8, 3, 0), report=said.append)[0].fingerprint == manifest.fingerprint
+    assert said == []  # it is known now
+    store.delete("manifest.json")
+    stated, _ = index_shards(store, Schema(8, 3, 5))
+    assert stated.fingerprint == manifest.fingerprint
+
+
+def epoch_labels(store: Store) -> list[int]:
+    return sorted(label for _, label in scan(store, load_manifest(store)))
+
+
+def test_classes_without_a_picture_are_named_where_they_are_counted(store: Store) -> None:
+    store.put("a.tar", labelled(1, 2, 3))
+    with pytest.raises(
+        DataError,
+        match=r"go from 1 to 3, and these classes have no picture: 0; if labels begin at 1, list them in data\.class_names, one a "
+        r"line; set data\.classes=4 if that is meant",
+    ):
+        index_shards(store, Schema(8, 3, 0))
+    named, _ = index_shards(store, Schema(8, 3, 0, ("1", "2", "3"), label_key="label"))
+    assert named.schema.classes == 3
+    store.delete("manifest.json")
+    store.put("a.tar", labelled(0, 2, 1000))
+    with pytest.raises(
+        DataError, match=r"from 0 to 1000, and these classes have no picture: 1, 3, 4, 5, 6, \.\.\.; set data\.classes=1001"
+    ):
+        index_shards(store, Schema(8, 3, 0))
+    said: list[str] = []
+    assert index_shards(store, Schema(8, 3, 1001), report=said.append)[0].schema.classes == 1001
+    assert said == ["classes without a picture, of 1001: 1, 3, 4, 5, 6, ..."]
+    store.delete("manifest.json")
+    store.put("a.tar", make_tar([("a.cls", b"cat"), ("a.png", pairs([1])[1][1])]))
+    with pytest.raises(
+        DataError, match=r"its label 'cat' is not a number from 0; list the names of the classes in data\.class_names"
+    ):
+        index_shards(store, Schema(8, 3, 0))
+
+
+def test_a_json_without_its_picture_is_passed_over_by_everybody_and_counted(tmp_path: Path) -> None:
+    """Of the whole shard in front, of a picture that a web scrape did not get in between, with its caption at the end."""
+    members = [("shard.json", b'{"version": 1}')]
+    for n in range(20):
+        members += [(f"{n:06d}.json", json.dumps({"label": n % 10}).encode())]
+        members += [(f"{n:06d}.png", pairs([n])[1][1])] if n != 7 else []
+    members += [("last.json", b"{}"), ("last.txt", b"a dog")]
+    store, said = open_store(str(tmp_path / "tars")), []
+    store.put("a.tar", make_tar(members))
+    manifest, broken = index_shards(store, SCHEMA, report=said.append)
+    assert (manifest.samples, broken) == (19, [])
+    assert manifest.passed_over == {".json without a picture": 3, ".txt": 1}
+    items, labels, stats = epoch(store)
+    assert (set(items) <= set(range(20)) - {7}, stats["bad_samples"]) == (True, {})
+    assert labels == [item % 10 for item in items]
+    assert len(list(scan(store, manifest))) == 19
+    ours = open_store(str(tmp_path / "ours"))
+    prepared = write_shards(open_source(data_config(source="webdataset", path=str(tmp_path / "tars"), classes=0)), ours)
+    assert (prepared.samples, prepared.passed_over) == (19, manifest.passed_over)
+
+
+def test_a_picture_that_is_not_read_beside_a_json_is_never_passed_over(store: Store) -> None:
+    for ext in ("gif", "input.png", "heic", "bin"):
+        store.put("a.tar", make_tar([("a.json", b'{"label": 1}'), (f"a.{ext}", b"GIF89a")]))
+        with pytest.raises(
+            DataError, match=rf"the first sample is unusable, it needs one of .*, and has {ext.replace('.', '[.]')}, json|json, "
+        ):
+            index_shards(store, SCHEMA)
+    store.put("a.tar", make_tar([("a.cls", b"1"), *pairs([1])]))
+    with pytest.raises(DataError, match=r"it needs one of .*, and has cls"):
+        index_shards(store, SCHEMA)
 
 
 def test_our_own_labels_are_numbers_whatever_the_classes_are_called(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def test_members_are_those_of_tarfile(format_: int, mtime: float, folder: str) -
 def test_samples_group_as_webdataset_groups(tmp_path: object) -> None:
     members = [
         ("a/x.cls", b"1"), ("a/x.png", b"2"), ("a/x.seg.png", b"3"), ("b/x.cls", b"4"),
-        ("noextension", b"5"), ("b/x.PNG", b"6"), ("__meta__.json/__q__", b"8"), (".hidden", b"7"), ("c.json", b"9"),
+        ("noextension", b"5"), ("b/x.PNG", b"6"), ("__meta__.json/__q__", b"8"), (".hidden", b"7"), ("c.cls", b"9"),
     ]  # fmt: skip
     data = make_tar(members)
     stream = webdataset.tariterators.tar_file_iterator(io.BytesIO(data))
