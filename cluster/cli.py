@@ -42,7 +42,7 @@ EXAMPLES = {
     "train": "freeguide train image_folder data.uri=s3://bucket/photos run=s3://bucket/runs/photos train.steps=100000",
     "generate": "freeguide generate image_folder run=s3://bucket/runs/photos generate.w=0.5 generate.images=50000",
     "fit-evaluator": "freeguide fit-evaluator image_folder data.uri=s3://bucket/photos",
-    "evaluate": "freeguide evaluate image_folder run=s3://bucket/runs/photos evaluate.w=[0,0.5,1] --screen",
+    "evaluate": "freeguide evaluate image_folder data.uri=s3://bucket/photos run=s3://bucket/runs/photos 'evaluate.w=[0,0.5,1]'",
     "export": "freeguide export image_folder run=s3://bucket/runs/photos",
     "inspect": "freeguide inspect digits, or for a run freeguide inspect s3://bucket/runs/photos",
     "score": "freeguide score samples.npz --extractor weights.safetensors --reference s3://bucket/photos --w 0.5",
@@ -252,6 +252,13 @@ def _add_score(command: argparse.ArgumentParser) -> None:
     command.add_argument("--unsigned", action="store_true", help="read from S3 without credentials, although there may be some")
 
 
+class _Help(argparse.HelpFormatter):
+    """An example stands on one line, however long, so that it can be copied."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith("Example: ") else super()._fill_text(text, width, indent)
+
+
 class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         stands_on = ", ".join(f"{name} {_version(name, 'missing')}" for name in ("torch", "ray", "deepspeed"))
@@ -286,6 +293,7 @@ def _parser() -> _Parser:
     parser = _Parser(
         prog="freeguide",
         description="Train and measure classifier-free-guidance diffusion models on clusters.",
+        epilog="Begin with `freeguide demo`. Each command has an example: `freeguide COMMAND --help`.",
         fromfile_prefix_chars="@",  # @FILE stands for the arguments in it, one a line: so they come to a submitted job
     )
     parser.add_argument(
@@ -300,7 +308,7 @@ def _parser() -> _Parser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
         command = _add(commands, name, text)
-        what = "a YAML file, or a config that comes with freeguide by its name (digits); configs/schema.py lists every option"
+        what = "a YAML file, or the name of a config that comes with freeguide (`freeguide inspect digits` shows all options)"
         config = command.add_argument(
             "config", metavar="CONFIG", help=what + ("; or the URI of a run" if name == "inspect" else "")
         )
@@ -335,6 +343,7 @@ def _parser() -> _Parser:
 
 
 def _add(commands: Any, name: str, text: str, description: str = "") -> argparse.ArgumentParser:
-    example = f"Example: {EXAMPLES[name]}"
-    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=description or text, epilog=example)
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=description or text, epilog=f"Example: {EXAMPLES[name]}", formatter_class=_Help
+    )
     return command

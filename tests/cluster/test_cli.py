@@ -199,7 +199,7 @@ def test_the_version_names_what_freeguide_stands_on(capsys: pytest.CaptureFixtur
 def test_every_command_explains_itself_with_an_example_that_parses(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([command, "--help"])
-    assert f"Example: freeguide {command} " in " ".join(capsys.readouterr().out.split())
+    assert f"Example: {EXAMPLES[command]}\n" in capsys.readouterr().out  # on one line, so that it can be copied
     words = shlex.split(EXAMPLES[command].split(", ")[0])[1:]
     options = _parse(words)
     assert options.command == command
@@ -223,6 +223,35 @@ def test_a_shell_gets_a_script_that_completes_every_command(shell: str, check: s
     assert "submit" in script or shell == "tcsh"  # for which shtab completes commands and files alone
     if check and shutil.which(shell):
         assert subprocess.run([*check.split(), "/dev/stdin"], input=script, text=True, check=False).returncode == 0
+
+
+BASH = """
+source /dev/stdin
+complete -p freeguide
+for typed in "tra" "train --sub" "train --dry" "score --ext" "fit"; do
+    COMP_WORDS=(freeguide $typed) COMPREPLY=()
+    COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
+    _shtab_freeguide
+    echo ${COMPREPLY[@]}
+done
+"""
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_bash_completes_commands_and_their_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--print-completion", "bash"])
+    script = capsys.readouterr().out
+    ended = subprocess.run(["bash", "-c", BASH], input=script, capture_output=True, text=True, timeout=60)
+    assert ended.stdout.splitlines()[1:] == ["train", "--submit", "--dry-run", "--extractor --extractor-hash", "fit-evaluator"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_an_example_needs_quoted_is_quoted(command: str) -> None:
+    """zsh takes a bare [ for a pattern of file names, and refuses the command if there are no such files."""
+    shown = EXAMPLES[command].split(", ")[0]
+    bare = re.sub(r"'[^']*'", "", shown)
+    assert not set("[]{}*?") & set(bare), shown
 
 
 def test_a_packaged_config_is_inspected_by_name(
