@@ -27,6 +27,7 @@ import grpc
 import ray
 import ray.autoscaler.sdk
 import torch
+import yaml
 from ray._private import ray_constants
 from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.experimental import internal_kv
@@ -34,6 +35,7 @@ from ray.experimental import internal_kv
 from cluster import ending
 from cluster.submit import ROOT, copy_packages
 from configs.errors import ConfigError, UserError, counted
+from configs.load import to_yaml
 from configs.schema import ClusterConfig, Config
 
 LOG = "ray.log"  # what Ray writes to the standard error of this process
@@ -75,7 +77,7 @@ def session(config: Config, processes: int, together: bool = False) -> Iterator[
 
 def _on_a_cluster(config: Config, processes: int, together: bool) -> Iterator[Resources]:
     address = os.environ.get("RAY_ADDRESS", "")
-    runtime: dict[str, Any] = {"env_vars": dict(config.cluster.env)}
+    runtime = _environment_of_workers(config)
     gpus = config.cluster.gpus_per_worker
     if address and address != "local":
         place = _connected(address, runtime, gpus)
@@ -84,6 +86,23 @@ def _on_a_cluster(config: Config, processes: int, together: bool) -> Iterator[Re
         place = _private(runtime, math.ceil(processes * config.cluster.cpus_per_worker), gpus)
     with place:
         yield _resources(config.cluster, gpus, processes, together)
+
+
+def _environment_of_workers(config: Config) -> dict[str, Any]:
+    """`cluster.env` as a runtime environment. Ray shows those in its dashboard and logs, so what a shown config hides is not there.
+
+    Those values are set by each worker as it starts.
+    """
+    shown = yaml.safe_load(to_yaml(config))["cluster"]["env"]
+    plain = {name: value for name, value in config.cluster.env.items() if shown.get(name) == value}
+    hidden = {name: value for name, value in config.cluster.env.items() if name not in plain}
+
+    def set_hidden() -> None:  # travels by value, and needs nothing of ours
+        import os
+
+        os.environ.update(hidden)
+
+    return {"env_vars": plain} | ({"worker_process_setup_hook": set_hidden} if hidden else {})
 
 
 @contextmanager
@@ -129,12 +148,15 @@ def _private(runtime: dict[str, Any], cpus: int, gpus: float) -> Iterator[None]:
 
 
 def _keep_logs(folder: Path) -> None:
-    """Ray's logs of the last session that failed stay with the user's temporary folder."""
+    """Ray's logs of the last session that failed stay with the user's temporary folder, and with them what it said here."""
     kept = folder.parent / "ray-logs"
     shutil.rmtree(kept, ignore_errors=True)
     with contextlib.suppress(OSError):
         (folder / "session_latest").resolve().joinpath("logs").rename(kept)
         print(f"Ray's logs of this are in {kept}", file=sys.stderr, flush=True)
+        if _temporary is not None:
+            shutil.copy(_temporary / LOG, kept)
+            os.truncate(_temporary / LOG, 0)  # so that one place is named
 
 
 def _start(options: dict[str, Any], runtime: dict[str, Any], gpus: float) -> None:

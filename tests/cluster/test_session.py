@@ -190,13 +190,18 @@ from pathlib import Path
 from cluster.session import session
 from configs.load import load_config
 
-with session(load_config("configs/digits.yaml", ["cluster.gpus_per_worker=0"]), 2) as resources:
+SECRET = ["cluster.env={MY_TOKEN: hunter2, MY_LEVEL: on, MY_LOGIN: '${oc.env:LOGIN}'}"]
+with session(load_config("configs/digits.yaml", ["cluster.gpus_per_worker=0", *SECRET]), 2) as resources:
     ray.get([ray.remote(lambda: None).remote() for _ in range(2)])
     me = psutil.Process()
     sockets = [c for p in (me, *me.children(recursive=True)) for c in p.net_connections("inet") if c.status == "LISTEN"]
     print(*{c.laddr.ip for c in sockets})
     print(len(sockets) > 5, resources)
     print(os.environ.get("TMPDIR") != tempfile.gettempdir(), ray.get(ray.remote(lambda: os.environ["TMPDIR"]).remote()))
+    print(ray.get(ray.remote(lambda: [os.environ[f"MY_{name}"] for name in ("TOKEN", "LEVEL", "LOGIN")]).remote()))
+    written = [p for p in Path(ray._private.worker._global_node.get_session_dir_path()).rglob("*") if p.is_file()]
+    print(ray.get_runtime_context().runtime_env["env_vars"]["MY_LEVEL"], len(written) > 5)
+    print(*[p for p in written if b"hunter" in p.read_bytes()], "hunter" in str(ray.get_runtime_context().runtime_env))
 """
 
 
@@ -204,12 +209,12 @@ def test_a_private_cluster_listens_on_loopback_and_leaves_nothing_behind(tmp_pat
     """With the environment of a user, who has set nothing."""
     home, temporary = tmp_path / "home", Path(tempfile.mkdtemp(dir="/tmp"))
     home.mkdir()
-    clean = {"PATH": os.environ["PATH"], "HOME": str(home), "TMPDIR": str(temporary), "PYTHONPATH": "."}
+    clean = {"PATH": os.environ["PATH"], "HOME": str(home), "TMPDIR": str(temporary), "PYTHONPATH": ".", "LOGIN": "hunter3"}
     ended = subprocess.run(
         [sys.executable, "-c", ALONE], cwd=Path(__file__).parents[2], env=clean, capture_output=True, text=True, timeout=120
     )
     assert ended.returncode == 0, ended.stderr
-    addresses, enough, folders = ended.stdout.splitlines()[-3:]
+    addresses, enough, folders, *of_workers = ended.stdout.splitlines()[-6:]
     assert {*addresses.split()} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
     assert enough == "True Resources(cpus=1.0, gpus=0.0)"
     assert re.fullmatch(rf"True {temporary}/freeguide-\d+/run-\w+", folders)
@@ -217,6 +222,8 @@ def test_a_private_cluster_listens_on_loopback_and_leaves_nothing_behind(tmp_pat
     left = [place for place in temporary.rglob("*") if place.is_file()]
     shutil.rmtree(temporary)
     assert left == []
+    # Secrets reach the workers, and neither Ray's logs nor what it shows of the job.
+    assert of_workers == ["['hunter2', 'on', 'hunter3']", "on True", "False"]
 
 
 def test_a_private_cluster_takes_a_temporary_folder_that_is_short_enough_for_sockets(
