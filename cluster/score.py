@@ -70,8 +70,11 @@ class Samples:
     def labels_by(self, known: tuple[str, ...]) -> NDArray[np.int64] | None:
         """The labels (N,) as numbers of the reference, whose classes are called `known`; () where it does not say.
 
-        None without labels, and where the classes of the samples are not classes of the reference, which is said.
+        None without labels, with a reference of one class, and where the classes of the samples are not classes of the reference,
+        which is said.
         """
+        if len(known) == 1:
+            return None
         if self.labels is None or (self.numbered and not (known and self.names)):
             return self.labels
         if not known and all(re.fullmatch(r"\d{1,9}", name) for name in self.names):

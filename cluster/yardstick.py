@@ -99,8 +99,8 @@ def has_labels(manifest: Manifest) -> bool:
 
 
 def warn_of_few(images: int, classes: int, yardsticks: list[Yardstick]) -> None:
-    """One line on standard error for each yardstick whose features are as many as the images, or more, and one where a split of
-    the Inception score, of which there are 10, has fewer images than classes.
+    """One line on standard error for each yardstick whose features are as many as the images, or more, or say little, and one where
+    a split of the Inception score, of which there are 10, has fewer images than classes.
     """
     if images < 10 * classes and any(each.extractor.has_classes for each in yardsticks):
         print(
@@ -110,6 +110,7 @@ def warn_of_few(images: int, classes: int, yardsticks: list[Yardstick]) -> None:
             flush=True,
         )
     for each in yardsticks:
+        warn_of_symmetry(each.extractor)
         d = each.extractor.width
         if images <= d:
             print(

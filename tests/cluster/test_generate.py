@@ -82,6 +82,24 @@ def test_image_i_is_made_from_its_number_and_the_set_says_of_what(config: Config
     assert arrays["arr_0"].std() > 10, "the images are all alike, so the comparisons above have no power"
 
 
+@pytest.mark.parametrize("w", [0.0, 0.5])
+def test_images_of_one_class_are_made_and_guidance_of_them_is_said_to_mean_nothing(
+    tmp_path: Path, made: list[Unit], capsys: pytest.CaptureFixture[str], w: float
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 1), np.uint8)
+    write_shards(Source(Schema(8, 1, 1), 20, lambda i: Sample(noise[i], 0), "noise"), open_store(f"{tmp_path}/data"))
+    small = ["model.channels=16", "model.head_channels=16", "sampling.steps=2", "generate.images=5", "data.classes=1"]
+    if not w:
+        small.append("diffusion.p_uncond=0")  # which can be sampled at w = 0
+    asked = [f"generate.w={w}", f"run={tmp_path}/run", f"data.uri={tmp_path}/data"]
+    config = load_config(ROOT / "configs" / "digits.yaml", [*small, *asked], "generate")
+    write_run(config)
+    images, labels = scan_all(store := open_store(generate(config)), load_manifest(store))
+    assert (len(images), labels.tolist()) == (5, [0] * 5)
+    assert images.std() > 10
+    assert ("WARNING: generate.w=0.5: guidance goes" in capsys.readouterr().err) == (w > 0)
+
+
 def test_a_set_that_was_cut_off_goes_on_to_the_same_bits(
     config: Config, made: list[Unit], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -86,6 +86,23 @@ def test_without_data_the_classes_are_said_to_be_assumed_and_with_them_they_are_
     assert [line for line in lines if line.startswith("WARNING: ")] == [f"WARNING: {sentence}" for sentence in misfits(config, 60)]
 
 
+def test_guidance_of_data_with_one_class_is_said_to_mean_nothing(
+    places: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "images").mkdir()
+    for item in range(30):
+        Image.fromarray(np.full((8, 8, 3), item, np.uint8)).save(tmp_path / "images" / f"{item}.png")
+    small = [*places, *SMALL, "train.steps=10", "train.global_batch=10"]
+    prepare(load_config("image_folder", small, "prepare"))
+    capsys.readouterr()
+    inspect(load_config("image_folder", [*small, "evaluate.w=[0,1]"]))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING: ")]
+    assert "evaluate.w=[0.0, 1.0]: guidance goes from all images towards those of a class" in line
+    assert line.endswith("; evaluate.w=[0] would do")
+    inspect(load_config("image_folder", [*small, "evaluate.w=[0]"]))
+    assert "WARNING" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("steps", "batch", "samples", "sentences"),
     [

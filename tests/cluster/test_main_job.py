@@ -13,8 +13,10 @@ import pytest
 import safetensors.torch
 import torch
 import webdataset
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from cluster.metrics.rows import from_json
 from cluster.submit import copy_packages
 from configs.load import load_config
 from data_pipeline.manifest import load_manifest
@@ -231,3 +233,69 @@ def test_inspect_prints_what_a_config_means(freeguide, name: str) -> None:  # ty
         # The published network has 295.9 M parameters; fixed variance takes 3 output channels away, the null class adds a row.
         assert "parameters                295,900,035" in ended.stdout
         assert "219.314 GFLOP" in ended.stdout
+
+
+ODD = ["with space.png", "umläut é.jpg", "emoji 🦜.webp", "-rf.png", "no extension", "deep/er/x.JPEG", "quote'\".png", "#.bmp"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_flat_folder_of_odd_pictures_goes_all_the_way_to_a_report_and_is_scored(  # type: ignore[no-untyped-def]
+    freeguide, ray_head, tmp_path: Path
+) -> None:
+    """Bright above, dark below, of mixed sizes, modes and codecs, with strays beside them and no class folder."""
+    random, images = np.random.default_rng(0), tmp_path / "my photos"
+    for number in range(160):
+        name = f"{number:03d} {ODD[number % len(ODD)]}" if number % len(ODD) != 5 else f"deep/er/{number}.JPEG"
+        height, width = random.integers(30, 90, 2)
+        pixels = np.linspace(255, 0, height)[:, None, None] * np.ones((height, width, 3)) * random.uniform(0.5, 1, 3)
+        noisy = Image.fromarray(np.clip(pixels + random.normal(0, 10, pixels.shape), 0, 255).astype(np.uint8))
+        codec = {"jpg": "JPEG", "JPEG": "JPEG", "webp": "WEBP", "bmp": "BMP"}.get(name.rpartition(".")[2], "PNG")
+        mode = ("RGB", "L", "P", "RGBA")[number % 4] if codec == "PNG" else "RGB"
+        (images / name).parent.mkdir(parents=True, exist_ok=True)
+        noisy.convert(mode).save(images / name, codec)
+    (images / "notes.txt").write_text("none of them")
+    (images / ".DS_Store").write_bytes(b"\0")
+    network = ["model.channels=8", "model.head_channels=8", "model.channel_mult=[1,1]", "model.attention=[]", "model.res_blocks=1"]
+    steps = ["train.steps=4", "train.global_batch=8", "train.checkpoint_every=2", "train.precision=fp32", "train.warmup_steps=0"]
+    measured = ["sampling.steps=3", "evaluate.images=70", "evaluate.unit=40", "evaluate.w=[0]", "evaluate.evaluator_epochs=3"]
+    places = [f"data.path={images}", f"data.uri={tmp_path}/data", f"run={tmp_path}/run", "evaluate.dataset=photos"]
+
+    def ok(command: str, *more: str) -> "subprocess.CompletedProcess[str]":
+        ended = freeguide(
+            command, "configs/image_folder.yaml", *places, *network, *steps, *measured, *more, RAY_ADDRESS=ray_head[0]
+        )
+        assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
+        assert "Traceback" not in ended.stdout + ended.stderr
+        return ended  # type: ignore[no-any-return]
+
+    assert "160 images 32x32x3, 1 classes" in ok("prepare").stdout
+    assert "WARNING: evaluate.w" not in ok("inspect").stdout
+    assert "trained to step 4" in ok("train").stdout
+    log = EventAccumulator(str(next((tmp_path / "run" / "events").glob("events.out.tfevents.*"))))
+    log.Reload()
+    (grid,) = [image for tag in log.Tags()["images"] if tag.startswith("samples/") for image in log.Images(tag)][-1:]
+    assert grid.width > 2 * grid.height  # four lines of ten
+    ended = ok("evaluate")
+    assert "training the evaluator on 160 real images, to tell how they are turned, as they have no classes" in ended.stdout
+    assert "guidance" not in ended.stderr
+    report = tmp_path / "runs" / "image_folder"
+    (row,) = from_json((report / "report.json").read_text())
+    assert (row.fid_name, row.dataset, row.n, row.w) == ("FID-photos-rotations", "photos", 70, 0.0)
+    assert (row.inception_score, row.accuracy, row.precision is None) == (None, None, False)
+    assert not (report / "frontier.png").exists()
+    assert "photos-rotations tells no classes apart: there is no Inception score" in (report / "index.html").read_text()
+    ended = ok("fit-evaluator")
+    assert "rotation accuracy on held-out images, FID-photos-rotations" in ended.stdout
+    assert "WARNING" not in ended.stderr
+    weights = ended.stdout.rsplit("evaluate.extractor=", 1)[1].split()[0]
+    generated = open_store(ok("generate", "generate.images=70").stdout.strip().rsplit(" ", 1)[1])
+    scored = subprocess.run(
+        [sys.executable, "-m", "cluster", "score", generated.uri, "--reference", f"{tmp_path}/data", "--extractor", weights],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert scored.returncode == 0, scored.stderr
+    (fid,) = [float(line.split()[1]) for line in scored.stdout.splitlines() if line.startswith("fid ")]
+    assert fid == pytest.approx(row.fid, rel=1e-3)  # of the same images, in other blocks
+    assert "inception_score" not in scored.stdout
+    assert "accuracy" not in scored.stdout

@@ -60,8 +60,8 @@ def changed(root: Path, before: dict[str, str], place: str, old: str, new: str) 
         ("data_pipeline/decode.py", "MAX_PIXELS = ", "MAX_PIXELS = 7 + ", READ),
         (
             "data_pipeline/scan.py",
-            "for shard in manifest.shards",
-            "for shard in manifest.shards[::-1]",
+            "range(0, len(manifest.shards), every)",
+            "range(0, len(manifest.shards), every)[::-1]",
             {"references", "evaluators"},
         ),
         ("data_pipeline/tar.py", "def samples(", "@list\ndef samples(", {"references", "evaluators", "sets"}),

@@ -654,3 +654,45 @@ def test_pictures_show_any_name(tmp_path, recwarn):
     write_report(rows, grids, tmp_path, title="x", classes=NAMES[-3:], varying=("run",), others=[replace(rows[0], run=NAMES[9])])
     assert [str(warning.message) for warning in recwarn] == []
     assert Image.open(tmp_path / "frontier.png").size == (1152, 864)  # as large as with short names
+
+
+# --- without classes ---
+
+
+def _unscored(**changes: object) -> list[Row]:
+    """Rows of an evaluator that knows no classes."""
+    found = _rows(extractor="photos-rotations", accuracy=None, **changes)
+    return [replace(row, inception_score=None, inception_score_std=None) for row in found]
+
+
+def test_without_an_inception_score_a_report_has_no_frontier_and_says_why(tmp_path, monkeypatch, recwarn):
+    write_report(_rows(), _grids(), tmp_path, title="x")
+    rows = _unscored()
+    written = write_report(rows, _grids(rows=rows), tmp_path, title="x", others=[replace(rows[0], run="theirs", w=0.0)])
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in written}
+    assert {path.name for path in written} == {
+        *BASE, "samples.png", *(f"samples_w{w:g}.png" for w in WEIGHTS)
+    } - {"frontier.png"}  # fmt: skip
+    text, page = (tmp_path / "table.md").read_text(), (tmp_path / "index.html").read_text()
+    assert text.splitlines()[2] == "| w | FID-photos-rotations ↓ | precision | recall | NFE |"
+    said = "photos-rotations tells no classes apart: there is no Inception score, and no curve of FID-photos-rotations over it."
+    assert text.count(said) == page.count(said) == 1
+    assert from_json((tmp_path / "report.json").read_text()) == rows
+    with (tmp_path / "report.csv").open() as file:
+        assert [row["inception_score"] for row in csv.DictReader(file)] == [""] * (len(rows) + 1)
+    monkeypatch.setattr(figures, "_drawn", lambda figure: figure)
+    assert len(figures.curves([("", rows)]).axes) == 2
+    assert len(figures.curves([("", _rows())]).axes) == 3
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+@pytest.mark.usefixtures("words_only")
+def test_without_an_inception_score_series_and_screens_are_told_without_one(tmp_path):
+    rows = [row for p in (0.1, 0.5) for row in _unscored(p_uncond=p, run=f"p{p}")]
+    write_report(rows, {}, tmp_path, title="x", varying=("run", "p_uncond"), screened=[replace(row, n=500) for row in rows])
+    text = (tmp_path / "table.md").read_text()
+    assert "at equal Inception score" not in text
+    assert "a w is left out where another has a FID-photos-rotations lower by more than both spreads." in text
+    seeds = [row for seed in (0, 1) for row in _unscored(seed=seed)]
+    write_report(seeds, {}, tmp_path, title="x", varying=("seed",))
+    assert "| w | FID-photos-rotations | precision | recall | k |" in (tmp_path / "table.md").read_text()

@@ -1,6 +1,7 @@
 """Anyone's images get our rows: from a file, a folder or shards, the same values, and the truth about what is not known."""
 
 import argparse
+import dataclasses
 import io
 import threading
 from pathlib import Path
@@ -12,7 +13,7 @@ from PIL import Image
 
 from cluster.metrics import dinov2
 from cluster.metrics.dinov2 import VisionTransformer
-from cluster.metrics.evaluator import Evaluator, fit_evaluator
+from cluster.metrics.evaluator import Evaluator, fit_evaluator, fit_rotations
 from cluster.metrics.fid import frechet_distance
 from cluster.metrics.inception_score import inception_score
 from cluster.metrics.measure import Yardstick, values
@@ -374,3 +375,68 @@ def test_the_command_prints_the_row_and_writes_it(place, tmp_path, capsys):
     assert f"fid                  {row.fid:.6g}\n" in printed
     assert "not known" not in printed
     assert from_json((tmp_path / "row.json").read_text()) == [row]
+
+
+# --- without classes ---
+
+
+@pytest.fixture(scope="module")
+def flat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a data set of one class, the evaluator that learned its turns, and samples: a flat folder, shards, an .npz."""
+    folder = tmp_path_factory.mktemp("flat")
+    turner = fit_rotations(REAL[LABELS == 0], epochs=5, name="photos-rotations")
+    (folder / "turns.safetensors").write_bytes(turner.to_bytes())
+    for name, images in (("real", REAL[LABELS == 0]), ("shards", FAKE[LABELS == 0])):
+        store = open_store(str(folder / name))
+        packed = pack_shard([Sample(image, 0) for image in images])
+        save_manifest(store, build_manifest(Schema(8, 1, 1), [packed.index("0.tar", store.put("0.tar", packed.data))]))
+    (folder / "png").mkdir()
+    for i, image in enumerate(FAKE[LABELS == 0]):
+        (folder / "png" / f"{i:04d}.png").write_bytes(encode_png(image))
+    np.savez(folder / "fake.npz", FAKE[LABELS == 0], np.zeros(N // 2, np.int64))
+    return folder
+
+
+@pytest.mark.parametrize("samples", ["png", "shards", "fake.npz"])
+def test_a_flat_folder_is_scored_against_a_flat_folder_without_a_score_or_an_accuracy(flat, capsys, samples):
+    row = score(str(flat / samples), reference=str(flat / "real"), extractor=str(flat / "turns.safetensors"), name="theirs")
+    assert (row.fid_name, row.reference_n, row.n) == ("FID-photos-rotations", N // 2, N // 2)
+    assert (row.inception_score, row.inception_score_std, row.accuracy) == (None, None, None)
+    assert None not in (row.fid, row.fid_std, row.precision, row.recall, row.kid)
+    said = capsys.readouterr()
+    assert "no accuracy" not in said.out + said.err
+    assert from_json(to_json([row])) == [row]
+    other = score(str(flat / samples), reference=str(flat / "shards"), extractor=str(flat / "turns.safetensors"))
+    assert abs(other.fid) < 1e-3 < row.fid  # the very images
+
+
+def test_class_folders_have_no_accuracy_by_an_evaluator_without_classes(flat, tmp_path, capsys):
+    folders = _class_folders(tmp_path, {0: "top", 1: "bottom"})
+    row = score(folders, reference=str(flat / "real"), extractor=str(flat / "turns.safetensors"))
+    assert (row.n, row.accuracy, row.inception_score) == (N, None, None)
+    assert "no accuracy" not in capsys.readouterr().out
+
+
+def test_one_class_has_no_accuracy_by_an_evaluator_of_other_data(flat, place, judge):
+    """Its label 0 is not class 0 of that evaluator; only the Inception score needs no labels."""
+    for samples in (flat / "shards", flat / "png"):
+        row = score(str(samples), reference=str(place / "real.npz"), extractor=str(place / "toys.safetensors"))
+        assert (row.accuracy, row.inception_score is None) == (None, False)
+    one = Yardstick(judge, from_npz((place / "real.npz").read_bytes(), "real", judge))
+    one = Yardstick(judge, dataclasses.replace(one.reference, class_names=("photos",)))
+    for samples in (Samples(FAKE, LABELS), Samples(FAKE, 0 * LABELS, names=("photos",), numbered=False)):
+        assert score_samples(samples, one, name="x").accuracy is None
+
+
+def test_pictures_that_are_not_square_are_refused_by_an_evaluator_of_turns(flat, tmp_path):
+    np.savez(tmp_path / "wide.npz", np.zeros((20, 8, 10, 1), np.uint8))
+    with pytest.raises(DataError, match=r"'photos-rotations' measures uint8 \(N, 8, 8, 1\), not uint8 \(20, 8, 10, 1\)"):
+        score(str(tmp_path / "wide.npz"), reference=str(flat / "real"), extractor=str(flat / "turns.safetensors"))
+
+
+def test_an_evaluator_that_can_hardly_tell_turns_says_so(flat, tmp_path, capsys):
+    noise = fit_rotations(np.random.default_rng(0).integers(0, 256, (200, 8, 8, 1), np.uint8), epochs=1, name="noise-rotations")
+    (tmp_path / "noise.safetensors").write_bytes(noise.to_bytes())
+    score(str(flat / "png"), reference=str(flat / "real"), extractor=str(tmp_path / "noise.safetensors"))
+    accuracy = f"{100 * noise.accuracy:.1f} % rotation accuracy on held-out images"
+    assert f"WARNING: noise-rotations has {accuracy}, and guessing has 25 %" in capsys.readouterr().err

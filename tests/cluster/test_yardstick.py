@@ -1,7 +1,9 @@
 """What a data set is measured with: made once, the same bits each time, pinned by its hash, refused where it does not fit."""
 
 import contextlib
+import dataclasses
 import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cluster import evaluate as evaluation
 from cluster import units, yardstick
@@ -29,11 +33,12 @@ from cluster.session import Resources
 from cluster.yardstick import EVALUATOR, warn_of_few, yardsticks_of
 from configs.errors import ConfigError, DataError, UserError
 from configs.load import load_config
+from data_pipeline.closure import code_version
 from data_pipeline.manifest import Schema, load_manifest
 from data_pipeline.scan import scan_all
 from data_pipeline.shards import Sample, Source, write_shards
 from data_pipeline.store import Denied, FolderStore, open_store
-from tests.cluster.untrained import small, write_lab, write_run
+from tests.cluster.untrained import SMALL, small, write_lab, write_run
 from trainer.sampler import Sampler, image_labels
 
 DIGITS = str(Path(__file__).parents[2] / "configs" / "digits.yaml")
@@ -75,11 +80,11 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.fixture
-def find(made: list[str]) -> Find:
+def find(made: list[str], tmp_path: Path) -> Find:
     """find(uri of the data, "evaluate.option=value", ...) -> the yardsticks of an evaluation."""
 
     def look(uri: str, *options: str) -> list[Yardstick]:
-        config = load_config(DIGITS, [f"data.uri={uri}", *FACTS, *options], "evaluate")
+        config = load_config(DIGITS, [f"data.uri={uri}", f"run={tmp_path}/run", *FACTS, *options], "evaluate")
         data = open_store(uri)
         return yardsticks_of(config, data, load_manifest(data), lambda: Resources(torch.get_num_threads(), 0))
 
@@ -89,11 +94,11 @@ def find(made: list[str]) -> Find:
 def test_fit_evaluator_makes_it_once_and_says_how_to_pin_it(
     toys: str, made: list[str], find: Find, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["fit-evaluator", DIGITS, f"data.uri={toys}", *FACTS]) == 0
+    assert main(["fit-evaluator", DIGITS, f"data.uri={toys}", f"run={toys}-run", *FACTS]) == 0
     assert made == ["made"]
     printed = capsys.readouterr().out
     pin = printed.splitlines()[-1].removeprefix("pin it: ").split()
-    assert main(["fit-evaluator", DIGITS, f"data.uri={toys}", *FACTS]) == 0
+    assert main(["fit-evaluator", DIGITS, f"data.uri={toys}", f"run={toys}-run", *FACTS]) == 0
     assert made == ["made"]
     assert capsys.readouterr().out.splitlines() == printed.splitlines()[-3:]
     (own,), (pinned,) = find(toys), find(toys, *pin)
@@ -371,3 +376,126 @@ def test_fewer_images_than_ten_for_each_class_are_said_for_the_sake_of_the_incep
 def test_weights_that_are_there_already_are_not_fitted(toys: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit-evaluator", DIGITS, f"data.uri={toys}", "evaluate.extractor=mine.safetensors"]) == 2
     assert "names weights that are there already: leave it out to fit an evaluator" in capsys.readouterr().err
+
+
+# --- without classes ---
+
+
+def write_flat(folder: Path, images: int = 100, symmetric: bool = False) -> str:
+    """Pictures of one class, 8x8x1: noise, bright above, or if they are symmetric bright in the middle."""
+    noise = np.random.default_rng(0).integers(0, 120, (images, 8, 8, 1), np.uint8)
+    noise[:, slice(2, 6) if symmetric else slice(0, 3), slice(2, 6) if symmetric else slice(None)] += 120
+    write_shards(Source(Schema(8, 1, 1), images, lambda i: Sample(noise[i], 0), "flat"), open_store(str(folder)), shard_samples=25)
+    return str(folder)
+
+
+FLAT = ["data.classes=0", "evaluate.evaluator_epochs=3"]
+
+
+def test_data_without_classes_are_measured_by_how_their_pictures_are_turned(
+    tmp_path: Path, find: Find, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uri = write_flat(tmp_path / "photos")
+    (found,) = find(uri, *FLAT)
+    images, _ = scan_all(open_store(uri), load_manifest(open_store(uri)))
+    expected = evaluator.fit_rotations(images, 3, name="photos-rotations")
+    assert isinstance(found.extractor, Evaluator)
+    assert found.extractor.to_bytes() == expected.to_bytes()
+    assert (found.extractor.has_classes, found.extractor.accuracy > 0.9) == (False, True)
+    assert (found.reference.dataset, found.reference.pool.n) == ("photos", 100)
+    assert np.array_equal(found.reference.pool.mean, from_features(expected.measure(images).features).mean)
+    said = capsys.readouterr()
+    assert "training the evaluator on 100 real images, to tell how they are turned, as they have no classes\n" in said.out
+    assert f"{100 * expected.accuracy:.1f} % rotation accuracy on held-out images" in said.out
+    assert said.err == ""
+
+
+def test_fit_evaluator_of_data_without_classes_prints_what_pins_it(
+    tmp_path: Path, made: list[str], find: Find, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uri = write_flat(tmp_path / "photos")
+    assert main(["fit-evaluator", DIGITS, f"data.uri={uri}", f"run={tmp_path}/run", *FLAT]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"evaluator [0-9a-f]{64}: [\d.]+ % rotation accuracy on held-out images, FID-photos-rotations\n", printed)
+    pin = printed.splitlines()[-1].removeprefix("pin it: ").split()
+    (own,), (pinned,) = find(uri, *FLAT), find(uri, *FLAT, *pin)
+    assert pinned.extractor.hash == own.extractor.hash == pin[1].split("=")[1]
+    assert not pinned.extractor.has_classes
+    assert made == ["made", "made"]  # of the evaluator, and of the reference of one that is given
+
+
+def test_only_data_without_classes_have_what_was_learned_in_the_name_of_their_evaluator(
+    tmp_path: Path, toys: str, find: Find
+) -> None:
+    for uri, options, more in ((toys, [], {}), (write_flat(tmp_path / "photos"), FLAT, {"learned": "rotations"})):
+        (found,) = find(uri, *options)
+        epochs = 3 if options else 1
+        decides = {"format": 3, "data": load_manifest(open_store(uri)).fingerprint, "dataset": Path(uri).name, "epochs": epochs}
+        name = units.fingerprint(decides | {"seed": 0, "code": code_version(yardstick.FITTING)} | more)
+        assert Path(found.weights).parent.name == name
+
+
+@pytest.mark.parametrize("command", ["evaluate", "fit-evaluator"])
+def test_pictures_that_look_alike_when_they_are_turned_are_said_to_teach_little(
+    tmp_path: Path, made: list[str], find: Find, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    uri = write_flat(tmp_path / "dots", symmetric=True)
+    if command == "evaluate":
+        warn_of_few(1000, 1, find(uri, *FLAT))
+    else:
+        assert main(["fit-evaluator", DIGITS, f"data.uri={uri}", f"run={tmp_path}/run", *FLAT]) == 0
+    told = capsys.readouterr().err
+    assert re.fullmatch(
+        r"WARNING: dots-rotations has [\d.]+ % rotation accuracy on held-out images, and guessing has 25 %.*\n", told
+    )
+    assert made == ["made"]
+
+
+def test_nothing_is_said_of_a_score_that_an_extractor_does_not_have(
+    tmp_path: Path, find: Find, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = find(write_flat(tmp_path / "photos"), *FLAT)
+    capsys.readouterr()
+    warn_of_few(999, 100, found)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_name_that_no_evaluator_can_have_is_refused_before_anything_is_made(tmp_path: Path, made: list[str], find: Find) -> None:
+    uri = write_flat(tmp_path / "my photos")
+    with pytest.raises(DataError, match=r"'my photos-rotations' cannot name an evaluator; .* as evaluate\.dataset for example"):
+        find(uri, *FLAT)
+    assert made == []
+    (found,) = find(uri, *FLAT, "evaluate.dataset=photos")
+    assert found.extractor.name == "photos-rotations"
+
+
+@pytest.mark.usefixtures("in_process")
+def test_an_evaluation_without_classes_ends_in_a_report_without_a_score(
+    made: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uri = write_flat(tmp_path / "photos")
+    own = ["sampling.interval=[]", "evaluate.grid=20", "cluster.workers=1"]
+    asked = [f"run={tmp_path}/run", f"data.uri={uri}", "data.classes=1", "evaluate.evaluator_epochs=3"]
+    config = load_config(DIGITS, [*SMALL, *own, *asked, "evaluate.w=[0]"], "evaluate")
+    write_run(config)
+    monkeypatch.chdir(tmp_path)
+    folder = evaluation.evaluate(config)
+    (row,) = from_json((folder / "report.json").read_text())
+    assert (row.fid_name, row.n, row.w) == ("FID-photos-rotations", 60, 0.0)
+    assert (row.inception_score, row.inception_score_std, row.accuracy) == (None, None, None)
+    assert None not in (row.fid, row.precision, row.recall, row.kid)
+    assert not (folder / "frontier.png").exists()
+    page = (folder / "index.html").read_text()
+    assert "<h1>digits: FID-photos-rotations over w</h1>" in page
+    assert "photos-rotations tells no classes apart: there is no Inception score" in page
+    assert Image.open(folder / "samples_w0.png").size == (10 * 59 + 3, 2 * 59 + 3)  # lines of ten of the class's 20
+    (events,) = Path(config.run).glob("events/*/*/events.out.tfevents.0000000008")
+    log = EventAccumulator(str(events.parent))
+    log.Reload()
+    assert set(log.Tags()["scalars"]) == {"evaluate/FID-photos-rotations", "evaluate/precision", "evaluate/recall"}
+    capsys.readouterr()
+    evaluation.evaluate(dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, w=[0.0, 1.0])))
+    told = capsys.readouterr().err
+    assert "WARNING: evaluate.w=[0.0, 1.0]: guidance goes from all images towards those of a class, and the data have one" in told
+    assert "evaluate.w=[0] would do" in told
+    assert made == ["made"]
