@@ -245,6 +245,9 @@ def _add_score(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dinov2-reference", default="", help="DINOv2 statistics of the real images")
     command.add_argument("--dataset", default="", help="name of the data set, as tables call it")
     command.add_argument("--name", default="", help="name of the row")
+    command.add_argument(
+        "--class-depth", type=int, choices=range(9), default=1, metavar="N", help="levels down to the class folders; 0 = no classes"
+    )
     command.add_argument("--w", type=_finite, default=0.0, help="guidance weight that the images were made with")
     command.add_argument("--device", default="cpu", help="cpu or cuda")
     command.add_argument("--json", default="", help="a file to write the row to")

@@ -14,10 +14,11 @@ from cluster.session import session
 from configs.errors import ConfigError, counted, visible
 from configs.schema import Config
 from data_pipeline.data_store import open_data
+from data_pipeline.folder import count_of
 from data_pipeline.index import index_shards
 from data_pipeline.manifest import Manifest, Schema, is_run, save_mixture
 from data_pipeline.shards import Plan, Source, write_shards
-from data_pipeline.sources import count_of, open_source, read_class_names
+from data_pipeline.sources import open_source, read_class_names
 from data_pipeline.store import Store, open_like
 
 FEW = 16  # shards that are written before a Ray cluster would have started

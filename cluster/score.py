@@ -10,9 +10,11 @@ blocks of one class, as folders do, are dealt in one fixed permutation first.
 """
 
 import argparse
+import functools
 import json
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,14 +35,13 @@ from cluster.yardstick import warn_of_symmetry
 from configs.errors import ConfigError, DataError
 from configs.locations import check_target
 from data_pipeline.artifact import read_npz
-from data_pipeline.decode import decode_picture
-from data_pipeline.folder import PICTURES, is_dropping
+from data_pipeline.folder import File, count_of, find_in, named
 from data_pipeline.manifest import NAME, load_manifest
 from data_pipeline.scan import scan_all
-from data_pipeline.store import Access, Store, open_store, read_each
+from data_pipeline.sources import picture
+from data_pipeline.store import READERS, Access, FolderStore, Store, open_store
 from trainer.engine import choose_kernels
 
-LOSSY = PICTURES - {".png", ".apng", ".gif", ".bmp", ".dib", ".tif", ".tiff"}
 DEAL = 20220726  # seed of the permutation for images in blocks of one class
 
 
@@ -103,6 +104,7 @@ def score(
     device: str = "cpu",
     unit: int = UNIT,
     access: Access | None = None,
+    class_depth: int = 1,
 ) -> Row:
     """Measure images and return their row.
 
@@ -110,8 +112,10 @@ def score(
     `extractor_hash` and `dinov2_hash` are the sha256 that their weights have to have ("" = any).
     `dataset` names the reference's data, `name` (default: the samples' own) the row's run, `w` the guidance weight (0 = without)
     and `facts` what is known of the model, by the names of a Row's fields (p_uncond, steps, nfe, rounding, ...). `access` is how
-    S3 is asked for all of these. Raises DataError for images, references or weights that cannot be used, StoreError where a store
-    does not answer, ConfigError for unknown facts.
+    S3 is asked for all of these; the folders `class_depth` levels down are the classes of samples that are files.
+
+    Raises DataError for images, references or weights that cannot be used, StoreError where a store does not answer, ConfigError
+    for unknown facts.
     """
     if bool(dinov2) != bool(dinov2_reference):
         raise DataError("FD-DINOv2 needs DINOv2's weights and a reference measured with them; give both or neither")
@@ -124,7 +128,7 @@ def score(
         other = load_dinov2(dinov2, dinov2_hash, access)
         second = Yardstick(other, load_reference(dinov2_reference, other, dataset, device, access))
     warn_of_symmetry(judge)
-    found = load_samples(samples, judge.channels, access)
+    found = load_samples(samples, judge.channels, access, class_depth)
     return score_samples(found, yardstick, second, name=name or samples, w=w, facts=facts, device=device, unit=unit)
 
 
@@ -197,7 +201,7 @@ def load_reference(
     return references.from_manifest(store, load_manifest(store), extractor, dataset, device)
 
 
-def load_samples(uri: str, channels: int, access: Access | None = None) -> Samples:
+def load_samples(uri: str, channels: int, access: Access | None = None, class_depth: int = 1) -> Samples:
     """Images at a path or URI, decoded to `channels` where they are files. Raises DataError for whatever is not a set of images."""
     if uri.endswith(".npz"):
         return _from_npz(read_object(uri, "correct the path of the samples", access), uri)
@@ -207,7 +211,7 @@ def load_samples(uri: str, channels: int, access: Access | None = None) -> Sampl
         manifest = load_manifest(store)
         images, labels = scan_all(store, manifest)
         return Samples(images, labels if manifest.schema.classes > 1 else None, names=manifest.schema.class_names)
-    return _from_files(store, uri, channels)
+    return _from_files(store, uri, channels, class_depth)
 
 
 def _from_npz(data: bytes, where: str) -> Samples:
@@ -227,42 +231,48 @@ def _from_npz(data: bytes, where: str) -> Samples:
     return Samples(images, labels.astype(np.int64))
 
 
-def _from_files(store: Store, folder: str, channels: int) -> Samples:
-    """Image files below a folder or prefix, in the order of their names. The folders of the first level are classes.
+def _from_files(store: Store, folder: str, channels: int, class_depth: int) -> Samples:
+    """Image files below a folder or prefix, taken and classified as `prepare` does it; what is passed over is said.
 
     Raises DataError where some images stand in folders and some beside them: nobody can tell which are the samples.
     """
-    keys = sorted(info.key for info in store.list() if Path(info.key).suffix.lower() in PICTURES and not is_dropping(info.key))
-    if not keys:
-        raise DataError(f"{folder} holds no images ({', '.join(sorted(PICTURES))}) and no {NAME}; give the place of the samples")
-
-    inside = sum("/" in key for key in keys)
-    if 0 < inside < len(keys):
-        beside = next(key for key in keys if "/" not in key)
+    found = find_in(store, class_depth)
+    over = f"passed over: {count_of(found.passed_over)}"
+    if not found.files:
         raise DataError(
-            f"{folder} holds {len(keys) - inside} images, such as {beside}, beside folders with {inside} more, such as "
-            f"{next(key for key in keys if '/' in key)}; give a folder of images, or one of class folders only"
+            f"{folder} holds no images and no {NAME}{f' ({over})' if found.passed_over else ''}; give the place of the samples"
         )
+    if found.passed_over:
+        print(over, flush=True)
 
-    def decoded(key: str, data: bytes) -> NDArray[np.uint8]:
+    def decoded(file: File) -> tuple[NDArray[np.uint8], bool]:
+        data = functools.cache(lambda: _read(store, file.path))
         try:
-            return decode_picture(data, channels)
+            pixels = picture(file, data, channels)
         except DataError as error:
-            raise DataError(f"{folder}/{key}: {error}; leave it out or make it again") from None
+            raise DataError(f"{folder}/{named(file.path)}: {error}; leave it out or make it again") from None
+        except OSError as error:
+            raise DataError(f"{folder}/{named(file.path)}: {error.strerror}; leave it out or make it again") from None
+        return pixels, data().startswith(b"\xff\xd8\xff") or data()[8:12] == b"WEBP"
 
-    images = read_each(store, keys, decoded)
-    for key, image in zip(keys, images, strict=True):
+    with ThreadPoolExecutor(READERS) as pool:
+        images, lossy = zip(*pool.map(decoded, found.files), strict=True)
+    for file, image in zip(found.files, images, strict=True):
         if image.shape != images[0].shape:
             raise DataError(
-                f"{folder}/{key} is {image.shape[1]} x {image.shape[0]} pixels and {keys[0]} is {images[0].shape[1]} x "
-                f"{images[0].shape[0]}; score images of one size"
+                f"{folder}/{named(file.path)} is {image.shape[1]} x {image.shape[0]} pixels and {named(found.files[0].path)} is "
+                f"{images[0].shape[1]} x {images[0].shape[0]}; score images of one size"
             )
-    lossy = any(Path(key).suffix.lower() in LOSSY for key in keys)
-    folders = [key.split("/")[0] for key in keys if "/" in key]
-    if not folders:
-        return Samples(np.stack(images), None, lossy)
-    names, labels = np.unique(folders, return_inverse=True)
-    return Samples(np.stack(images), labels.astype(np.int64), lossy, tuple(map(str, names)), numbered=False)
+    if found.flat:
+        return Samples(np.stack(images), None, any(lossy))
+    labels = np.array([file.label for file in found.files], np.int64)
+    return Samples(np.stack(images), labels, any(lossy), found.classes, numbered=False)
+
+
+def _read(store: Store, path: str) -> bytes:
+    if isinstance(store, FolderStore):
+        return (store.folder / path).read_bytes()  # whatever its name, which need not be one of a store
+    return store.get(path)
 
 
 def _measured(images: NDArray[np.uint8], extractors: list[Extractor], device: str, unit: int) -> list[Measured]:
@@ -293,6 +303,7 @@ def command(options: argparse.Namespace) -> None:
         facts=facts_of(options.overrides),
         device=options.device,
         access=Access(request_payer=options.request_payer, unsigned=options.unsigned),
+        class_depth=options.class_depth,
     )
     for field, value in asdict(row).items():
         if value not in (None, "", UNKNOWN):

@@ -248,11 +248,16 @@ def decode_label(fields: Mapping[str, bytes], classes: int, key: str = "", names
         label = int(raw)
     else:
         label = raw[:200].decode("utf-8", "backslashreplace").strip()
-    if key and names:
+    return number_of(label, classes, names if key else (), raw)
+
+
+def number_of(label: object, classes: int, names: tuple[str, ...], raw: object = None) -> int:
+    """The number of a class, by its number or, if there are names, by its name. Raises BadSample, which quotes it (or `raw`)."""
+    if names:
         place = _places(names).get(str(label))
-        label = place if place is not None or type(label) is not int or any(map(str.isdigit, names)) else label
-        if label is None:
-            raise BadSample("label", f"its label {_quoted(raw)} is none of data.class_names")
+        if place is None and (type(label) is not int or any(map(str.isdigit, names))):
+            raise BadSample("label", f"its label {_quoted(label if raw is None else raw)} is none of data.class_names")
+        label = label if place is None else place
     if type(label) is not int or not 0 <= label < classes:
         hint = "; list the names of the classes in data.class_names" if isinstance(label, str) and not names else ""
         most = f" to {classes - 1}" if classes < ANY_LABEL else ""

@@ -6,16 +6,18 @@ kind and never forgotten. Names may have any bytes: they are kept as the system 
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from configs.errors import DataError, visible
+from data_pipeline.store import FolderStore, Store
 
 PICTURES = {
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jif", ".jfif", ".mpo", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff",
@@ -42,6 +44,7 @@ DROPPINGS = {
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 READERS = 16  # files whose first bytes are read at a time
 MOST_FOLDERS = 200  # one inside the other
+ASKED = "data.class_depth="  # how `prepare` is told the depth of the classes
 
 
 def is_dropping(path: str) -> bool:
@@ -77,8 +80,34 @@ def find(root: Path, extensions: set[str] = PICTURES, depth: int = 1, names: Seq
     Classes are numbered by their sorted names, or as in `names`. With other extensions than those of pictures, exactly they are
     taken. Raises DataError where a folder cannot be read, or nobody could tell what the classes are.
     """
-    where = named(root)
     paths, folders, passed = _listed(root)
+    taken = _pictures(paths, passed, extensions, lambda file: _is_picture(root / file.path))
+    return _classified(named(root), taken, folders, passed, depth, names, ASKED)
+
+
+def find_in(store: Store, depth: int = 1) -> Found:
+    """`find` in a folder or below a prefix of a bucket, for `freeguide score`. Raises DataError, StoreError."""
+    if isinstance(store, FolderStore):
+        root = store.folder
+        paths, folders, passed = _listed(root)
+        taken = _pictures(paths, passed, PICTURES, lambda file: _is_picture(root / file.path))
+        return _classified(named(root), taken, folders, passed, depth, (), "--class-depth ")
+
+    def is_picture(file: File) -> bool:
+        return MAGIC.match(store.get_range(file.path, 0, min(SNIFF_BYTES, file.bytes)) if file.bytes else b"") is not None
+
+    infos = store.list()
+    paths = [(info.key, info.bytes) for info in infos if not is_dropping(info.key)]
+    passed = Counter({"hidden files and what systems left": len(infos) - len(paths)})
+    folders = sorted({path[:at] for path, _ in paths for at, sign in enumerate(path) if sign == "/"})
+    taken = _pictures(paths, passed, PICTURES, is_picture)
+    return _classified(store.uri, taken, folders, passed, depth, (), "--class-depth ")
+
+
+def _pictures(
+    paths: list[tuple[str, int]], passed: Counter[str], extensions: set[str], is_picture: Callable[[File], bool]
+) -> list[File]:
+    """Those of the files that are pictures; the others are counted in `passed`."""
     taken, sniffed, raw = [], [], extensions is PICTURES
     for path, size in paths:
         ext = os.path.splitext(path)[1].lower()
@@ -89,20 +118,27 @@ def find(root: Path, extensions: set[str] = PICTURES, depth: int = 1, names: Seq
         else:
             passed[_kind(path)] += 1
     with ThreadPoolExecutor(READERS) as pool:
-        for file, yes in zip(sniffed, pool.map(lambda file: _is_picture(root / file.path), sniffed), strict=True):
+        for file, yes in zip(sniffed, pool.map(is_picture, sniffed), strict=True):
             if yes:
                 taken.append(file)
             else:
                 passed[_kind(file.path)] += 1
+    return taken
+
+
+def _classified(
+    where: str, taken: list[File], folders: list[str], passed: Counter[str], depth: int, names: Sequence[str], asked: str
+) -> Found:
+    """The pictures by their classes; `asked` is how the user gives the depth."""
     inside = [file for file in taken if file.path.count("/") >= depth]
-    counted = {kind: passed[kind] for kind in sorted(passed)}
+    counted = {kind: passed[kind] for kind in sorted(passed) if passed[kind]}
     if depth == 0 or (depth == 1 and taken and not inside):
         return Found(tuple(sorted(taken, key=lambda file: file.path.split("/"))), (), (), True, len(folders), counted)
     if len(inside) < len(taken):
         beside = min(file.path for file in taken if file.path.count("/") < depth)
         raise DataError(
             f"{where} holds {len(taken) - len(inside)} images beside its class folders, such as {named(beside)}; move them, or set "
-            "data.class_depth=0 to take all images as one class"
+            f"{asked}0 to take all images as one class"
         )
     classes = {"/".join(file.path.split("/")[:depth]) for file in inside}
     _check_classes(where, classes, depth, names)
@@ -114,6 +150,19 @@ def find(root: Path, extensions: set[str] = PICTURES, depth: int = 1, names: Seq
     labelled = [File(file.path, file.bytes, order[named("/".join(file.path.split("/")[:depth]))]) for file in inside]
     labelled.sort(key=lambda file: (file.label, file.path.split("/")))
     return Found(tuple(labelled), tuple(order), empty, False, len(folders), counted)
+
+
+def count_of(passed_over: Mapping[str, int]) -> str:
+    """The kinds, the most frequent first: ".txt 12, no extension 3"."""
+    return ", ".join(f"{kind} {count}" for kind, count in sorted(passed_over.items(), key=lambda pair: (-pair[1], pair[0])))
+
+
+def without_pictures(labels: Iterable[int], classes: int) -> str:
+    """The first classes that have no label, and what to do if it is only that labels begin at 1; "" where each has one."""
+    there = set(labels)
+    lacking = list(itertools.islice((label for label in range(classes) if label not in there), 6)) if classes > len(there) else []
+    begin = "; if labels begin at 1, list them in data.class_names, one a line" if lacking[:1] == [0] else ""
+    return f"{', '.join(map(str, lacking[:5]))}{', ...' if len(lacking) > 5 else ''}{begin}"
 
 
 def _check_classes(where: str, classes: set[str], depth: int, names: Sequence[str]) -> None:

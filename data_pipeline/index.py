@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from configs.errors import DataError
 from data_pipeline import tar
 from data_pipeline.decode import ANY_LABEL, IMAGE_FIELDS, BadSample, decode_label, decode_sample, seen_otherwise
-from data_pipeline.folder import SPLITS, is_dropping
+from data_pipeline.folder import SPLITS, is_dropping, without_pictures
 from data_pipeline.manifest import (
     Manifest,
     Schema,
@@ -156,20 +156,16 @@ def _classes(store: Store, schema: Schema, labels: list[int], counting: bool, re
     if not labels:
         return schema
     classes = labels[-1] + 1 if counting else schema.classes
-    lacking = (
-        list(itertools.islice((label for label in range(classes) if label not in set(labels)), 6)) if classes > len(labels) else []
-    )
-    begin = "; if labels begin at 1, list them in data.class_names, one a line" if lacking[:1] == [0] else ""
-    shown = f"{', '.join(map(str, lacking[:5]))}{', ...' if len(lacking) > 5 else ''}"
+    lacking = without_pictures(labels, classes)
     if lacking and counting:
         raise DataError(
-            f"The labels in {store.uri} go from {labels[0]} to {labels[-1]}, and these classes have no picture: {shown}{begin}; "
+            f"The labels in {store.uri} go from {labels[0]} to {labels[-1]}, and these classes have no picture: {lacking}; "
             f"set data.classes={classes} if that is meant"
         )
     if counting:
         report(f"{classes} classes, as the labels go from 0 to {labels[-1]} (data.classes is not set)")
     elif lacking:
-        report(f"classes without a picture, of {classes}: {shown}{begin}")
+        report(f"classes without a picture, of {classes}: {lacking}")
     return replace(schema, classes=classes)
 
 

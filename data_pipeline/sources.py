@@ -13,7 +13,7 @@ import json
 import os
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,22 +21,25 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from configs.errors import ConfigError, DataError
+from configs.errors import ConfigError, DataError, counted, visible
 from configs.schema import DataConfig
 from data_pipeline.data_store import access_to
 from data_pipeline.decode import (
+    ANY_LABEL,
     MAX_PICTURE_BYTES,
     RECORDED,
     WHITE,
     BadSample,
     Pixels,
+    Values,
     decode_latents,
     decode_picture,
     decode_sample,
     fit,
+    number_of,
 )
 from data_pipeline.fetch import Fetch, Fetcher, Fields
-from data_pipeline.folder import PICTURES, RAW, find, listed, named
+from data_pipeline.folder import PICTURES, RAW, File, Found, count_of, find, listed, named, without_pictures
 from data_pipeline.manifest import Manifest, Schema, load_manifest
 from data_pipeline.order import FIRST_ROUNDS, key, permute
 from data_pipeline.shards import Sample, Source
@@ -72,9 +75,10 @@ def open_source(data: DataConfig) -> Source:
     if data.source == "idx":
         if data.channels != 1:
             raise ConfigError("data.source=idx is grey; set data.channels=1.")
-        return idx(data.path, data.image_size, data.classes)
+        return idx(data.path, data.image_size, data.classes, names=read_class_names(data))
     if data.source == "parquet":
-        return parquet(data.path, data.image_size, data.channels, data.classes, resize=data.resize)
+        names, label = read_class_names(data), data.label_key or "label"
+        return parquet(data.path, data.image_size, data.channels, data.classes, label=label, resize=data.resize, names=names)
     if data.source == "webdataset":
         return tars(
             data.path,
@@ -115,11 +119,45 @@ def image_folder(
     class_depth=0, or where there are no class folders, all are of one class. With another dtype than uint8: latents, `.npy`, taken
     as they are. Raises DataError where the folder, its class folders or their files are missing, or are not `classes` in number.
     """
-    root = Path(path)
+    root, raw = Path(path), dtype == "uint8"
+    found, count = _found(path, raw, classes, class_depth, class_names)
+    digest = hashlib.sha256()
+    for file in found.files:
+        digest.update(os.fsencode(f"{file.path}\0{file.bytes}\0"))
+    if not raw:  # latents that were made anew have the names and sizes of the old ones
+        for file in found.files[:: max(1, len(found.files) // 64)]:
+            digest.update((root / file.path).read_bytes())
+    schema = Schema(image_size, channels, count, found.classes, dtype)
+
+    def decoded(file: File) -> Values:
+        if not raw:
+            return decode_latents((root / file.path).read_bytes(), schema)
+        return fit(picture(file, (root / file.path).read_bytes, channels, background), image_size, resize)
+
+    def read(item: int) -> Sample:
+        file = found.files[item]
+        try:
+            return Sample(decoded(file), file.label)
+        except BadSample as error:
+            raise BadSample(error.cause, f"{named(root / file.path)}: {error}") from error
+        except OSError as error:
+            raise BadSample("image", f"{named(root / file.path)}: {error.strerror}") from error
+
+    old = f"folder {RECORDED[resize]} {digest.hexdigest()}"
+    seen = f"pictures {RECORDED[resize]} {digest.hexdigest()}" + (f" on {background}" if background != WHITE else "")
+    # Earlier versions took these files only, as they are stored: if there are no others, theirs is the same folder.
+    formerly = old if raw and all(_taken_before(file.path) for file in found.files) else ""
+    return Source(
+        schema, len(found.files), _shuffled(read, len(found.files)), seen if raw else old, found.passed_over, formerly=formerly
+    )
+
+
+def _found(path: str, raw: bool, classes: int | None, class_depth: int, class_names: Sequence[str]) -> tuple[Found, int]:
+    """The files of a folder, and how many classes they have. Raises DataError where they are not those of a data set."""
+    root, where = Path(path), named(path)
     if not path or not root.is_dir():
-        what = "is on a store" if "://" in str(path) else "is a file" if Path(path).exists() else "does not exist"
-        raise DataError(f"The image folder {named(path)!r} {what}; set data.path to a folder of class folders on this machine")
-    where, raw = named(path), dtype == "uint8"
+        what = "is on a store" if "://" in str(path) else "is a file" if root.exists() else "does not exist"
+        raise DataError(f"The image folder {where!r} {what}; set data.path to a folder of class folders on this machine")
     found = find(root, PICTURES if raw else LATENTS, class_depth, class_names)
     if not found.files:
         over = f" (passed over: {count_of(found.passed_over)})" if found.passed_over else ""
@@ -133,49 +171,20 @@ def image_folder(
         raise DataError(
             f"{where} has class folders without images: {listed(found.empty)}; put some there, or move the folders away."
         )
-    digest = hashlib.sha256()
-    for file in found.files:
-        digest.update(os.fsencode(f"{file.path}\0{file.bytes}\0"))
-    if not raw:  # latents that were made anew have the names and sizes of the old ones
-        for file in found.files[:: max(1, len(found.files) // 64)]:
-            digest.update((root / file.path).read_bytes())
-    schema = Schema(image_size, channels, count, found.classes, dtype)
+    return found, count
 
-    def read(item: int) -> Sample:
-        file = found.files[item]
-        try:
-            if file.bytes > MAX_PICTURE_BYTES:
-                raise BadSample("size", f"it has {file.bytes} bytes, over the cap of {MAX_PICTURE_BYTES}")
-            if raw and file.path.lower().endswith(tuple(RAW)):
-                raise BadSample("codec", "it is a camera's raw file; develop it to JPEG or PNG")
-            data = (root / file.path).read_bytes()
-            if not raw:
-                return Sample(decode_latents(data, schema), file.label)
-            return Sample(fit(decode_picture(data, channels, background), image_size, resize), file.label)
-        except BadSample as error:
-            raise BadSample(error.cause, f"{named(root / file.path)}: {error}") from error
-        except OSError as error:
-            raise BadSample("image", f"{named(root / file.path)}: {error.strerror}") from error
 
-    old = f"folder {RECORDED[resize]} {digest.hexdigest()}"
-    return Source(
-        schema,
-        len(found.files),
-        _shuffled(read, len(found.files)),
-        f"pictures {RECORDED[resize]} {digest.hexdigest()}" + (f" on {background}" if background != WHITE else "") if raw else old,
-        found.passed_over,
-        # Earlier versions took these files only, as they are stored: if there are no others, theirs is the same folder.
-        formerly=old if raw and all(_taken_before(file.path) for file in found.files) else "",
-    )
+def picture(file: File, read: Callable[[], bytes], channels: int, background: int = WHITE) -> Pixels:
+    """The picture of a file as a person sees it, uint8 (H, W, channels). Raises BadSample, before `read` where the name says it."""
+    if file.bytes > MAX_PICTURE_BYTES:
+        raise BadSample("size", f"it has {file.bytes} bytes, over the cap of {MAX_PICTURE_BYTES}")
+    if file.path.lower().endswith(tuple(RAW)):
+        raise BadSample("codec", "it is a camera's raw file; develop it to JPEG or PNG")
+    return decode_picture(read(), channels, background)
 
 
 def _taken_before(path: str) -> bool:
     return path.count("/") == 1 and path.lower().endswith((".png", ".jpg", ".jpeg", ".webp"))
-
-
-def count_of(passed_over: Mapping[str, int]) -> str:
-    """The kinds, the most frequent first: ".txt 12, no extension 3"."""
-    return ", ".join(f"{kind} {count}" for kind, count in sorted(passed_over.items(), key=lambda pair: (-pair[1], pair[0])))
 
 
 def read_class_names(data: DataConfig) -> tuple[str, ...]:
@@ -193,10 +202,13 @@ def read_class_names(data: DataConfig) -> tuple[str, ...]:
     return tuple(names)
 
 
-def idx(path: str, image_size: int | None = None, classes: int | None = None, split: str = "train") -> Source:
+def idx(
+    path: str, image_size: int | None = None, classes: int | None = None, split: str = "train", names: tuple[str, ...] = ()
+) -> Source:
     """IDX files as of MNIST and Fashion-MNIST, `SPLIT-images-idx3-ubyte` and `SPLIT-labels-idx1-ubyte` in a folder, gz or not.
 
-    Larger images are brought down to image_size by area (each new pixel is the mean of what it covers).
+    Larger images are brought down to image_size by area (each new pixel is the mean of what it covers). `names` are those of the
+    classes, in their order: "1", "2", ... for labels that begin at 1. Raises DataError where the files or their labels do not fit.
     """
     images = _read_idx(Path(path), f"{split}-images", 3)
     labels = _read_idx(Path(path), f"{split}-labels", 1)
@@ -207,9 +219,30 @@ def idx(path: str, image_size: int | None = None, classes: int | None = None, sp
         raise DataError(f"The images of {path} are {images.shape[1]} pixels wide; set data.image_size to that or less.")
     if size < images.shape[1]:
         images = np.stack([fit(image[..., None], size, "area")[..., 0] for image in images])
-    found = int(labels.max()) + 1
-    _check_classes(f"{path} has labels up to {found - 1}", found, classes)
-    return _from_arrays(images[..., None], labels, Schema(size, 1, classes or found))
+    numbers, count = _numbered(labels.tolist(), path, classes, names)
+    return _from_arrays(images[..., None], numbers, Schema(size, 1, count, names))
+
+
+def _numbered(labels: list[Any], path: str, classes: int | None, names: tuple[str, ...]) -> tuple[npt.NDArray[np.int64], int]:
+    """The numbers of the labels, and how many classes there are. Raises DataError for no labels, and classes without pictures."""
+    known: dict[Any, int] = {}
+    for row, label in enumerate(labels):
+        try:
+            if label not in known:
+                known[label] = number_of(label, len(names) or ANY_LABEL, names)
+        except BadSample as error:
+            raise DataError(f"row {row} of {path}: {error}") from None
+        except TypeError:
+            raise DataError(
+                f"row {row} of {path}: its label is a list or an object; name a column of labels with data.label_key"
+            ) from None
+    numbers = np.array([known[label] for label in labels], np.int64)
+    count = len(names) or max(known.values(), default=-1) + 1
+    _check_classes(f"{path} has {len(names)} names of classes" if names else f"{path} has labels up to {count - 1}", count, classes)
+    lacking = without_pictures(known.values(), count)
+    if lacking and not classes:
+        raise DataError(f"These classes of {path} have no picture: {lacking}; set data.classes={count} if that is meant")
+    return numbers, count
 
 
 def parquet(
@@ -220,10 +253,12 @@ def parquet(
     image: str = "image",
     label: str = "label",
     resize: str = "adm",
+    names: tuple[str, ...] = (),
 ) -> Source:
     """A Parquet file or a folder of them: a column of encoded images (bytes, or Hugging Face's {bytes, path}) and one of labels.
 
-    Labels are held in memory, images by the row group. Raises DataError where the files, their columns or labels do not fit.
+    Labels are held in memory, images by the row group. A label is a number from 0, or one of `names`, whose place is the number;
+    `a.b` is the field b of the column a. Raises DataError where the files, their columns or labels do not fit.
     """
     root = Path(path)
     files = sorted(root.glob("*.parquet")) if root.is_dir() else [root] if root.is_file() else []
@@ -231,11 +266,7 @@ def parquet(
         raise DataError(f"There are no Parquet files at {path!r}; set data.path to a file or a folder of them.")
     groups = _row_groups(path, files, image, label)
     firsts = np.cumsum([0, *(len(group.labels) for group in groups)])
-    labels = np.concatenate([np.empty(0, np.int64), *(group.labels for group in groups)])
-    found = int(labels.max(initial=-1)) + 1
-    if labels.min(initial=0) < 0:
-        raise DataError(f"{path} has the label {labels.min()}; number classes from 0.")
-    _check_classes(f"{path} has labels up to {found - 1}", found, classes)
+    labels, count = _numbered([each for group in groups for each in group.labels], path, classes, names)
 
     def use(data: bytes | None, group: int, row: int) -> Sample:
         try:
@@ -245,8 +276,9 @@ def parquet(
 
     read = _Blockwise(lambda group: groups[group].images(image), use, np.diff(firsts).tolist(), sum(group.size for group in groups))
     digest = hashlib.sha256("".join(f"{file.name}\0{file.stat().st_size}\0" for file in files).encode()).hexdigest()
-    schema = Schema(image_size, channels, classes or found)
-    return Source(schema, len(labels), read, f"parquet {RECORDED[resize]} {digest}")
+    schema = Schema(image_size, channels, count, names)
+    by = "" if label == "label" else f" by {label}"
+    return Source(schema, len(labels), read, f"parquet {RECORDED[resize]} {digest}{by}")
 
 
 def _check_classes(what: str, found: int, stated: int | None) -> None:
@@ -260,7 +292,7 @@ class _RowGroup:
     file: Path
     number: int
     size: int  # bytes
-    labels: npt.NDArray[np.int64]
+    labels: list[Any]
 
     def images(self, column: str) -> list[bytes | None]:
         import pyarrow.parquet
@@ -277,19 +309,29 @@ def _row_groups(path: str, files: Sequence[Path], image: str, label: str) -> lis
     try:
         for file in files:
             table = pyarrow.parquet.ParquetFile(file)
-            if image not in table.schema_arrow.names:
-                raise KeyError(f"there is no {image!r}")
+            columns = table.schema_arrow.names
+            if image not in columns:
+                raise DataError(f"{file} has no column {image!r} of images, but {_quoted(columns)}; rename it")
+            top, *inside = [label] if label in columns else label.split(".")
+            if top not in columns:
+                raise DataError(f"{file} has no column {label!r} of labels, but {_quoted(columns)}; name it with data.label_key")
             for number in range(table.num_row_groups):
-                column = table.read_row_group(number, columns=[label]).column(label)
-                if column.null_count:
-                    raise ValueError(f"{column.null_count} labels are missing")
-                size = table.metadata.row_group(number).total_byte_size
-                groups.append(_RowGroup(file, number, size, column.to_numpy().astype(np.int64)))
-    except (pyarrow.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        raise DataError(
-            f"The Parquet files at {path} need columns {image!r} and {label!r} ({str(error).splitlines()[0]})."
-        ) from error
+                labels = table.read_row_group(number, columns=[top]).column(top).to_pylist()
+                for part in inside:
+                    labels = [each.get(part) if isinstance(each, dict) else None for each in labels]
+                if missing := labels.count(None):
+                    raise DataError(
+                        f"{file}: {counted(missing, 'label is', 'labels are')} missing in {label!r}; leave those rows out, or name "
+                        "another column with data.label_key"
+                    )
+                groups.append(_RowGroup(file, number, table.metadata.row_group(number).total_byte_size, labels))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} cannot be read as Parquet ({str(error).splitlines()[0]}); download it again") from error
     return groups
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return ", ".join(repr(visible(name)) for name in names[:8]) + (", ..." if len(names) > 8 else "")
 
 
 def tars(

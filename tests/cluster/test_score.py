@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cluster import score as scores
 from cluster.metrics import dinov2
 from cluster.metrics.dinov2 import VisionTransformer
 from cluster.metrics.evaluator import Evaluator, fit_evaluator, fit_rotations
@@ -25,7 +26,8 @@ from configs.errors import ConfigError, DataError
 from data_pipeline.decode import encode_png
 from data_pipeline.manifest import Schema, build_manifest, save_manifest
 from data_pipeline.shards import Sample, pack_shard
-from data_pipeline.store import READERS, FolderStore, open_store
+from data_pipeline.sources import image_folder
+from data_pipeline.store import READERS, open_store
 
 N = 240
 LABELS = np.arange(N, dtype=np.int64) % 2
@@ -239,11 +241,52 @@ def test_classes_may_have_folders_of_their_own(tmp_path):
     assert (found.names, found.labels.tolist()) == (("a", "b"), [0, 1, 1, 1])
 
 
+def test_the_files_are_those_that_prepare_takes_and_what_is_passed_over_is_said(tmp_path, capsys):
+    """Without an extension, with a wrong one, with any name; on a store as in a folder; and a camera's raw file is no picture."""
+    (tmp_path / "animal" / "cat").mkdir(parents=True)
+    (tmp_path / "animal" / "dog").mkdir()
+    (tmp_path / "animal" / "eel").mkdir()  # without pictures: samples may be of some classes
+    names = ["cat/none", "cat/a.weird", "dog/b.png", "dog/back\\slash\n.png", b"dog/caf\xe9".decode(errors="surrogateescape")]
+    for i, name in enumerate(names):
+        (tmp_path / "animal" / name).write_bytes(encode_png(FAKE[i]))
+    for name in ("cat/notes.txt", "cat/words", "dog/.DS_Store", "dog/._b.png"):
+        (tmp_path / "animal" / name).write_bytes(b"x")
+    found = load_samples(str(tmp_path / "animal"), 1)
+    assert (found.names, found.labels.tolist()) == (("cat", "dog"), [0, 0, 1, 1, 1])
+    order = [1, 0, 2, 3, 4]
+    assert np.array_equal(found.images, FAKE[order])
+    said = "passed over: hidden files and what systems left 2, .txt 1, no extension 1\n"
+    assert capsys.readouterr().out == said
+    deeper = load_samples(str(tmp_path), 1, class_depth=2)
+    assert (deeper.names, deeper.labels.tolist()) == (("animal/cat", "animal/dog"), [0, 0, 1, 1, 1])
+    assert load_samples(str(tmp_path), 1).names == ("animal",)
+    prepared = image_folder(str(tmp_path), 8, 1, class_depth=0)
+    assert (prepared.items, prepared.passed_over) == (5, {"hidden files and what systems left": 2, ".txt": 1, "no extension": 1})
+    (tmp_path / "animal" / "dog" / "x.nef").write_bytes(b"MM\0*" + bytes(99))
+    with pytest.raises(DataError, match=r"dog/x\.nef: it is a camera's raw file"):
+        load_samples(str(tmp_path), 1)
+
+
+def test_on_a_store_the_same_files_are_taken(s3, capsys):
+    place = "s3://lab/samples-of-score"
+    store = open_store(place)
+    for i, name in enumerate(["cat/none", "cat/a.weird", "dog/b.png"]):
+        store.put(name, encode_png(FAKE[i]))
+    for name in ("cat/notes.txt", "cat/words", "dog/._b.png", "dog/empty"):
+        store.put(name, b"" if name.endswith("empty") else b"x")
+    found = load_samples(place, 1)
+    assert (found.names, found.labels.tolist()) == (("cat", "dog"), [0, 0, 1])
+    assert np.array_equal(found.images, FAKE[[1, 0, 2]])
+    assert capsys.readouterr().out == "passed over: no extension 2, .txt 1, hidden files and what systems left 1\n"
+
+
 def test_images_beside_folders_of_images_are_refused(tmp_path):
     (tmp_path / "thumbnails").mkdir()
     for name in ("0.png", "1.png", "thumbnails/0.png"):
         (tmp_path / name).write_bytes(encode_png(FAKE[0]))
-    with pytest.raises(DataError, match=r"holds 2 images, such as 0\.png, beside folders with 1 more, such as thumbnails/0\.png"):
+    with pytest.raises(
+        DataError, match=r"holds 2 images beside its class folders, such as 0\.png; move them, or set --class-depth 0"
+    ):
         load_samples(str(tmp_path), 1)
 
 
@@ -263,14 +306,14 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_read(monkeypat
 
 
 def test_image_files_are_read_several_at_a_time_and_keep_their_order(place, monkeypatch):
-    get, together = FolderStore.get, threading.Barrier(READERS)
+    read, together = scores._read, threading.Barrier(READERS)
 
-    def slow(store, key):
-        if key.endswith(".png") and int(key[:4]) < READERS:
+    def slow(store, path):
+        if int(Path(path).stem) < READERS:
             together.wait(60)  # for all of the first: one after the other, they would wait in vain
-        return get(store, key)
+        return read(store, path)
 
-    monkeypatch.setattr(FolderStore, "get", slow)
+    monkeypatch.setattr(scores, "_read", slow)
     assert np.array_equal(load_samples(str(place / "png"), 1).images, FAKE)
 
 
@@ -301,7 +344,7 @@ def _bad(folder: Path) -> dict[str, str]:
         "none.npz": "does not exist; correct the path of the samples",
         "sizes": "1.png is 4 x 4 pixels and 0.png is 8 x 8",
         "broken": "broken/0.png: its image is neither PNG, JPEG, WebP, GIF, BMP nor TIFF; leave it out",
-        "empty": "holds no images .* and no manifest.json",
+        "empty": "holds no images and no manifest.json; give the place",
     }
 
 

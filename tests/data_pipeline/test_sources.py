@@ -191,7 +191,7 @@ def test_parquet_files_with_an_image_column(tmp_path: Path, struct: bool) -> Non
     for sample in map(source.read, range(10)):
         assert np.array_equal(sample.image, decode_image(images[sample.label], 3))
     assert sorted(source.read(item).label for item in range(10)) == list(range(10))
-    assert parquet(str(tmp_path / "data" / "b.parquet"), 8, 3).items == 4
+    assert parquet(str(tmp_path / "data" / "b.parquet"), 8, 3, 10).items == 4
 
 
 def test_parquet_files_that_do_not_fit_are_named(tmp_path: Path) -> None:
@@ -208,14 +208,83 @@ def test_parquet_files_that_do_not_fit_are_named(tmp_path: Path) -> None:
     assert sorted(map(str, outcomes)) == ["0", "row 1", "row 2"]
     with pytest.raises(DataError, match=r"set data\.classes=3"):
         parquet(str(tmp_path), 8, 3, 2)
-    with pytest.raises(DataError, match="need columns 'picture' and 'label'"):
+    with pytest.raises(DataError, match=r"a\.parquet has no column 'picture' of images, but 'image', 'label', 'other'; rename it"):
         parquet(str(tmp_path), 8, 3, image="picture")
     pyarrow.parquet.write_table(pyarrow.table({"image": [png(0)], "label": pyarrow.array([None], "int64")}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match="1 labels are missing"):
+    with pytest.raises(
+        DataError,
+        match=r"a\.parquet: 1 label is missing in 'label'; leave those rows out, or",
+    ):
         parquet(str(tmp_path), 8, 3)
     (tmp_path / "a.parquet").write_bytes(b"PAR1 not really")
-    with pytest.raises(DataError, match="need columns"):
+    with pytest.raises(DataError, match="cannot be read as Parquet"):
         parquet(str(tmp_path), 8, 3)
+
+
+def write_labels(path: Path, **columns: object) -> str:
+    images = [png(number) for number in range(6)]
+    pyarrow.parquet.write_table(pyarrow.table({"image": images, **columns}), path, row_group_size=4)
+    return str(path)
+
+
+def labels_by_image(source: Source) -> list[int]:
+    """The labels in the order of the rows, whose images carry their numbers."""
+    samples = [source.read(item) for item in range(source.items)]
+    return [sample.label for sample in sorted(samples, key=lambda sample: int(sample.image[0, 1, 0]))]
+
+
+def test_parquet_labels_of_other_kinds_are_quoted_and_read_by_the_options_that_the_sentence_names(tmp_path: Path) -> None:
+    text = ["cat", "eel", "dog", "dog", "cat", "eel"]
+    path = write_labels(tmp_path / "a.parquet", label=text, meta=[{"class": word} for word in text], n=[1, 3, 2, 2, 1, 3])
+    words = r"row 0 of .*a\.parquet: its label 'cat' is not a number from 0; list the names of the classes in data\.class_names"
+    with pytest.raises(DataError, match=words):
+        parquet(path, 8, 3)
+    names = tmp_path / "names"
+    names.write_text("eel\ndog\ncat\n")
+    for key in ("", "label", "meta.class"):
+        given = {"source": "parquet", "path": path, "class_names": str(names), "label_key": key, "classes": 0}
+        source = open_source(data_config(**given))
+        assert (source.schema.classes, source.schema.class_names) == (3, ("eel", "dog", "cat"))
+        assert labels_by_image(source) == [2, 0, 1, 1, 2, 0]
+    with pytest.raises(DataError, match=r"row 2 of .*: its label 'dog' is none of data\.class_names"):
+        parquet(path, 8, 3, names=("cat", "eel"))
+    with pytest.raises(
+        DataError, match=r"no column 'lbl' of labels, but 'image', 'label', 'meta', 'n'; name it with data\.label_key"
+    ):
+        parquet(path, 8, 3, label="lbl")
+    with pytest.raises(DataError, match=r"4 labels are missing in 'meta\.x'"):
+        parquet(path, 8, 3, label="meta.x")
+    with pytest.raises(DataError, match=r"row 0 of .*: its label is a list or an object; name a column"):
+        parquet(path, 8, 3, label="meta")
+
+
+def test_parquet_labels_that_begin_at_1_or_leave_classes_without_a_picture(tmp_path: Path) -> None:
+    path = write_labels(tmp_path / "a.parquet", label=[1, 3, 2, 2, 1, 3], gap=[0, 2, 5, 5, 0, 2], low=[-1, 0, 0, 0, 0, 0])
+    words = r"no picture: 0; if labels begin at 1, list them in data\.class_names, one a line; set data\.classes=4 if that is meant"
+    with pytest.raises(DataError, match=words):
+        parquet(path, 8, 3)
+    source = parquet(path, 8, 3, names=("1", "2", "3"))
+    assert (source.schema.classes, labels_by_image(source)) == (3, [0, 2, 1, 1, 0, 2])
+    assert parquet(path, 8, 3, 4).schema.classes == 4
+    with pytest.raises(DataError, match=r"no picture: 1, 3, 4; set data\.classes=6 if that is meant"):
+        parquet(path, 8, 3, label="gap")
+    assert parquet(path, 8, 3, 6, label="gap").identity != parquet(path, 8, 3, 4).identity
+    with pytest.raises(DataError, match="its label -1 is not a number from 0"):
+        parquet(path, 8, 3, label="low")
+
+
+def test_idx_labels_that_begin_at_1_are_read_by_their_names(tmp_path: Path) -> None:
+    """As EMNIST's letters."""
+    images = np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8)
+    labels = (np.arange(20) % 5 + 1).astype(np.uint8)
+    write_idx(tmp_path, "train-images-idx3-ubyte", images, False)
+    write_idx(tmp_path, "train-labels-idx1-ubyte", labels, False)
+    with pytest.raises(DataError, match=r"have no picture: 0; if labels begin at 1, list them in data\.class_names"):
+        idx(str(tmp_path))
+    source = idx(str(tmp_path), names=tuple("12345"))
+    assert (source.schema.classes, source.schema.class_names) == (5, tuple("12345"))
+    ours = sorted((sample.image.tobytes(), sample.label) for sample in map(source.read, range(20)))
+    assert ours == sorted((image.tobytes(), int(label) - 1) for image, label in zip(images, labels, strict=True))
 
 
 def counted_loads(source: Source, monkeypatch: pytest.MonkeyPatch) -> list[int]:
