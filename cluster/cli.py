@@ -69,6 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
         warnings.showwarning = _warn
         try:
             code = _command(_parse(arguments))
+            if ending.asked():  # too late to change what the command did, and what would follow it is not begun
+                ending.leave()
             if sys.stdout is not None:
                 sys.stdout.flush()  # here, where a reader that has gone does no harm
             return code

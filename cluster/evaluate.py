@@ -14,8 +14,6 @@ with its own run.
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,11 +28,12 @@ from cluster.fold import Fold, Folded, Folder, Made, planned
 from cluster.metrics.frontier import near_frontier
 from cluster.metrics.measure import Yardstick
 from cluster.metrics.rows import Row
-from cluster.report import check_others, read_others, report_files, save_report
+from cluster.report import check_others, checksums, name_latest, read_latest, read_others, read_part, report_files, save_report
 from cluster.session import Resources, progress, session
 from cluster.sweep import COLUMNS, Series, Worker, items, placed, trained_series, varying
 from cluster.tables import Cost
 from cluster.units import Unit
+from cluster.weights import needed_by, sweep
 from cluster.yardstick import warn_of_few, yardsticks_of
 from configs.errors import StoreError, counted
 from configs.load import screen_images
@@ -46,7 +45,6 @@ from trainer.loop import fitted, misguided
 from trainer.sampler import evaluations, sweep_evaluations
 from trainer.telemetry import event_file
 
-LATEST = "evaluate/latest.json"
 _SHOWN = ("fid", "inception_score", "accuracy", "precision", "recall")  # values of a row that TensorBoard shows
 
 
@@ -58,6 +56,7 @@ def evaluate(config: Config) -> Path:
     began = time.monotonic()
     home, data = open_store(config.run), open_data(config.data)
     home.check()
+    home.sweep()
     data.check(write=False)  # evaluators and references that cannot go there stand beside the run
     manifest = load_manifest(data)
     config = fitted(config, manifest)
@@ -88,13 +87,15 @@ def evaluate(config: Config) -> Path:
         cost=_cost(job, rows),
     )
     # Other rows make another report: two commands at once never mix theirs.
-    decides = {"series": [one.store.uri for one in job.series], "rows": hashlib.sha256(files["report.json"]).hexdigest()}
-    place = f"evaluate/{units.fingerprint(decides)}"
+    sums = checksums(files)
+    place = f"evaluate/{units.fingerprint({'series': [one.store.uri for one in job.series], 'files': sums})}"
     for name, content in files.items():
         home.put(f"{place}/report/{name}", content)
-    home.put(LATEST, json.dumps({"report": f"{place}/report/"}).encode())
+    name_latest(home, f"{place}/report/", sums)
     for one, curve in zip(job.series, rows, strict=True):
         _show(one, curve, job.grids)
+    for uri, steps in {one.config.run: one.config.train.keep_checkpoints for one in job.series}.items():
+        sweep(open_store(uri), steps)
     print(files["table.md"].decode())
     folder = Path("runs") / config.name
     if _copied(files, folder, f"{home.uri}/{place}/report"):
@@ -106,11 +107,12 @@ def fetch_report(config: Config) -> Path:
     """Copy the newest report of a run from its store to `runs/<name>/`. Raises StoreError if there is none."""
     run = open_store(config.run)
     try:
-        prefix = json.loads(run.get(LATEST))["report"]
+        place, sums = read_latest(run)
     except MissingObject as error:
         raise StoreError(f"{config.run}: no report; run `freeguide evaluate` first") from error
+    names = {**sums, **dict.fromkeys(info.key.removeprefix(place) for info in run.list(place))}
     folder = Path("runs") / config.name
-    _copied({Path(info.key).name: run.get(info.key) for info in run.list(prefix)}, folder, f"{run.uri}/{prefix.rstrip('/')}")
+    _copied({name: read_part(run, place, name, sums) for name in names}, folder, f"{run.uri}/{place.rstrip('/')}")
     return folder
 
 
@@ -188,7 +190,7 @@ def _make_units(job: _Job, folds: Sequence[Fold], left: Sequence[Fold]) -> None:
         return
     for one, lacks in zip(job.series, todo, strict=True):
         if lacks:
-            one.weights.keep()
+            needed_by(one.store, one.weights)
     resources = job.connect()
     extractors = [(each.weights, each.extractor.hash) for each in job.yardsticks]
     make = functools.partial(Worker, job.series, extractors, resources)

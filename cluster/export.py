@@ -5,13 +5,16 @@ import json
 
 import safetensors.torch
 
-from cluster.evaluate import LATEST
 from cluster.metrics.rows import model_conditions
+from cluster.report import read_latest, read_part
 from cluster.sweep import as_trained
 from cluster.weights import Weights
-from configs.errors import StoreError
+from configs.errors import DataError
 from configs.load import from_yaml, to_yaml
 from configs.schema import Config
+from configs.untrusted import JSON_BYTES, parse_json
+from data_pipeline.artifact import check_seal
+from data_pipeline.manifest import claim, release
 from data_pipeline.store import MissingObject, Store, open_store
 
 
@@ -24,14 +27,22 @@ def export(config: Config) -> str:
     """
     one = as_trained(config, "export")
     config, found, run = one.config, one.weights, open_store(config.run)
+    run.sweep()
     weights = found.read()
-    trained = to_yaml(from_yaml(run.get("config.yaml").decode(errors="replace")))  # without secrets, whoever wrote it
+    trained = to_yaml(from_yaml(run.get("config.yaml", JSON_BYTES).decode(errors="replace")))  # without secrets, whoever wrote it
     facts = {"config": trained, "step": found.step, "weights": config.sampling.ema, "checkpoint_sha256": found.of[0]}
     # One metadata entry: safetensors writes several in the random order of a hash map, and equal runs should give equal bytes.
     data = safetensors.torch.save(weights, {"freeguide": json.dumps(facts, sort_keys=True)})
     key = f"export/{config.name}-{found.step:08d}-{config.sampling.ema}"
-    run.put(f"{key}.safetensors", data)
-    run.put(f"{key}.md", _card(config, found, data, _table(config, run, found), trained).encode())
+    card = _card(config, found, data, _table(config, run, found), trained).encode()
+    # Weights and card say one thing: of two that export something else under this name, one is told so.
+    place, identity = run.child(key), hashlib.sha256(data + card).hexdigest()
+    claim(place, "export", identity)
+    try:
+        run.put(f"{key}.safetensors", data)
+        run.put(f"{key}.md", card)
+    finally:
+        release(place, identity)
     uri = f"{run.uri}/{key}.safetensors"
     print(f"{sum(w.numel() for w in weights.values()):,} parameters of step {found.step}, {len(data) / 2**20:.1f} MiB: {uri}")
     return uri
@@ -41,16 +52,16 @@ def _table(config: Config, run: Store, found: Weights) -> str:
     """The table of the newest evaluation, if it measured these weights and no others."""
     these = model_conditions(config, found.step, "")
     try:
-        report = json.loads(run.get(LATEST))["report"]
-        rows = json.loads(run.get(f"{report}report.json"))["rows"]
+        place, sums = read_latest(run)
+        data = read_part(run, place, "report.json", sums)
+        check_seal(data, f"{run.uri}/{place}report.json", "run `freeguide evaluate` again")
+        rows = parse_json(data)["rows"]  # of any version
         same = all(row[name] == these[name] for row in rows for name in ("run", "checkpoint_step", "ema"))
-        return run.get(f"{report}table.md").decode() if rows and same else ""
+        return read_part(run, place, "table.md", sums).decode(errors="replace") if rows and same else ""
     except MissingObject:
         return ""
-    except (ValueError, KeyError, IndexError) as error:
-        raise StoreError(
-            f"{run.uri}/{LATEST}: the newest report cannot be read ({error}); run `freeguide evaluate` again"
-        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{run.uri}: the newest report cannot be read ({error}); run `freeguide evaluate` again") from error
 
 
 def _card(config: Config, found: Weights, data: bytes, table: str, trained: str) -> str:

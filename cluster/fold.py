@@ -29,6 +29,7 @@ from data_pipeline.closure import code_version
 from data_pipeline.store import Store
 from trainer.sampler import evaluations
 
+_MOST = 2**32  # bytes of a unit, or of a row
 _AGAIN = "delete it and give the command again"
 
 
@@ -125,7 +126,7 @@ class Folder:
         if not one.store.exists(fold.key):
             with threadpool_limits(self.threads):
                 folded = _fold(one, fold, self.yardsticks)
-            one.store.put(fold.key, folded.to_bytes())
+            one.store.create(fold.key, folded.to_bytes())
 
 
 def _fold(one: Series, fold: Fold, yardsticks: Sequence[Yardstick]) -> Folded:
@@ -147,4 +148,4 @@ def _fold(one: Series, fold: Fold, yardsticks: Sequence[Yardstick]) -> Folded:
 
 def _arrays(store: Store, key: str) -> dict[str, Any]:
     """The arrays of an `.npz` by name. Raises DataError if it is damaged."""
-    return read_npz(store.get(key), f"{store.uri}/{key}", _AGAIN)
+    return read_npz(store.get(key, _MOST), f"{store.uri}/{key}", _AGAIN)

@@ -25,7 +25,8 @@ from cluster.metrics.images import to_uint8
 from cluster.session import Resources, progress, session
 from cluster.sweep import Series, Trained, as_trained
 from cluster.units import Connect, Unit
-from configs.errors import ConfigError, counted
+from cluster.weights import needed_by, sweep
+from configs.errors import ConfigError, DataError, counted
 from configs.schema import Config
 from data_pipeline.closure import code_version
 from data_pipeline.manifest import NAME, Manifest, Schema, ShardIndex, build_manifest, load_manifest, save_manifest
@@ -50,6 +51,7 @@ def generate(config: Config) -> str:
         one = as_trained(config, "generate")
         for sentence in misguided(one.config, "generate"):
             print(f"WARNING: {sentence}", file=sys.stderr, flush=True)
+        open_store(config.run).sweep()
         return units.on_one_kind(config, open_store(config.run), connect, functools.partial(_generated, one))
 
 
@@ -74,17 +76,18 @@ def _generated(one: Trained, kind: str, connect: Connect) -> str:
         _check_disk(store, schema, options.images)
     if not store.exists(NAME):
         if todo := units.missing(store, plan, "tar.npz"):
-            one.weights.keep()
+            needed_by(store, one.weights)
             resources = connect()
             make = functools.partial(_Generate, Series(config, one.weights, store, one.origin, kind), resources)
             for _ in progress(units.run(todo, make, config, resources), len(todo), "shard", config.cluster.actors):
                 pass
         source = json.dumps({"run": run.uri, "step": step} | conditions, sort_keys=True)
-        save_manifest(store, build_manifest(schema, _indexes(store, plan), source))
+        save_manifest(store, build_manifest(schema, _indexes(store, plan), source), new=True)
     if wanted:
         _check_disk(store, schema, options.images)  # again, as the shards took hours and room
         write_npz(store, load_manifest(store))
     files = f"{NAME} and {NPZ}" if options.npz else NAME
+    sweep(run, config.train.keep_checkpoints)
     print(f"{counted(options.images, 'image')} at w={options.w:g}: {counted(len(plan), 'shard')}, {files} in {store.uri}")
     return store.uri
 
@@ -108,7 +111,12 @@ class _Generate:
         samples = (Sample(image, int(label)) for image, label in zip(images, labels, strict=True))
         packed = pack_shard(samples, unit.first, data.dtype)
         key = unit.key("tar")
-        self.store.put(unit.key("tar.npz"), packed.index(key, self.store.put(key, packed.data)).to_bytes())
+        if self.store.create(key, packed.data) != packed.data:
+            raise DataError(
+                f"{self.store.uri}/{key} holds other images than these: another command makes them on a device that rounds "
+                "otherwise, or it is damaged; let that end, or delete it and give the command again"
+            )
+        self.store.create(unit.key("tar.npz"), packed.index(key, self.store.stat(key).etag).to_bytes())
 
 
 def _indexes(store: Store, plan: list[Unit]) -> list[ShardIndex]:

@@ -17,6 +17,7 @@ have samples_1.png, samples_2.png, ... in their order, instead of samples.png. N
 import base64
 import csv
 import fcntl
+import hashlib
 import html
 import io
 import json
@@ -36,12 +37,18 @@ from cluster.figures import COLOURS, GREY, INK, Series, best_of
 from cluster.metrics.features import read_object
 from cluster.metrics.measure import Yardstick, conditions
 from cluster.metrics.published import rows_of, why_not_beside
-from cluster.metrics.rows import Row, from_json, require_comparable, require_same_instrument, to_json
+from cluster.metrics.rows import Row, document, from_json, require_comparable, require_same_instrument
 from cluster.tables import Cost, Table, cost_in_seconds, key_of, label_of, names_of, tables_of
 from configs.errors import DataError, visible
 from configs.schema import Config
+from configs.untrusted import JSON_BYTES, parse_json
+from data_pipeline.artifact import get_sealed, sealed_json
 from data_pipeline.data_store import access_to
+from data_pipeline.store import Store, checked
 
+LATEST = "evaluate/latest.json"  # of a run: where its newest report stands, and the checksums of its files
+_AGAIN = "run `freeguide evaluate` again"
+OF_THE_MACHINE = ("times.json", "cost.md")  # not of the rows: they differ each time, are for people alone, and have no checksum
 ROWS = 4  # of a sample grid, where a page shows several series
 
 
@@ -93,7 +100,7 @@ def report_files(
     looked = [row for _, members in _series(list(screened), varying) for row in members] if screened else []
     tables = tables_of(series, varying, looked, others, cost)
     files: dict[str, bytes] = {
-        "report.json": _json(ordered, title, varying, series).encode(),
+        "report.json": _json(ordered, title, varying, series),
         "report.csv": _csv([*ordered, *others]).encode(),
         "table.md": _markdown(title, tables).encode(),
         "fid_over_w.png": figures.curves(series),
@@ -114,12 +121,39 @@ def report_files(
     return files
 
 
+def checksums(files: Mapping[str, bytes]) -> dict[str, str]:
+    """The sha256 of each file that rows and grids decide."""
+    return {name: hashlib.sha256(data).hexdigest() for name, data in files.items() if name not in OF_THE_MACHINE}
+
+
+def name_latest(run: Store, place: str, sums: Mapping[str, str]) -> None:
+    """Say that the report at `place`, whose files have these `checksums`, is the newest of the run."""
+    run.put(LATEST, sealed_json({"report": place, "files": sums}))
+
+
+def read_latest(run: Store) -> tuple[str, dict[str, str]]:
+    """What `name_latest` said; no checksums where an earlier version said it. Raises MissingObject, DataError for damage."""
+    try:
+        found = parse_json(get_sealed(run, LATEST, _AGAIN, JSON_BYTES))
+        return checked(f"{found['report']}x")[:-1], {str(name): str(sha256) for name, sha256 in found.get("files", {}).items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{run.uri}/{LATEST} does not name a report ({error}); {_AGAIN}") from None
+
+
+def read_part(run: Store, place: str, name: str, sums: Mapping[str, str]) -> bytes:
+    """One file of the report at `place`. Raises MissingObject, and DataError where its checksum does not fit."""
+    data = run.get(f"{place}{name}")
+    if name in sums and hashlib.sha256(data).hexdigest() != sums[name]:
+        raise DataError(f"{run.uri}/{place}{name} is damaged (its checksum does not fit); {_AGAIN}")
+    return data
+
+
 def read_others(config: Config) -> list[Row]:
     """The rows of `evaluate.others`, in their order. Raises DataError for files that hold none, and for rows of another n."""
     remedy = "score the images first (freeguide score --json), or correct evaluate.others"
     rows: list[Row] = []
     for uri in config.evaluate.others:
-        rows += from_json(read_object(uri, remedy, access_to(config.data, uri)).decode(errors="replace"), uri)
+        rows += from_json(read_object(uri, remedy, access_to(config.data, uri), JSON_BYTES).decode(errors="replace"), uri)
     _require_alike(rows, {"n": config.evaluate.images})
     return rows
 
@@ -183,10 +217,9 @@ def _check_grids(grids: Mapping[Row, NDArray[np.uint8]], classes: Sequence[str])
 # --- words ---
 
 
-def _json(ordered: list[Row], title: str, varying: Sequence[str], series: list[Series]) -> str:
+def _json(ordered: list[Row], title: str, varying: Sequence[str], series: list[Series]) -> bytes:
     best = [{"series": label, "w": best_of(members).w, "fid": best_of(members).fid} for label, members in series]
-    document = {"title": title, "varying": list(varying), "best": best} | json.loads(to_json(ordered))
-    return json.dumps(document, indent=1, allow_nan=False) + "\n"
+    return sealed_json({"title": title, "varying": list(varying), "best": best} | document(ordered))
 
 
 def _csv(rows: Sequence[Row]) -> str:

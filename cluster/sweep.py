@@ -30,6 +30,7 @@ from cluster.weights import Weights, weights_of
 from configs.errors import CheckpointError, ConfigError, DataError
 from configs.load import from_yaml, sweep, validate
 from configs.schema import Config
+from configs.untrusted import JSON_BYTES
 from data_pipeline.artifact import to_npz
 from data_pipeline.closure import code_version
 from data_pipeline.data_store import access_to
@@ -124,7 +125,7 @@ def as_trained(config: Config, command: str) -> Trained:
     run.check()
     weights = weights_of(config)
     try:
-        stored = from_yaml(run.get("config.yaml").decode(errors="replace"))
+        stored = from_yaml(run.get("config.yaml", JSON_BYTES).decode(errors="replace"))
     except MissingObject:
         raise CheckpointError(f"{config.run}: its config.yaml is gone; give `freeguide train` again, which writes it") from None
     except ConfigError as error:
@@ -233,7 +234,7 @@ class Worker:
                 "seconds": np.float64(time.perf_counter() - began),
                 "evaluations": np.int64(drawn.evaluations),
             }
-            one.store.put(unit.key("npz"), to_npz(arrays))
+            one.store.create(unit.key("npz"), to_npz(arrays))  # of two evaluations, both fold what the first has made
             began = time.perf_counter()
 
     def _load(self, number: int) -> Sampler:

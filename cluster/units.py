@@ -162,7 +162,7 @@ def on_one_kind(config: Config, run: Store, connect: Connect, work: Callable[[st
     gpus = config.cluster.gpus_per_worker
     if os.environ.get("RAY_ADDRESS", "local") in ("", "local"):
         return work(_kind(bool(gpus > 0 or (gpus < 0 and torch.cuda.is_available()))), connect)
-    kind = run.get(KIND).decode(errors="replace") if run.exists(KIND) else _kind_there(connect())
+    kind = run.get(KIND, 2**16).decode(errors="replace") if run.exists(KIND) else _kind_there(connect())
 
     @functools.cache
     def connected() -> Resources:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from configs.errors import DataError
 from configs.untrusted import parse_json, safetensors_header
-from data_pipeline.store import Store
+from data_pipeline.store import MEMORY, Store
 
 TAG = b"freeguide-sha256:"
 BLANK = (TAG + b"0" * 64).decode()  # a seal before it is filled in
@@ -44,6 +44,11 @@ def sealed(data: bytes) -> bytes:
     return data.replace(BLANK.encode(), TAG + hashlib.sha256(data).hexdigest().encode())
 
 
+def sealed_json(document: Mapping[str, Any]) -> bytes:
+    """As JSON to read and compare, with its seal under "seal". Raises ValueError for numbers that JSON does not have."""
+    return sealed((json.dumps({**document, "seal": BLANK}, indent=1, allow_nan=False) + "\n").encode())
+
+
 def check_seal(data: bytes, where: str, remedy: str = _AGAIN) -> bool:
     """Whether the object has a seal. Raises DataError where it does not fit: some bit is not the one that was written."""
     at = data.rfind(TAG) + len(TAG)
@@ -58,9 +63,9 @@ def check_seal(data: bytes, where: str, remedy: str = _AGAIN) -> bool:
     return True
 
 
-def get_sealed(store: Store, key: str, remedy: str = _AGAIN) -> bytes:
-    """The object, checked. Raises MissingObject, and DataError for a damaged one."""
-    data = store.get(key)
+def get_sealed(store: Store, key: str, remedy: str = _AGAIN, most: int = MEMORY) -> bytes:
+    """The object, of `most` bytes, checked. Raises MissingObject, and DataError for a damaged one."""
+    data = store.get(key, most)
     check_seal(data, f"{store.uri}/{key}", remedy)
     return data
 

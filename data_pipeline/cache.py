@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-from data_pipeline.store import ObjectInfo, Store
+from data_pipeline.store import MEMORY, ObjectInfo, Store
 from data_pipeline.unfinished import swept, unfinished
 
 ENTRY = re.compile(r"[0-9a-f]{64}\.range")
@@ -116,8 +116,8 @@ class CachedStore(Store):
     def check(self, write: bool = True) -> None:
         self.store.check(write)
 
-    def get(self, key: str) -> bytes:
-        return self.store.get(key)
+    def get(self, key: str, most: int = MEMORY) -> bytes:
+        return self.store.get(key, most)
 
     def put(self, key: str, data: bytes) -> str:
         return self.store.put(key, data)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from configs.locations import locate
 from configs.schema import DataConfig
-from data_pipeline.store import Access, Denied, ObjectInfo, Retry, Store, open_store
+from data_pipeline.store import MEMORY, Access, Denied, ObjectInfo, Retry, Store, open_store
 
 
 def open_data(data: DataConfig, retry: Retry | None = None) -> Store:
@@ -47,8 +47,8 @@ class DataStore(Store):
             if self.beside is not None:
                 self.beside.check(write)
 
-    def get(self, key: str) -> bytes:
-        return self._holder(key).get(key)
+    def get(self, key: str, most: int = MEMORY) -> bytes:
+        return self._holder(key).get(key, most)
 
     def get_range(
         self,

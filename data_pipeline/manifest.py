@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from configs.errors import DataError
 from configs.untrusted import parse_json, whole
-from data_pipeline.artifact import read_npy, read_npz, to_npz
+from data_pipeline.artifact import check_seal, read_npy, read_npz, sealed_json, to_npz
 from data_pipeline.store import MissingObject, Store, checked, open_like
 from data_pipeline.tar import BLOCK
 from data_pipeline.unfinished import ended, writer
@@ -43,6 +43,7 @@ WHOLE_BYTES = 64 * 2**20  # a data set up to this size is kept in memory by ever
 DTYPES = ("uint8", "float16", "float32")  # of samples: images, and raw latents
 
 MANIFEST_BYTES = 2**31  # 10 million shards
+MARK_BYTES = 2**16
 MOST_PIXELS, MOST_CLASSES, MOST_PARTS = 2**16, 10**7, 10**4
 MOST_BYTES = MOST_SAMPLES = 2**48
 
@@ -365,7 +366,7 @@ def save_mixture(store: Store, weights: Mapping[str, int]) -> Manifest:
     parts = [(uri, weight, load_manifest(open_like(store, uri))) for uri, weight in weights.items()]
     joined = join(parts)
     rows = [{"uri": uri, "weight": weight, "fingerprint": manifest.fingerprint} for uri, weight, manifest in parts]
-    text = json.dumps({"format": "freeguide mixture", "version": VERSION, "parts": rows}, indent=1).encode()
+    text = sealed_json({"format": "freeguide mixture", "version": VERSION, "parts": rows})
     identity = hashlib.sha256(text).hexdigest()
     claim(store, "index", identity)
     try:
@@ -413,7 +414,7 @@ def save_manifest(store: Store, manifest: Manifest, new: bool = False) -> None:
         "shards": columns,
         **({"passed_over": dict(manifest.passed_over)} if manifest.passed_over else {}),
     }
-    text = json.dumps(header, indent=1).encode()
+    text = sealed_json(header)
     store.create(NAME, text) if new else store.put(NAME, text)
 
 
@@ -436,7 +437,7 @@ def claim(store: Store, work: str, identity: str) -> bool:
         return False
     if over:
         store.put(BEGUN, mine)
-        if store.get(BEGUN) == mine:
+        if store.get(BEGUN, MARK_BYTES) == mine:
             return True
     raise DataError(
         f"Another {first} writes to {store.home}, or was broken off there; let it end (its own command goes on where it stopped), "
@@ -459,14 +460,14 @@ def leave(store: Store, work: str, identity: str) -> None:
 def begun_by(store: Store) -> str:
     """The work whose mark stands here, at work or broken off; "" = none."""
     try:
-        return str(parse_json(store.get(BEGUN))["work"])
+        return str(parse_json(store.get(BEGUN, MARK_BYTES))["work"])
     except (MissingObject, *_DAMAGE):
         return ""
 
 
 def marked(store: Store, identity: str) -> bool:
     try:
-        return bool(parse_json(store.get(BEGUN))["identity"] == identity)
+        return bool(parse_json(store.get(BEGUN, MARK_BYTES))["identity"] == identity)
     except (MissingObject, *_DAMAGE):
         return False
 
@@ -479,7 +480,7 @@ def load_manifest(store: Store) -> Manifest:
 def stored_schema(store: Store) -> Schema | None:
     """What a manifest says of its samples, even where all else of it is damaged; None where it does not."""
     try:
-        return Schema.from_dict(parse_json(store.get(NAME), MANIFEST_BYTES)["schema"])
+        return Schema.from_dict(parse_json(store.get(NAME, MANIFEST_BYTES), MANIFEST_BYTES)["schema"])
     except (MissingObject, *_DAMAGE):
         return None
 
@@ -491,7 +492,7 @@ _DAMAGE = (ValueError, KeyError, TypeError, IndexError, AttributeError)
 def _load(store: Store, parts: bool) -> Manifest:
     where = f"{store.home}/{NAME}"
     try:
-        raw = store.get(NAME)
+        raw = store.get(NAME, MANIFEST_BYTES)
     except MissingObject as error:
         if store.uri.endswith(".tar"):
             folder, _, name = store.uri.rpartition("/")
@@ -503,6 +504,7 @@ def _load(store: Store, parts: bool) -> Manifest:
         raise DataError(
             f"There is no manifest at {where}; run `freeguide prepare` to write shards, or `freeguide index` for existing tars."
         ) from error
+    check_seal(raw, f"The manifest {where}", "run `freeguide index` again.")
     try:
         header = parse_json(raw, MANIFEST_BYTES)
         if header["format"] == "freeguide mixture" and header["version"] == VERSION:
@@ -511,7 +513,7 @@ def _load(store: Store, parts: bool) -> Manifest:
             return _load_mixture(store, where, header)
         if header["format"] != MANIFEST or header["version"] != VERSION:
             raise DataError(f"{where} is a manifest of another version; run `freeguide index` again.")
-        index = store.get(checked(header["index"]["key"]))
+        index = store.get(checked(header["index"]["key"]), MANIFEST_BYTES)
         if hashlib.sha256(index).hexdigest() != header["index"]["sha256"]:
             raise ValueError("the index is not the one that the manifest names")
         manifest = _parsed(header, read_npy(index, "<u4", 2))

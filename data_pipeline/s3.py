@@ -34,6 +34,7 @@ from configs.errors import StoreError
 from configs.loopback import reach_loopback_directly
 from data_pipeline.store import (
     AGAIN,
+    MEMORY,
     Access,
     Cancelled,
     ChangedObject,
@@ -43,6 +44,7 @@ from data_pipeline.store import (
     Retry,
     Store,
     Traffic,
+    check_size,
     checked,
 )
 from data_pipeline.unfinished import LEFT_S
@@ -147,8 +149,8 @@ class S3Store(Store):
                 return
             raise
 
-    def get(self, key: str) -> bytes:
-        return self._download(key, 0, None, None, None, None)
+    def get(self, key: str, most: int = MEMORY) -> bytes:
+        return self._download(key, 0, None, None, None, None, most)
 
     def get_range(
         self,
@@ -385,10 +387,11 @@ class S3Store(Store):
         etag: str | None,
         cancel: threading.Event | None,
         on_retry: Callable[[str], None] | None,
+        most: int = MEMORY,
     ) -> bytes:
-        """The bytes [start, start + length) of an object, or all of it, over as many answers as it takes."""
+        """The bytes [start, start + length) of an object, or all of it, at `most`, over as many answers as it takes."""
         checked(key)
-        body = _Body(start, length, etag)
+        body = _Body(start, length, etag, most)
         began, tries = time.monotonic(), 0
         while not body.complete:
             reached = body.reached
@@ -576,6 +579,7 @@ class _Body:
     start: int
     length: int | None
     etag: str | None
+    most: int = MEMORY
     pieces: list[bytes] = field(default_factory=list)
     first_byte: float | None = None  # on the monotonic clock
     reached: int = 0
@@ -596,6 +600,7 @@ class _Body:
         if self.length is None:
             if status != 200 or answer["ResponseMetadata"]["HTTPHeaders"].get("content-length") is None:
                 raise _Fault("no length")
+            check_size(where, int(answer["ContentLength"]), self.most)
             self.length, self.etag = int(answer["ContentLength"]), etag
             return
         if status != 206:

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from configs.errors import ConfigError, DataError, counted, visible
 from configs.schema import DataConfig
+from configs.untrusted import JSON_BYTES
 from data_pipeline.data_store import access_to
 from data_pipeline.decode import (
     ANY_LABEL,
@@ -193,7 +194,7 @@ def read_class_names(data: DataConfig) -> tuple[str, ...]:
         return ()
     place, _, name = uri.rpartition("/")
     try:
-        text = open_store(place or "/", access=access_to(data, uri)).get(name).decode("utf-8-sig")
+        text = open_store(place or "/", access=access_to(data, uri)).get(name, JSON_BYTES).decode("utf-8-sig")
         names = json.loads(text) if text.lstrip().startswith("[") else [line.strip() for line in text.splitlines() if line.strip()]
     except (ValueError, RecursionError) as error:
         raise DataError(f"data.class_names={uri} is neither text nor a JSON list; write one name a line") from error

@@ -18,11 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from configs.errors import StoreError
+from configs.errors import DataError, StoreError
 from configs.locations import locate
 from data_pipeline.unfinished import TEMP, sweep, unfinished
 
 AGAIN = "prepare or index the data again"
+MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # bytes of this machine
 READERS = 16  # objects that `read_each` reads at a time
 
 T = TypeVar("T")
@@ -129,8 +130,8 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def get(self, key: str) -> bytes:
-        """The whole object. Raises MissingObject."""
+    def get(self, key: str, most: int = MEMORY) -> bytes:
+        """The whole object. Raises MissingObject, and DataError, before it is read, where it has more than `most` bytes."""
 
     @abstractmethod
     def get_range(
@@ -227,6 +228,13 @@ def create_bucket(uri: str) -> None:
     store.create_bucket()
 
 
+def check_size(where: str, size: int, most: int) -> None:
+    """Raises DataError for an object that is larger than any of its kind."""
+    if size > most:
+        limit = "than the memory here" if most == MEMORY else f"than the {most:,} that make sense there"
+        raise DataError(f"{where} has {size:,} bytes, more {limit}; correct the location, or restore it from a copy")
+
+
 def checked(key: str) -> str:
     """The key. Raises ValueError where it is none."""
     if (
@@ -261,9 +269,10 @@ class FolderStore(Store):
         if not os.access(there, os.R_OK | os.X_OK | (os.W_OK if write else 0)):
             raise Denied(f"{there} may not be {'written' if write else 'read'}; choose another folder or change its rights.")
 
-    def get(self, key: str) -> bytes:
-        with self._errors(key):
-            return (self.folder / checked(key)).read_bytes()
+    def get(self, key: str, most: int = MEMORY) -> bytes:
+        with self._errors(key), open(self.folder / checked(key), "rb") as file:
+            check_size(f"{self.uri}/{key}", os.fstat(file.fileno()).st_size, most)
+            return file.read()
 
     def get_range(
         self,

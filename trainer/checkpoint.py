@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from configs.errors import CheckpointError, StoreError
+from configs.errors import CheckpointError, DataError, StoreError
 from configs.untrusted import JSON_BYTES, parse_json, whole
 from data_pipeline.order import FIRST_ROUNDS
 from data_pipeline.store import MissingObject, Store, checked
@@ -155,13 +155,18 @@ def _usable(found: Checkpoint | CheckpointError) -> Iterator[Checkpoint]:
 
 def find(store: Store, step: int = 0) -> Checkpoint:
     """The whole checkpoint of `step`, or the newest for 0. Raises CheckpointError if there is none."""
-    others = []
-    for found in newest(store):
-        if step in (0, found.step):
-            return found
-        others.append(str(found.step))
+    others, damaged = [], []
+    for found in survey(store):
+        if isinstance(found, CheckpointError):
+            damaged.append(found)
+        for each in _usable(found):
+            if step in (0, each.step):
+                return each
+            others.append(str(each.step))
     if others:
         raise CheckpointError(f"{store.uri}: no whole checkpoint of step {step}, only of {', '.join(others[::-1])}; {_KEPT}")
+    if damaged:
+        raise damaged[0]
     raise CheckpointError(f"{store.uri}: no checkpoint; run `freeguide train` first, or name the run as run=URI")
 
 
@@ -204,9 +209,10 @@ def _parsed(store: Store, key: str) -> Checkpoint:
     """What a manifest says, whatever became of the files that it names. Raises as `read_manifest` does."""
     place = f"{store.uri}/{key}"
     try:
-        if (size := store.stat(key).bytes) > JSON_BYTES:
-            raise ValueError(f"it has {size:,} bytes")
-        data = store.get(key)
+        try:
+            data = store.get(key, JSON_BYTES)
+        except DataError as error:
+            raise ValueError(str(error)) from None
         manifest = parse_json(data)
         if manifest["format"] != FORMAT:
             raise CheckpointError(

@@ -31,9 +31,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
-from configs.errors import StoreError, UserError
+from configs.errors import DataError, StoreError, UserError
 from configs.schema import TrainConfig
-from configs.untrusted import parse_json
+from configs.untrusted import JSON_BYTES, parse_json
 from data_pipeline.order import Order
 from data_pipeline.store import MissingObject, Store
 from trainer.telemetry import Interval
@@ -225,13 +225,13 @@ class Incidents:
             return
         try:
             try:
-                before = self._store.get("incidents.jsonl").decode(errors="replace").splitlines()
+                before = self._store.get("incidents.jsonl", JSON_BYTES).decode(errors="replace").splitlines()
             except MissingObject:
                 before = []
             again = {(row["step"], "back_to" in row) for row in rows}
             kept = [line for line in before if _about(line) not in again] + [json.dumps(_plain(row)) for row in rows]
             self._store.put("incidents.jsonl", "".join(f"{line}\n" for line in kept).encode())
-        except StoreError as error:  # a diary is not worth a run
+        except (StoreError, DataError) as error:  # a diary is not worth a run
             _log.warning("%s; incidents of step %s are not recorded", error, rows[0]["step"])
         for row in rows:
             if "back_to" in row:

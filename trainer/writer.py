@@ -36,6 +36,7 @@ from torch import Tensor
 
 from configs.errors import CheckpointError, StoreError, UserError, visible
 from configs.schema import TrainConfig
+from configs.untrusted import JSON_BYTES
 from data_pipeline.store import FolderStore, MissingObject, Store
 from trainer.checkpoint import (
     CHECKPOINTS,
@@ -304,7 +305,7 @@ class Writer:
         """What a rank says of its files."""
         key = self._note_key(rank)
         try:
-            files: list[dict[str, Any]] = unsealed(self._store.get(key))["files"]
+            files: list[dict[str, Any]] = unsealed(self._store.get(key, JSON_BYTES))["files"]
         except (ValueError, KeyError) as error:
             raise StoreError(f"{self._store.uri}/{key}: is not what rank {rank} wrote ({error}); look at the disk") from error
         return files
@@ -318,7 +319,7 @@ class Writer:
     def _check_claim(self) -> None:
         """Raises CheckpointError if another training has claimed the run."""
         try:
-            found = self._store.get(CLAIM)
+            found = self._store.get(CLAIM, 2**16)
         except MissingObject:
             return
         if found != self._claim():

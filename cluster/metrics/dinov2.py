@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cluster.metrics.features import DINOV2, Measured, load_weights, read_object, to_rgb
+from cluster.metrics.features import DINOV2, WEIGHTS_BYTES, Measured, load_weights, read_object, to_rgb
 from data_pipeline.store import Access
 
 FILE = "dinov2_vitl14_pretrain.pth"
@@ -143,7 +143,7 @@ def load(uri: str, access: Access | None = None) -> DinoV2:
     """DINOv2 with the weights at a path or URI. Raises DataError if they are missing or of another network."""
     with torch.device("meta"):  # 1.2 GB that need not be initialised first
         network = VisionTransformer()
-    return DinoV2(network, load_weights(read_object(uri, SOURCE, access), network, uri))
+    return DinoV2(network, load_weights(read_object(uri, SOURCE, access, WEIGHTS_BYTES), network, uri))
 
 
 def to_input(x: Tensor) -> Tensor:

@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from configs.errors import DataError
-from data_pipeline.store import Access, MissingObject, open_store
+from data_pipeline.store import MEMORY, Access, MissingObject, open_store
 
 DINOV2 = "dinov2-vitl14"  # what rows call it
+WEIGHTS_BYTES = 2**33  # of published networks: DINOv2 has 1.2 GB
+EVALUATOR_BYTES = 2**28  # an own one has some MB
 UNIT = 1024  # images measured at a time where no work unit says otherwise; it decides the order in which moments are added
 
 
@@ -117,7 +119,7 @@ def _load(uri: str, access: Access | None) -> Extractor:
 
     name = uri.rsplit("/", 1)[-1]
     if name.endswith(".safetensors"):
-        return evaluator.from_bytes(read_object(uri, "fit an evaluator, or correct its path", access), uri)
+        return evaluator.from_bytes(read_object(uri, "fit an evaluator, or correct its path", access, EVALUATOR_BYTES), uri)
     if "inception-2015-12-05" in name:
         return inception.load(uri, access)
     if "dinov2_vitl14" in name:
@@ -128,11 +130,11 @@ def _load(uri: str, access: Access | None) -> Extractor:
     )
 
 
-def read_object(uri: str, remedy: str, access: Access | None = None) -> bytes:
-    """The bytes at a path or URI. Raises DataError, with the remedy, if nothing is there."""
+def read_object(uri: str, remedy: str, access: Access | None = None, most: int = MEMORY) -> bytes:
+    """The bytes at a path or URI, at `most`. Raises DataError, with the remedy, if nothing is there, and for larger objects."""
     folder, _, name = uri.rpartition("/")
     try:
-        return open_store(folder or ("/" if uri.startswith("/") else "."), access=access).get(name)
+        return open_store(folder or ("/" if uri.startswith("/") else "."), access=access).get(name, most)
     except MissingObject:
         raise DataError(f"{uri} does not exist; {remedy}") from None
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cluster.metrics.features import Measured, load_weights, read_object, to_rgb
+from cluster.metrics.features import WEIGHTS_BYTES, Measured, load_weights, read_object, to_rgb
 from cluster.metrics.rows import INCEPTION
 from configs.errors import DataError
 from data_pipeline.store import Access
@@ -158,7 +158,7 @@ class Inception:
 
 def load(uri: str, access: Access | None = None) -> Inception:
     """Inception with the weights at a path or URI. Raises DataError if they are missing or are not the published file."""
-    return from_bytes(read_object(uri, SOURCE, access), uri, HASH)
+    return from_bytes(read_object(uri, SOURCE, access, WEIGHTS_BYTES), uri, HASH)
 
 
 def from_bytes(data: bytes, where: str, prefix: str) -> Inception:

@@ -5,7 +5,6 @@ and of the rounding. So a row is never a bare number: it carries all of these, a
 rows that differ in a condition that the reader has not been told about.
 """
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -15,6 +14,8 @@ from cluster.metrics.conditions import trained
 from cluster.metrics.images import ROUNDING
 from configs.errors import DataError
 from configs.schema import Config, SamplingConfig
+from configs.untrusted import parse_json
+from data_pipeline.artifact import check_seal, sealed_json
 
 INCEPTION = "inception-2015-12-05"  # the only extractor whose distances are called FID
 SCHEMA = "freeguide-rows/2"
@@ -177,16 +178,25 @@ def _require_equal(rows: Sequence[Row], name: str) -> None:
 
 def to_json(rows: Iterable[Row]) -> str:
     """Rows as JSON text. Floats are written so that they read back to the same bits."""
-    return json.dumps({"schema": SCHEMA, "rows": [asdict(row) for row in rows]}, indent=1, allow_nan=False) + "\n"
+    return sealed_json(document(rows)).decode()
+
+
+def document(rows: Iterable[Row]) -> dict[str, Any]:
+    """What stands in that JSON."""
+    return {"schema": SCHEMA, "rows": [asdict(row) for row in rows]}
 
 
 def from_json(text: str, where: str = "rows") -> list[Row]:
-    """Read what `to_json` wrote. `where` names the file in errors. Raises DataError if fields are missing, unknown or mistyped."""
+    """Read what `to_json` wrote. `where` names the file in errors.
+
+    Raises DataError if fields are missing, unknown or mistyped, and if anything has changed since.
+    """
+    check_seal(text.encode(errors="replace"), where, "measure again, or take out the line of its seal if the change is meant")
     try:
-        document = json.loads(text)
-        if document["schema"] != SCHEMA:
-            raise ValueError(f"its schema is {document['schema']!r}, not {SCHEMA!r}")
-        return [Row(**{name: typed(name, value) for name, value in row.items()}) for row in document["rows"]]
+        found = parse_json(text)
+        if found["schema"] != SCHEMA:
+            raise ValueError(f"its schema is {found['schema']!r:.60}, not {SCHEMA!r}")
+        return [Row(**{name: typed(name, value) for name, value in row.items()}) for row in found["rows"]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{where} does not hold metric rows ({error}); measure again with this version") from None
 

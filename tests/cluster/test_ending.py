@@ -75,6 +75,39 @@ def test_what_can_save_first_does_so(stopped: Callable[..., Ended]) -> None:
     assert stopped(work, signal.SIGTERM)[:2] == (143, "saved [1]\n")
 
 
+def test_a_command_that_was_done_before_it_could_stop_ends_as_asked(stopped: Callable[..., Ended]) -> None:
+    work = """
+    with ending.gently(lambda: True):
+        while not ending.asked(): time.sleep(0.01)
+    print("done all the same")
+    """
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        ended, out, error = stopped(work, number)
+        assert (ended, out) == (code, "done all the same\n")
+        assert error.split("\n") == ["", STOPPING, GO_ON, ""]
+
+
+def test_a_demo_that_is_asked_to_end_in_its_last_step_of_training_does_not_evaluate(stopped: Callable[..., Ended]) -> None:
+    work = """
+    import os, signal
+    from cluster.demo import demo
+    def command(options):
+        print("begun", options.command, flush=True)
+        if options.command == "train":
+            with ending.gently(lambda: True):
+                os.kill(os.getpid(), signal.SIGTERM)
+            print("trained")
+        return 0
+    cli._command = command
+    return demo(["data.uri=s3://mine/data", "run=s3://mine/run"], cli.main)
+    """
+    ended, out, error = stopped(work)
+    assert ended == 143
+    assert out.rstrip().endswith("trained")
+    assert "begun evaluate" not in out
+    assert error.rstrip().endswith(GO_ON)
+
+
 def test_where_nothing_is_to_be_saved_a_command_stops_at_once(stopped: Callable[..., Ended]) -> None:
     assert stopped("\n    with ending.gently(lambda: False): time.sleep(60)", signal.SIGINT)[0] == 130
 

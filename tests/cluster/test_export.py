@@ -9,8 +9,8 @@ import pytest
 import safetensors
 import torch
 
-from cluster.evaluate import LATEST
 from cluster.export import export
+from cluster.report import LATEST
 from configs.errors import CheckpointError
 from configs.load import from_yaml, load_config
 from data_pipeline.manifest import Schema

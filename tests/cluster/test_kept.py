@@ -10,12 +10,14 @@ import safetensors.torch
 import torch
 
 from cluster import units, yardstick
-from cluster.evaluate import LATEST, evaluate, fetch_report
+from cluster.evaluate import evaluate, fetch_report
 from cluster.generate import generate
 from cluster.metrics.rows import from_json
+from cluster.report import LATEST
 from cluster.units import check_kind, kind_of
 from cluster.weights import weights_of
 from configs.errors import CheckpointError, ConfigError, DataError, UserError
+from configs.schema import Config
 from data_pipeline.store import Denied, FolderStore, Store, open_store
 from tests.cluster.untrained import small, write_lab, write_run
 
@@ -194,3 +196,51 @@ def test_references_of_strangers_are_statistics_or_refused(lab: Path, tmp_path: 
             evaluate(small(lab, tmp_path / "run", f"evaluate.reference={tmp_path}/mine.npz"))
         assert "\n" not in str(error.value)
     assert os.path.isfile(tmp_path / "mine.npz")
+
+
+def test_kept_weights_of_old_steps_go_unless_something_unfinished_needs_them(
+    lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    brief = ["sampling.steps=2", "sampling.interval=[]", "evaluate.w=[0.5]", "evaluate.images=10", "evaluate.unit=5"]
+
+    def at(step: int, *more: str) -> Config:
+        return small(lab, tmp_path / "run", *brief, f"sampling.checkpoint={step}", "generate.images=4", "generate.unit=2", *more)
+
+    store = open_store(at(0).run)
+
+    def kept() -> list[int]:
+        return [int(info.key.split("-")[1]) for info in store.list("weights/") if info.key.endswith("s")]
+
+    run = units.run
+
+    def broken_off(todo: Any, *arguments: Any) -> Any:
+        for unit in run(todo, *arguments):
+            yield unit
+            raise DataError("broken off")
+
+    for step in (1, 2, 3):
+        write_run(at(0), seed=step, step=step)
+    with monkeypatch.context() as patch:
+        patch.setattr(units, "run", broken_off)
+        with pytest.raises(DataError, match="broken off"):
+            evaluate(at(1))
+        with pytest.raises(DataError, match="broken off"):
+            generate(at(2))
+    begun = weights_of(at(1)).read()
+    for step in (1, 2):
+        for info in store.list(f"checkpoints/step-{step:08d}"):
+            store.delete(info.key)  # as the training does that goes on
+    for step in (4, 5):
+        write_run(at(0), seed=step, step=step)
+        evaluate(at(step))
+        assert kept() == [1, 2, 4, 5][: step - 1]
+    evaluate(at(3))
+    assert kept() == [1, 2, 4, 5]  # those of 3 went as soon as they were not needed
+    assert all(torch.equal(value, begun[name]) for name, value in weights_of(at(1)).read().items())
+    done = (evaluate(at(1)) / "report.json").read_bytes()
+    assert kept() == [2, 4, 5]
+    generate(at(2))
+    assert kept() == [4, 5]
+    assert (evaluate(at(1)) / "report.json").read_bytes() == done  # its rows are there
+    with pytest.raises(CheckpointError, match="no whole checkpoint of step 2, only of 3, 4, 5"):
+        generate(at(2, "generate.images=6"))

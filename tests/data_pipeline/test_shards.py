@@ -8,6 +8,7 @@ import zipfile
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -249,9 +250,30 @@ def test_no_manifest_says_what_to_run(store: Store) -> None:
         load_manifest(store)
 
 
+def unsealed(store: Store) -> dict[str, Any]:
+    """What a manifest says, without its seal: as earlier versions wrote it, or as somebody forges it."""
+    return {name: value for name, value in json.loads(store.get(manifests.NAME)).items() if name != "seal"}
+
+
+def test_a_manifest_of_which_any_bit_has_changed_is_refused(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    write_noise(store, 20)
+    whole = store.get(manifests.NAME)
+    seal = whole.index(b"freeguide-sha256:")
+    for at in [*range(0, len(whole), 7), *range(seal + 17, seal + 81)]:
+        if seal <= at < seal + 17:  # then there is none
+            continue
+        store.put(manifests.NAME, whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(DataError, match=r"^The manifest .* is damaged \(its checksum does not fit\); run `freeguide index`"):
+            load_manifest(store)
+    store.put(manifests.NAME, whole)
+    store.put(manifests.NAME, json.dumps(unsealed(store)).encode())
+    assert load_manifest(store).samples == 20
+
+
 def test_a_damaged_manifest_is_refused(store: Store) -> None:
     write_noise(store, 50)
-    header = json.loads(store.get(manifests.NAME))
+    header = unsealed(store)
     index = header["index"]["key"]
     broken: list[tuple[str, bytes]] = [
         (manifests.NAME, store.get(manifests.NAME)[:200]),
@@ -272,7 +294,7 @@ def test_a_damaged_manifest_is_refused(store: Store) -> None:
 def test_the_index_is_never_unpickled(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     write_noise(store, 50)
-    header = json.loads(store.get(manifests.NAME))
+    header = unsealed(store)
     out = io.BytesIO()
     np.save(out, np.array([{}], dtype=object), allow_pickle=True)
     store.put(header["index"]["key"], out.getvalue())
@@ -334,7 +356,7 @@ def test_an_index_of_nothing_is_an_error() -> None:
 
 def forged(store: Store, change: object) -> bytes:
     """A manifest whose checksums are right, and whose content is what `change` makes of it."""
-    header = json.loads(store.get(manifests.NAME))
+    header = unsealed(store)
     index = store.get(header["index"]["key"])
     made = change(header, index)  # type: ignore[operator]
     if isinstance(made, bytes):
@@ -465,7 +487,7 @@ def test_a_mixture_in_a_mixture_and_weights_that_are_none_are_refused(tmp_path: 
     one, mixed = open_store(str(tmp_path / "one")), open_store(str(tmp_path / "mixed"))
     write_noise(one, 50)
     manifests.save_mixture(mixed, {one.uri: 1})
-    good = json.loads(mixed.get(manifests.NAME))
+    good = unsealed(mixed)
     row = good["parts"][0]
     for parts in ([{**row, "uri": mixed.uri}], [{**row, "weight": 0}], [{**row, "weight": 1e9}], [], [{**row, "uri": 5}]):
         mixed.put(manifests.NAME, json.dumps({**good, "parts": parts}).encode())

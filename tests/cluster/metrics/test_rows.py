@@ -113,8 +113,21 @@ def test_json_round_trips_to_the_bit():
     assert to_json(from_json(text)) == text
 
 
+def _unsealed():
+    """The JSON of a row as earlier versions wrote it, without a seal."""
+    return {name: value for name, value in json.loads(to_json([ROW])).items() if name != "seal"}
+
+
+def test_rows_that_were_changed_are_refused():
+    text = to_json([ROW])
+    for changed in (text.replace('"n": 2000', '"n": 2001'), text.replace("seal", "sea1"), text.replace("digits", "digit5")):
+        assert changed != text
+        with pytest.raises(DataError, match=r"^mine is damaged \(its checksum does not fit\); measure again, or take out the line"):
+            from_json(changed, "mine")
+
+
 def test_whole_numbers_written_for_floats_are_read_as_floats():
-    document = json.loads(to_json([ROW]))
+    document = _unsealed()
     document["rows"][0]["w"] = 4
     (row,) = from_json(json.dumps(document))
     assert row.w == 4.0
@@ -126,7 +139,7 @@ def test_whole_numbers_written_for_floats_are_read_as_floats():
     [{"fid": "1.0"}, {"n": 1.5}, {"n": True}, {"clip": 1}, {"colour": "red"}, {"extractor": None}, {"fid": None}],
 )
 def test_mistyped_and_unknown_fields_are_refused(change):
-    document = json.loads(to_json([ROW]))
+    document = _unsealed()
     document["rows"][0] |= change
     with pytest.raises(DataError, match=r"old\.json does not hold metric rows"):
         from_json(json.dumps(document), "old.json")
@@ -243,6 +256,6 @@ def test_a_row_without_an_inception_score_is_none_and_one_that_has_it_keeps_it()
 
 
 def test_rows_from_before_a_condition_was_known_are_read():
-    document = json.loads(to_json([ROW]))
+    document = _unsealed()
     del document["rows"][0]["trained"]
     assert from_json(json.dumps(document)) == [replace(ROW, trained=None)]
