@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from configs.errors import CheckpointError, DataError, StoreError
+from configs.errors import CheckpointError, StoreError
 from configs.untrusted import JSON_BYTES, parse_json, whole
 from data_pipeline.order import FIRST_ROUNDS
 from data_pipeline.store import MissingObject, Store, checked
@@ -209,10 +209,9 @@ def _parsed(store: Store, key: str) -> Checkpoint:
     """What a manifest says, whatever became of the files that it names. Raises as `read_manifest` does."""
     place = f"{store.uri}/{key}"
     try:
-        try:
-            data = store.get(key, JSON_BYTES)
-        except DataError as error:
-            raise ValueError(str(error)) from None
+        if (size := store.stat(key).bytes) > JSON_BYTES:
+            raise ValueError(f"it has {size:,} bytes")
+        data = store.get(key)
         manifest = parse_json(data)
         if manifest["format"] != FORMAT:
             raise CheckpointError(

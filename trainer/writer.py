@@ -319,7 +319,7 @@ class Writer:
     def _check_claim(self) -> None:
         """Raises CheckpointError if another training has claimed the run."""
         try:
-            found = self._store.get(CLAIM, 2**16)
+            found = self._store.get(CLAIM, JSON_BYTES)
         except MissingObject:
             return
         if found != self._claim():

@@ -1080,9 +1080,9 @@ class Outrun(FolderStore):
             for path in sorted((self.folder / "checkpoints/step-00000002").iterdir()):  # the manifest first, as a training does
                 path.unlink()
 
-    def get(self, key: str) -> bytes:
+    def get(self, key: str, *most: int) -> bytes:
         self._lose("get", key)
-        return super().get(key)
+        return super().get(key, *most)
 
     def list(self, prefix: str = "") -> list[ObjectInfo]:
         self._lose("list", prefix)
@@ -1133,11 +1133,11 @@ def test_a_step_without_a_checkpoint_is_refused_with_those_there_are(outrun: Out
 class Replaced(FolderStore):
     """A store in which, as the manifest of step 1 is read, a training that keeps one checkpoint saves step 2 and deletes step 1."""
 
-    def get(self, key: str) -> bytes:
+    def get(self, key: str, *most: int) -> bytes:
         if key == "checkpoints/step-00000001/manifest.json" and (aside := self.folder / "aside").exists():
             aside.rename(self.folder / "checkpoints/step-00000002")
             shutil.rmtree(self.folder / "checkpoints/step-00000001")
-        return super().get(key)
+        return super().get(key, *most)
 
 
 @pytest.fixture
