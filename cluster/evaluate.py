@@ -38,7 +38,7 @@ from cluster.yardstick import warn_of_few, yardsticks_of
 from configs.errors import StoreError, counted
 from configs.load import screen_images
 from configs.schema import Config
-from data_pipeline.data_store import open_data
+from data_pipeline.data_store import access_to, open_data
 from data_pipeline.manifest import load_manifest
 from data_pipeline.store import MissingObject, open_store
 from trainer.loop import fitted, misguided
@@ -192,7 +192,7 @@ def _make_units(job: _Job, folds: Sequence[Fold], left: Sequence[Fold]) -> None:
         if lacks:
             needed_by(one.store, one.weights)
     resources = job.connect()
-    extractors = [(each.weights, each.extractor.hash) for each in job.yardsticks]
+    extractors = [(each.weights, each.extractor.hash, access_to(job.config.data, each.weights)) for each in job.yardsticks]
     make = functools.partial(Worker, job.series, extractors, resources)
     done = units.run(items(job.series, todo), make, job.config, resources)
     for _ in progress((unit for item in done for unit in item.units), count, "unit", job.config.cluster.actors):

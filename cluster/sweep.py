@@ -33,9 +33,8 @@ from configs.schema import Config
 from configs.untrusted import JSON_BYTES
 from data_pipeline.artifact import to_npz
 from data_pipeline.closure import code_version
-from data_pipeline.data_store import access_to
 from data_pipeline.manifest import Manifest
-from data_pipeline.store import MissingObject, Store, open_store
+from data_pipeline.store import Access, MissingObject, Store, open_store
 from trainer.diffusion.guidance import first_guided
 from trainer.engine import choose_kernels
 from trainer.sampler import Sampler, guidance_weight, image_labels, sampling_levels, shared_steps
@@ -200,14 +199,16 @@ def items(series: Sequence[Series], todo: Sequence[Sequence[Unit]]) -> list[Item
 class Worker:
     """Samples and measures items: one per actor."""
 
-    def __init__(self, series: Sequence[Series], weights: Sequence[tuple[str, str]], resources: Resources) -> None:
-        """`weights` are the places of the extractors' and their hashes: an actor must not measure with what stands there later."""
+    def __init__(
+        self, series: Sequence[Series], weights: Sequence[tuple[str, str] | tuple[str, str, Access]], resources: Resources
+    ) -> None:
+        """`weights` are the places of the extractors', their hashes, and how S3 is asked for them: an actor must not measure with what stands there later."""
         choose_kernels()
         torch.set_num_threads(resources.threads)
         self.series = series
         self.device = torch.device("cuda" if resources.gpus else "cpu")
         self.kind = units.kind_of(self.device)
-        self.extractors = [load_extractor(uri, sha256, access_to(series[0].config.data, uri)) for uri, sha256 in weights]
+        self.extractors = [load_extractor(*each) for each in weights]
         self._sampler = functools.lru_cache(maxsize=NETWORKS)(self._load)
 
     def __call__(self, item: Item) -> None:
