@@ -202,7 +202,10 @@ class Worker:
     def __init__(
         self, series: Sequence[Series], weights: Sequence[tuple[str, str] | tuple[str, str, Access]], resources: Resources
     ) -> None:
-        """`weights` are the places of the extractors', their hashes, and how S3 is asked for them: an actor must not measure with what stands there later."""
+        """`weights` are the places of the extractors', their hashes, and how S3 is asked for them.
+
+        An actor must not measure with what stands there later.
+        """
         choose_kernels()
         torch.set_num_threads(resources.threads)
         self.series = series
