@@ -243,7 +243,7 @@ ODD = ["with space.png", "umläut é.jpg", "emoji 🦜.webp", "-rf.png", "no ext
 def test_a_flat_folder_of_odd_pictures_goes_all_the_way_to_a_report_and_is_scored(  # type: ignore[no-untyped-def]
     freeguide, ray_head, tmp_path: Path
 ) -> None:
-    """Bright above, dark below, of mixed sizes, modes and codecs, with strays beside them and no class folder."""
+    """Bright above, dark below, of mixed sizes, modes and codecs, some deeper than others, with strays beside them."""
     random, images = np.random.default_rng(0), tmp_path / "my photos"
     for number in range(160):
         name = f"{number:03d} {ODD[number % len(ODD)]}" if number % len(ODD) != 5 else f"deep/er/{number}.JPEG"
@@ -259,7 +259,8 @@ def test_a_flat_folder_of_odd_pictures_goes_all_the_way_to_a_report_and_is_score
     network = ["model.channels=8", "model.head_channels=8", "model.channel_mult=[1,1]", "model.attention=[]", "model.res_blocks=1"]
     steps = ["train.steps=4", "train.global_batch=8", "train.checkpoint_every=2", "train.precision=fp32", "train.warmup_steps=0"]
     measured = ["sampling.steps=3", "evaluate.images=70", "evaluate.unit=40", "evaluate.w=[0]", "evaluate.evaluator_epochs=3"]
-    places = [f"data.path={images}", f"data.uri={tmp_path}/data", f"run={tmp_path}/run", "evaluate.dataset=photos"]
+    places = [f"data.path={images}", "data.class_depth=0", f"data.uri={tmp_path}/data", f"run={tmp_path}/run"]
+    places.append("evaluate.dataset=photos")  # not after the folder "data"
 
     def ok(command: str, *more: str) -> "subprocess.CompletedProcess[str]":
         ended = freeguide(
@@ -269,7 +270,7 @@ def test_a_flat_folder_of_odd_pictures_goes_all_the_way_to_a_report_and_is_score
         assert "Traceback" not in ended.stdout + ended.stderr
         return ended  # type: ignore[no-any-return]
 
-    assert "160 images 32x32x3, 1 classes" in ok("prepare").stdout
+    assert "160 images 32x32x3, 1 class," in ok("prepare").stdout
     assert "WARNING: evaluate.w" not in ok("inspect").stdout
     assert "trained to step 4" in ok("train").stdout
     log = EventAccumulator(str(next((tmp_path / "run" / "events").glob("events.out.tfevents.*"))))
