@@ -6,6 +6,7 @@ Whatever a user gets wrong ends in one sentence on standard error and exit code 
 import argparse
 import errno
 import importlib.metadata
+import logging
 import math
 import os
 import platform
@@ -13,6 +14,7 @@ import re
 import select
 import signal
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +56,7 @@ RAY_ENVIRONMENT = {
 }
 # What the machine refuses: no such place, no rights, no room, not that kind of file, too many of them.
 _REFUSALS = {"ENOENT", "EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EFBIG", "ENAMETOOLONG", "ELOOP", "ENOTDIR", "EISDIR"}
+_FULL = {"ENOSPC", "EDQUOT", "EFBIG"}  # met while writing, where the system does not say to which file
 _REFUSALS |= {"EEXIST", "EMFILE", "ENFILE", "ENODEV", "ENXIO"}
 
 
@@ -65,6 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, value in RAY_ENVIRONMENT.items():  # Ray reads these when it is imported
         os.environ.setdefault(name, value)
     reach_loopback_directly()
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of a home that it may not write to, and uses another folder
     with ending.heard(), warnings.catch_warnings():
         warnings.showwarning = _warn
         try:
@@ -83,9 +87,11 @@ def main(arguments: list[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes
             return 128 + signal.SIGPIPE
         except OSError as error:
-            if error.filename is None or errno.errorcode.get(error.errno or 0) not in _REFUSALS:
+            kind = errno.errorcode.get(error.errno or 0)
+            if kind not in (_REFUSALS if error.filename is not None else _FULL):
                 raise
-            print(f"freeguide: error: {visible(os.fsdecode(error.filename))}: {error.strerror}", file=sys.stderr)
+            where = os.fsdecode(error.filename or f"{tempfile.gettempdir()} or {os.getcwd()}")
+            print(f"freeguide: error: {visible(where)}: {error.strerror}", file=sys.stderr)
             return 2
         except (KeyboardInterrupt, SystemExit) as end:
             if not ending.asked():

@@ -93,7 +93,10 @@ def evaluate(config: Config) -> Path:
         home.put(f"{place}/report/{name}", content)
     name_latest(home, f"{place}/report/", sums)
     for one, curve in zip(job.series, rows, strict=True):
-        _show(one, curve, job.grids)
+        try:
+            _show(one, curve, job.grids)
+        except (StoreError, OSError) as error:  # only for watching
+            print(f"WARNING: TensorBoard does not get these rows ({error})", file=sys.stderr, flush=True)
     for uri, steps in {one.config.run: one.config.train.keep_checkpoints for one in job.series}.items():
         sweep(open_store(uri), steps)
     print(files["table.md"].decode())

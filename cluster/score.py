@@ -12,6 +12,7 @@ blocks of one class, as folders do, are dealt in one fixed permutation first.
 import argparse
 import functools
 import json
+import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +41,7 @@ from data_pipeline.manifest import NAME, load_manifest
 from data_pipeline.scan import scan_all
 from data_pipeline.sources import picture
 from data_pipeline.store import READERS, Access, FolderStore, Store, open_store
+from data_pipeline.unfinished import unfinished
 from trainer.engine import choose_kernels
 
 DEAL = 20220726  # seed of the permutation for images in blocks of one class
@@ -309,7 +311,23 @@ def command(options: argparse.Namespace) -> None:
         if value not in (None, "", UNKNOWN):
             print(f"{field:20} {value:.6g}" if isinstance(value, float) else f"{field:20} {value}")
     if options.json:
-        Path(options.json).write_text(to_json([row]))
+        _write(Path(options.json).resolve(), to_json([row]).encode())
+
+
+def _write(path: Path, data: bytes) -> None:
+    """The file whole, or what was there before. Raises ConfigError where it cannot be written."""
+    try:
+        if path.exists() and not path.is_file():  # a pipe, a terminal
+            path.write_bytes(data)
+            return
+        with unfinished(path.parent) as (temp, file):
+            file.write(data)
+            file.flush()
+            os.replace(temp, path)
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written ({error.strerror}); make room, or give --json another file: the row stands above"
+        ) from None
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:

@@ -47,12 +47,25 @@ _log = logging.getLogger("freeguide.telemetry")
 
 @contextmanager
 def event_file(store: Store, key: str) -> Iterator[SummaryWriter]:
-    """A TensorBoard writer whose events stand at `key` of the store when the block ends."""
+    """A TensorBoard writer whose events stand at `key` of the store when the block ends. Raises OSError, StoreError."""
     with _LocalFolder() as folder:
-        with SummaryWriter(str(folder.path)) as writer:
+        with _writer(str(folder.path)) as writer:
             yield writer
         (path,) = folder.path.iterdir()
         store.put(key, path.read_bytes())
+
+
+def _writer(folder: str, **options: Any) -> SummaryWriter:
+    """What its thread meets, the next write raises: it need not be shown twice, which may be before the thread is in our hands."""
+    shown, threading.excepthook = threading.excepthook, lambda _: None
+    try:
+        writer: Any = SummaryWriter(folder, **options)
+        with contextlib.suppress(AttributeError):
+            writer.file_writer.event_writer._async_writer._worker._invoke_excepthook = lambda _: None
+    finally:
+        threading.excepthook = shown
+    made: SummaryWriter = writer
+    return made
 
 
 class _LocalFolder:
@@ -168,10 +181,7 @@ class Events:
     def _begin(self, purge_step: int | None = None) -> None:
         assert self._folder is not None
         self._number += 1
-        writer: Any = SummaryWriter(f"{self._folder.path}/{self._number:010d}", purge_step=purge_step)
-        with contextlib.suppress(AttributeError):  # what its thread meets, the next write raises: it need not be shown twice
-            writer.file_writer.event_writer._async_writer._worker._invoke_excepthook = lambda _: None
-        self._writer = writer
+        self._writer = _writer(f"{self._folder.path}/{self._number:010d}", purge_step=purge_step)
 
     def _begin_another(self, writer: SummaryWriter) -> None:
         if sum(path.stat().st_size for path in Path(writer.log_dir).iterdir()) > _FILE_BYTES:

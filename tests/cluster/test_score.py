@@ -412,6 +412,7 @@ def test_the_command_prints_the_row_and_writes_it(place, tmp_path, capsys):
         json=str(tmp_path / "row.json"),
         request_payer=False,
         unsigned=False,
+        class_depth=1,
     )
     command(options)
     printed = capsys.readouterr().out
