@@ -28,12 +28,14 @@ import ray
 import ray.autoscaler.sdk
 import torch
 import yaml
-from ray._private import ray_constants
+from ray._private import ray_constants, services
+from ray._private.authentication import authentication_token_setup
 from ray.autoscaler.v2.sdk import get_cluster_status
+from ray.exceptions import AuthenticationError
 from ray.experimental import internal_kv
 
 from cluster import ending
-from cluster.submit import ROOT, copy_packages
+from cluster.submit import ROOT, copy_packages, essence, token_sentence
 from configs.errors import ConfigError, UserError, counted
 from configs.load import to_yaml
 from configs.schema import ClusterConfig, Config
@@ -43,6 +45,7 @@ _temporary: Path | None = None  # where `temporary` lets this process write
 T = TypeVar("T")
 
 _LOOK_SECONDS = 5.0  # between two looks at a cluster that is too small
+_ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"  # a question that any head answers
 _HANDSHAKE = 10.0  # seconds that a server of gRPC may take to say that it is one
 _REPORTS = 20.0  # seconds after its start in which an autoscaler has reported
 
@@ -334,10 +337,12 @@ def _ask_autoscaler(bundles: list[dict[str, float]]) -> None:
 
 def _probe(address: str) -> None:
     """Raise ConfigError where no server of Ray answers at `address`: Ray itself would try for minutes, with a line for each try."""
-    if address == "auto":
-        return
     client, here = address.startswith("ray://"), f"RAY_ADDRESS={address}"
     give = "start one, or unset RAY_ADDRESS to use this machine"
+    if address == "auto":
+        address = services.find_bootstrap_address(None) or next(iter(services.find_gcs_addresses()), "")
+        if not address:
+            raise ConfigError(f"{here}: no Ray cluster runs on this machine; {give}")
     try:
         parts = urllib.parse.urlsplit(address if client else f"//{address}")
         host, port = parts.hostname, parts.port or (10001 if client else 0)
@@ -358,6 +363,33 @@ def _probe(address: str) -> None:
             grpc.channel_ready_future(channel).result(_HANDSHAKE)
         except grpc.FutureTimeoutError as error:
             raise ConfigError(f"{here}: another server than Ray's answers there; give the head's port, mostly 6379") from error
+        if not client and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
+            _check_token(channel, address)
+
+
+def _check_token(channel: grpc.Channel, address: str) -> None:
+    """Raise UserError if the head wants another token than ours: Ray would try for half a minute, and then say less.
+
+    A head that wants one gets the user's: without RAY_AUTH_MODE, Ray would send none.
+    """
+
+    def lets_in(**token: str) -> bool:
+        try:
+            channel.unary_unary(_ALIVE)(b"", timeout=_HANDSHAKE, metadata=[*token.items()])
+        except grpc.RpcError as error:
+            return bool(error.code() != grpc.StatusCode.UNAUTHENTICATED)  # whatever else it is, Ray says it better
+        return True
+
+    if lets_in():
+        return
+    if "RAY_AUTH_MODE" not in os.environ:
+        authentication_token_setup._enable_token_auth()
+    try:
+        token = authentication_token_setup.AuthenticationTokenLoader.instance().get_raw_token(ignore_auth_mode=True)
+    except AuthenticationError as error:
+        raise UserError(f"the token for the cluster at {address} cannot be read ({essence(str(error))}); mend it") from error
+    if os.environ["RAY_AUTH_MODE"].lower() != "token" or not token or not lets_in(authorization=f"Bearer {token}"):
+        raise UserError(token_sentence(address, "Authentication failed" if token else ""))
 
 
 def private_folder(parent: str = "") -> Path:

@@ -89,7 +89,7 @@ def submit(address: str, command: str, config: Path, overrides: list[str]) -> in
     if info.status == JobStatus.SUCCEEDED:
         return 0
     if code is None:
-        why = _essence(info.message or "")
+        why = essence(info.message or "")
         raise UserError(f"job {job} did not start ({why}); Ray's dashboard says more: {address}")
     if code < 0:
         print(f"job {job} was killed by signal {-code}; the same command goes on", file=sys.stderr)
@@ -252,18 +252,18 @@ def _asked(address: str, call: Callable[[], T]) -> T:
     try:
         return answer.result(_ANSWER)
     except AuthenticationError as error:
-        raise UserError(_token_sentence(address, str(error))) from None
+        raise UserError(token_sentence(address, str(error))) from None
     except NoAnswer:
         raise _NotYet(f"{here} does not answer within {_ANSWER:g} seconds; see whether the head is well") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{here} does not answer as Ray's does ({_essence(str(error))}); check the address and its Ray") from error
+        raise UserError(f"{here} does not answer as Ray's does ({essence(str(error))}); check the address and its Ray") from error
     except OSError as error:
-        raise _NotYet(f"{here} does not answer ({_essence(str(error))}); see whether the head is well") from error
+        raise _NotYet(f"{here} does not answer ({essence(str(error))}); see whether the head is well") from error
     except RuntimeError as error:
         found = re.search(r"status code (\d+): (.*)", str(error), re.DOTALL)
         if found is None:
-            raise UserError(f"{here} refuses: {_essence(str(error))}") from error
-        code, why = int(found[1]), _essence(found[2].removesuffix("."))
+            raise UserError(f"{here} refuses: {essence(str(error))}") from error
+        code, why = int(found[1]), essence(found[2].removesuffix("."))
         if "No available agent" in why:
             raise _NotYet(
                 f"{here} has no agent that starts jobs: the cluster is not up yet, or another Ray on the head's machine has its "
@@ -289,7 +289,7 @@ def _patiently(call: Callable[[], T]) -> T:
         time.sleep(_PAUSE)
 
 
-def _token_sentence(address: str, said: str) -> str:
+def token_sentence(address: str, said: str) -> str:
     there, mode = f"the cluster at {address}", os.environ.get("RAY_AUTH_MODE", "")
     if mode.lower() != "token":
         return f"{there} wants a token, and RAY_AUTH_MODE={mode} sends none; unset it"
@@ -300,7 +300,7 @@ def _token_sentence(address: str, said: str) -> str:
     return f"{there} does not take the token of {ours}; {give}"
 
 
-def _essence(text: str) -> str:
+def essence(text: str) -> str:
     """What a message, a traceback or a page says, in one line."""
     text = text.strip()
     if text.startswith("<"):

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import http.server
+import json
 import os
 import re
 import shutil
@@ -199,6 +200,8 @@ with session(load_config("configs/digits.yaml", ["cluster.gpus_per_worker=0", *S
     print(len(sockets) > 5, resources)
     print(os.environ.get("TMPDIR") != tempfile.gettempdir(), ray.get(ray.remote(lambda: os.environ["TMPDIR"]).remote()))
     print(ray.get(ray.remote(lambda: [os.environ[f"MY_{name}"] for name in ("TOKEN", "LEVEL", "LOGIN")]).remote()))
+    own = ray.remote(lambda: os.environ["MY_TOKEN"] + os.environ["MY_OWN"]).options(runtime_env={"env_vars": {"MY_OWN": "4"}})
+    print(ray.get(own.remote()))
     written = [p for p in Path(ray._private.worker._global_node.get_session_dir_path()).rglob("*") if p.is_file()]
     print(ray.get_runtime_context().runtime_env["env_vars"]["MY_LEVEL"], len(written) > 5)
     print(*[p for p in written if b"hunter" in p.read_bytes()], "hunter" in str(ray.get_runtime_context().runtime_env))
@@ -214,7 +217,7 @@ def test_a_private_cluster_listens_on_loopback_and_leaves_nothing_behind(tmp_pat
         [sys.executable, "-c", ALONE], cwd=Path(__file__).parents[2], env=clean, capture_output=True, text=True, timeout=120
     )
     assert ended.returncode == 0, ended.stderr
-    addresses, enough, folders, *of_workers = ended.stdout.splitlines()[-6:]
+    addresses, enough, folders, *of_workers = ended.stdout.splitlines()[-7:]
     assert {*addresses.split()} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
     assert enough == "True Resources(cpus=1.0, gpus=0.0)"
     assert re.fullmatch(rf"True {temporary}/freeguide-\d+/run-\w+", folders)
@@ -223,7 +226,7 @@ def test_a_private_cluster_listens_on_loopback_and_leaves_nothing_behind(tmp_pat
     shutil.rmtree(temporary)
     assert left == []
     # Secrets reach the workers, and neither Ray's logs nor what it shows of the job.
-    assert of_workers == ["['hunter2', 'on', 'hunter3']", "on True", "False"]
+    assert of_workers == ["['hunter2', 'on', 'hunter3']", "hunter24", "on True", "False"]
 
 
 def test_a_private_cluster_takes_a_temporary_folder_that_is_short_enough_for_sockets(
@@ -367,3 +370,64 @@ def test_a_server_of_grpc_is_taken_for_rays() -> None:
     server.start()
     session._probe(f"127.0.0.1:{port}")
     server.stop(None)
+
+
+class Guard(grpc.GenericRpcHandler):
+    """A head that wants a token: what else it is asked, it does not know."""
+
+    def __init__(self, token: str) -> None:
+        self.wanted = ("authorization", f"Bearer {token}")
+
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+        let_in = self.wanted in [tuple(item) for item in details.invocation_metadata]
+        code = grpc.StatusCode.UNIMPLEMENTED if let_in else grpc.StatusCode.UNAUTHENTICATED
+        return grpc.unary_unary_rpc_method_handler(lambda _, context: context.abort(code, ""))
+
+
+TOKEN = "0123456789abcdef" * 2
+GUARDED: list[tuple[dict[str, str], str]] = [
+    ({"RAY_AUTH_TOKEN": TOKEN}, "let in with mode token"),
+    ({"RAY_AUTH_TOKEN": "f" * 32}, "does not take the token of RAY_AUTH_TOKEN; set RAY_AUTH_TOKEN"),
+    ({}, "wants a token, and there is none here; set RAY_AUTH_TOKEN"),
+    ({"RAY_AUTH_MODE": "disabled"}, "wants a token, and RAY_AUTH_MODE=disabled sends none; unset it"),
+    ({"RAY_AUTH_TOKEN_PATH": "/nowhere/token"}, "cannot be read"),
+]
+ASK = """
+import json, os, sys, ray
+from cluster import session
+from configs.errors import UserError
+session.services.find_bootstrap_address = lambda _: sys.argv[1]
+for number, (settings, _) in enumerate(json.loads(sys.argv[2])):
+    for name in [name for name in os.environ if name.startswith("RAY_AUTH")]:
+        del os.environ[name]
+    os.environ |= settings
+    ray._raylet.Config.initialize("")
+    ray._raylet.AuthenticationTokenLoader.instance().reset_cache()
+    try:
+        session._probe("auto" if number % 2 else sys.argv[1])
+        print("let in with mode", os.environ["RAY_AUTH_MODE"])
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_a_head_that_wants_a_token_gets_the_users_or_a_sentence_at_once(tmp_path: Path) -> None:
+    """Ray itself tries a wrong token for half a minute. In a process of its own, as Ray keeps its mode and token."""
+    server = grpc.server(concurrent.futures.ThreadPoolExecutor(2))
+    server.add_generic_rpc_handlers((Guard(TOKEN),))
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    clean = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": "."}
+    words = [sys.executable, "-c", ASK, address, json.dumps(GUARDED)]
+    ended = subprocess.run(words, cwd=Path(__file__).parents[2], env=clean, capture_output=True, text=True, timeout=100)
+    server.stop(None)
+    said = ended.stdout.splitlines()
+    assert len(said) == len(GUARDED), ended.stdout + ended.stderr
+    assert [sentence for (_, sentence), line in zip(GUARDED, said, strict=True) if sentence not in line] == [], said
+
+
+def test_no_cluster_on_this_machine_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session.services, "find_bootstrap_address", lambda _: None)
+    monkeypatch.setattr(session.services, "find_gcs_addresses", lambda: [])
+    with pytest.raises(ConfigError, match="RAY_ADDRESS=auto: no Ray cluster runs on this machine; start one, or unset"):
+        session._probe("auto")

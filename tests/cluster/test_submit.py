@@ -279,7 +279,7 @@ def test_a_server_that_is_not_ready_yet_is_asked_again(
 def test_a_token_that_is_not_there_is_named() -> None:
     """What Ray's own client raises before it asks."""
     found = "Token authentication is enabled but no authentication token was found"
-    assert "wants a token, and there is none here; set RAY_AUTH_TOKEN" in submit._token_sentence("http://head:8265", found)
+    assert "wants a token, and there is none here; set RAY_AUTH_TOKEN" in submit.token_sentence("http://head:8265", found)
 
 
 def test_a_submission_whose_answer_is_lost_is_not_made_twice(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
