@@ -46,6 +46,12 @@ _SILENCE = 300.0  # seconds without a line after which the connection may be dea
 _TRIES, _PAUSE = 24, 5.0  # connections in a row that bring nothing, and the seconds between them
 _ANSWER = 60.0  # seconds that the job server may take for an answer
 _PATIENCE = 60.0  # seconds in which a cluster that has just started, or a proxy before it, may come to itself
+# What Ray itself writes into the log of a job: of its job manager, of its C++, and what it passes on of its own actors.
+_RAYS = re.compile(
+    r"\d{4}-\d\d-\d\d [\d:,]+\t[A-Z]+ job_manager\.py:\d+ -- |Running entrypoint for job "
+    r"|\[[\d-]+ [\d:,]+ [A-Z] \d+ \d+\] [\w/()]*[\w.]+\.cc:\d+: "
+    r"|(?:\x1b\[\d+m)?\((?:raylet|PreemptionWatcher|PlacementGroupCleaner|TrainController|autoscaler)\b[^)]*\)"
+)
 _SOURCE_BYTES = 4 << 20  # no file of the packages is as large
 T = TypeVar("T")
 
@@ -311,7 +317,32 @@ def essence(text: str) -> str:
 
 
 async def _follow(client: Any, address: str, job: str) -> None:
-    """Print the log of a job to its end. Every connection brings it from its beginning: what has been shown is passed over."""
+    """Print the log of a job to its end, but for Ray's own lines, which stay in it.
+
+    Every connection brings it from its beginning: what has been shown is passed over.
+    """
+    with _Lines() as lines:
+        await _followed(client, address, job, lines)
+
+
+class _Lines(contextlib.AbstractContextManager["_Lines"]):
+    """Prints whole lines as they come, those that are not Ray's, and at its end what has no end."""
+
+    def __init__(self) -> None:
+        self._begun = ""
+
+    def write(self, text: str) -> None:
+        *lines, self._begun = (self._begun + text).split("\n")
+        for line in lines:
+            if not _RAYS.match(line):
+                print(line, flush=True)
+
+    def __exit__(self, *_: object) -> None:
+        if self._begun and not _RAYS.match(self._begun):
+            print(self._begun, flush=True)
+
+
+async def _followed(client: Any, address: str, job: str, told: _Lines) -> None:
     shown = tries = 0
     while tries < _TRIES:
         tries += 1
@@ -320,7 +351,7 @@ async def _follow(client: Any, address: str, job: str) -> None:
         try:
             with contextlib.suppress(asyncio.TimeoutError):
                 while (lines := await asyncio.wait_for(anext(log, None), _SILENCE)) is not None:
-                    print(lines[max(shown - at, 0) :], end="", flush=True)
+                    told.write(lines[max(shown - at, 0) :])
                     at += len(lines)
                     shown, tries = max(shown, at), 0
                 whole = True

@@ -59,6 +59,24 @@ def test_a_log_that_breaks_off_is_followed_again_and_no_line_is_shown_twice(
     assert capsys.readouterr().out == "a\nb\nc\nd\ne\n"
 
 
+RAYS = [
+    "2026-11-25 18:27:14,649\tINFO job_manager.py:581 -- Runtime env is setting up.",
+    "Running entrypoint for job freeguide-train-eab77cd0: python -m cluster train job/digits.yaml",
+    "[2026-11-25 18:27:20,001 E 4242 4242] core_worker.cc:2745: Actor with class name: 'PreemptionWatcher' and ID: '0a'",
+    "(PlacementGroupCleaner pid=4243) Traceback (most recent call last):",
+    "\x1b[36m(raylet, ip=10.0.0.2)\x1b[0m A worker died",
+]
+
+
+def test_rays_own_lines_stay_in_the_log(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whole or in pieces, as the connection brings them; what is ours, or what a user's code prints, is shown."""
+    ours = ["starting at step 0 of 8", "core_worker.cc is a file", "(1 image left out)", "[2026] a line", "without an end"]
+    text = "\n".join(line for pair in zip(RAYS, ours, strict=True) for line in pair)
+    for size in (1, 7, len(text)):
+        follow(Dashboard([[text[at : at + size] for at in range(0, len(text), size)]]))
+        assert capsys.readouterr().out.splitlines() == ours
+
+
 def test_a_log_that_ends_before_its_job_is_followed_again(capsys: pytest.CaptureFixture[str]) -> None:
     follow(Dashboard([["a\n"], ["a\nb\n"]], [JobStatus.RUNNING, JobStatus.FAILED]))
     assert capsys.readouterr().out == "a\nb\n"
