@@ -260,6 +260,7 @@ def test_a_random_folder_adds_up_to_the_last_file(seed: int, tmp_path: Path, cap
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_hundreds_of_random_folders_add_up(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for seed in range(6, 306):
         try:
