@@ -241,7 +241,7 @@ MISTAKES = {
     # --- score ---
     "score samples.npz --extractor lab/evaluator.safetensors": "required: --reference",
     f"score nowhere.npz {MEASURE}": "nowhere.npz does not exist; correct the path of the samples",
-    f"score nowhere {MEASURE}": "nowhere holds no images",
+    f"score nowhere {MEASURE}": "HERE/nowhere cannot be read (No such file or directory)",
     f"score emptyfolder {MEASURE}": "emptyfolder holds no images",
     f"score scores.csv {MEASURE}": "scores.csv is a file; give a folder",
     f"score run {MEASURE}": "run holds no images",
