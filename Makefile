@@ -11,12 +11,13 @@ export RAY_USAGE_STATS_ENABLED := 0
 setup: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; ok = (3, 10) <= sys.version_info[:2] <= (3, 13); sys.exit(None if ok else "freeguide needs Python 3.10 to 3.13; name one with: make PYTHON=python3.12 ...")'
-	$(PYTHON) -m venv .venv || { echo 'No venv module: on Debian and Ubuntu, apt install python3-venv'; exit 1; }
-	$(BIN)/pip install --quiet --upgrade pip
-	$(if $(TORCH_INDEX),$(BIN)/pip install --quiet -c constraints.txt --index-url $(TORCH_INDEX) torch)
-	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
-	touch .venv/ready
+	@$(PYTHON) -c 'import sys; ok = (3, 10) <= sys.version_info[:2] <= (3, 13); sys.exit(None if ok else "freeguide needs Python 3.10 to 3.13; name one with: make PYTHON=python3.12 ...")'
+	@echo 'setting up .venv, once'
+	@$(PYTHON) -m venv .venv || { echo 'No venv module: on Debian and Ubuntu, apt install python3-venv'; exit 1; }
+	@$(BIN)/pip install --quiet --upgrade pip
+	@$(if $(TORCH_INDEX),$(BIN)/pip install --quiet -c constraints.txt --index-url $(TORCH_INDEX) torch)
+	@PYTHONWARNINGS=ignore $(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch .venv/ready
 
 demo: setup
 	$(BIN)/freeguide demo
