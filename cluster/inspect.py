@@ -1,6 +1,7 @@
 """`freeguide inspect` and `--dry-run`: what a config means and costs, without a cluster."""
 
 import dataclasses
+import itertools
 import time
 
 import torch
@@ -24,6 +25,7 @@ from trainer.sampler import sweep_evaluations
 SHARE = 0.4  # of its peak that a large network may be expected to reach
 ASSUMED = 1000  # classes, where there are no data yet
 _SMALL_PARAMETERS, _SMALL_FLOPS, _TRIAL_FLOPS = 50_000_000, 2 * 10**9, 5 * 10**8  # of a network that is tried within seconds
+_TRIALS, _TRIAL_SECONDS = 3, 0.5  # at least; other work on the machine slows single ones a hundredfold
 _BRIEFLY = Retry(attempts=1, connect_s=2.0, read_s=2.0, first_s=3.0)
 
 
@@ -115,11 +117,13 @@ def _measured(config: Config, precision: str, flops: int) -> float:
     network = build_network(config.model, image_size=data.image_size, channels=data.channels, classes=data.classes).eval()
     count = max(1, min(config.sampling.batch, _TRIAL_FLOPS // flops))
     z = torch.zeros(count, data.channels, data.image_size, data.image_size)
-    best = float("inf")
+    best, end = float("inf"), time.perf_counter() + _TRIAL_SECONDS
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     with torch.inference_mode(), torch.autocast("cpu", dtype, enabled=precision != "fp32"):
-        for _ in range(3):
+        for trial in itertools.count():
             began = time.perf_counter()
+            if trial >= _TRIALS and began > end:
+                break
             network(z, torch.zeros(count), torch.zeros(count, dtype=torch.int64))
             best = min(best, time.perf_counter() - began)
     return count * flops / best
