@@ -87,14 +87,14 @@ def test_a_rank_that_hangs_ends_and_so_does_the_rank_that_waits_for_it(
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_alone_is_ended_by_its_watchdog(config: Callable[..., Path], start: Callable[..., Ranks]) -> None:
-    path = config("alone", steps=100_000, watchdog_seconds=2)
+    path = config("alone", steps=100_000, watchdog_seconds=15)  # a busy machine may stop it for seconds
     (rank,) = start(path, world_size=1)
     wait_for(lambda: saved(path), [rank])
     rank.send_signal(signal.SIGSTOP)
-    time.sleep(3)
+    time.sleep(16)
     rank.send_signal(signal.SIGCONT)
     assert rank.wait(timeout=60) == HUNG, output(path)
-    assert output(path).splitlines()[-1].startswith("freeguide: rank 0: no progress for 2 s after step ")
+    assert output(path).splitlines()[-1].startswith("freeguide: rank 0: no progress for 15 s after step ")
 
 
 @pytest.mark.slow
