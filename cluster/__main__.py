@@ -1,8 +1,6 @@
 """`python -m cluster COMMAND ...` is `freeguide COMMAND ...`, with nothing installed but the requirements."""
 
-import sys
-
-from cluster.cli import main
+from cluster.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

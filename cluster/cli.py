@@ -4,6 +4,8 @@ Whatever a user gets wrong ends in one sentence on standard error and exit code 
 """
 
 import argparse
+import atexit
+import contextlib
 import errno
 import importlib.metadata
 import logging
@@ -58,6 +60,31 @@ RAY_ENVIRONMENT = {
 _REFUSALS = {"ENOENT", "EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EFBIG", "ENAMETOOLONG", "ELOOP", "ENOTDIR", "EISDIR"}
 _FULL = {"ENOSPC", "EDQUOT", "EFBIG"}  # met while writing, where the system does not say to which file
 _REFUSALS |= {"EEXIST", "EMFILE", "ENFILE", "ENODEV", "ENXIO"}
+
+
+def run() -> NoReturn:
+    """`main` as a process of its own.
+
+    Threads of Ray's core outlive `ray.shutdown`. Where the C library's own clean-up takes away what they use, the process dies of
+    SIGSEGV after all is done and said, now and then. So a process that has used Ray leaves before it, after Python's clean-up.
+    """
+    code = 1  # of an error that nobody catches
+
+    def leave() -> None:
+        if "ray" in sys.modules:
+            logging.shutdown()
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, or its reader has gone
+                    stream.flush()
+            os._exit(code)
+
+    atexit.register(leave)  # the first that is registered is the last that is called
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        code = ending.INTERRUPTED
+        raise
+    sys.exit(code)
 
 
 def main(arguments: list[str] | None = None) -> int:

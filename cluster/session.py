@@ -139,8 +139,8 @@ def _private(runtime: dict[str, Any], cpus: int, gpus: float) -> Iterator[None]:
         # The command's own processes need a share too, and a laptop may have fewer cores than the config has workers.
         room = max(os.cpu_count() or 1, cpus) + 1
         options = {"address": "local", "num_cpus": room, "dashboard_port": dashboard}
-        _start(options | {"_temp_dir": str(folder)}, runtime, gpus)
         try:
+            _start(options | {"_temp_dir": str(folder)}, runtime, gpus)
             yield
         except Exception:
             ray.shutdown()
@@ -173,6 +173,11 @@ def _start(options: dict[str, Any], runtime: dict[str, Any], gpus: float) -> Non
             f"RAY_ADDRESS={options['address']}: the Ray cluster there did not let us in ({error}); check the address, and where it "
             "wants a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
         ) from error
+    except Exception as error:  # of no type that tells more: a process that died, or took too long on a busy machine
+        if options["address"] != "local":
+            raise
+        said = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
+        raise UserError(f"Ray did not start on this machine ({said}); see its logs, and give the command again") from error
 
 
 @functools.cache

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -263,3 +264,28 @@ def test_a_packaged_config_is_inspected_by_name(
     Path("digits").mkdir()  # a folder of that name is meant: the run
     assert main(["inspect", "digits"]) == 2
     assert "no run stands here" in capsys.readouterr().err
+
+
+DIES_IN_THE_END = """
+import atexit, ctypes, sys
+from cluster import cli
+c = ctypes.CDLL(None)
+c.__cxa_atexit(c.abort, None, None)  # as a thread of Ray's that uses what the C library has taken away
+sys.modules["ray"] = sys
+cli.main = lambda: atexit.register(print, ", and cleared away", end="") and print("done", end="") or {code}
+cli.run()
+"""
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_what_dies_after_the_end_does_not_count(code: int) -> None:
+    script = DIES_IN_THE_END.replace("{code}", str(code))
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (code, "done, and cleared away", "")
+
+
+def test_an_error_that_nobody_catches_still_ends_with_1() -> None:
+    fails = DIES_IN_THE_END.replace('print("done", end="") or {code}', "1 / 0")
+    ended = subprocess.run([sys.executable, "-c", fails], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert "ZeroDivisionError" in ended.stderr

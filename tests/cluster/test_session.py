@@ -24,7 +24,7 @@ from cluster import session
 from cluster.session import Resources, _gpus_here, _short_folder, private_folder, progress, scratch
 from cluster.session import temporary as scratch_of_command
 from configs.errors import ConfigError, UserError
-from configs.schema import ClusterConfig
+from configs.schema import ClusterConfig, Config
 
 
 @pytest.mark.parametrize(
@@ -431,3 +431,14 @@ def test_no_cluster_on_this_machine_is_one_sentence(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(session.services, "find_gcs_addresses", lambda: [])
     with pytest.raises(ConfigError, match="RAY_ADDRESS=auto: no Ray cluster runs on this machine; start one, or unset"):
         session._probe("auto")
+
+
+def test_a_ray_that_does_not_start_is_one_sentence(monkeypatch: pytest.MonkeyPatch, temporary: Path) -> None:
+    def late(**_: object) -> None:
+        raise Exception("The current node timed out during startup. This could happen because some of the raylet failed to startup")
+
+    monkeypatch.setattr(ray, "init", late)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    sentence = r"Ray did not start on this machine \(The current node timed out during startup\); see its logs"
+    with pytest.raises(UserError, match=sentence), session.session(Config(), 1):
+        pass
