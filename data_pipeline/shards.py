@@ -257,6 +257,10 @@ class Plan:
             raise
         bad = [name for index in indexes for name in index.bad]
         _check_budget(bad, bad_images, self.items, final=True)
+        for index in indexes:
+            if not len(index.starts):  # none of its images could be read: an empty tar is nothing that `index` or others take
+                store.delete(index.key)
+        indexes = [index for index in indexes if len(index.starts)]
         passed = {**source.passed_over, **({"cannot be read": len(bad)} if bad else {})}
         manifest = replace(build_manifest(source.schema, indexes, self.identity), passed_over=passed)
         save_manifest(store, manifest, new=True)

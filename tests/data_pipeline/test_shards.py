@@ -178,6 +178,17 @@ def test_bad_images_are_left_out_under_a_budget(store: Store) -> None:
     assert [shard.samples for shard in manifest.shards] == [9, 9, 10, 10]
 
 
+def test_a_shard_of_which_no_image_can_be_read_is_left_out(store: Store) -> None:
+    """An empty tar would be broken for `index` and for other readers."""
+    manifest = write_shards(bad_source(40, set(range(10, 20))), store, shard_samples=10, bad_images=0.5)
+    assert (manifest.samples, len(manifest.shards)) == (30, 3)
+    assert manifest.passed_over == {"cannot be read": 10}
+    assert [info.key for info in store.list("shards/")] == [shard.key for shard in manifest.shards]
+    store.delete("manifest.json")
+    indexed, broken = index_shards(store, manifest.schema)
+    assert (indexed.fingerprint, broken) == (manifest.fingerprint, [])
+
+
 def test_more_bad_images_than_the_budget_stop_and_name_the_first(store: Store) -> None:
     with pytest.raises(DataError, match=r"1 of 40 images cannot be read, the first is cats/3\.png: .* data\.bad_images"):
         write_shards(bad_source(40, {3, 17}), store, shard_samples=10)
