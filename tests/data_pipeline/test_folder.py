@@ -1,9 +1,9 @@
 """Tests of folder.py and of what `prepare` makes of people's own folders: names, classes, droppings, links, and what is counted."""
 
-import json
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from configs.errors import DataError
 from configs.load import load_config
 from data_pipeline import folder
 from data_pipeline.folder import is_dropping
-from data_pipeline.manifest import load_manifest
+from data_pipeline.manifest import load_manifest, save_manifest
 from data_pipeline.scan import scan_all
 from data_pipeline.shards import Plan, write_shards
 from data_pipeline.sources import image_folder
@@ -255,10 +255,10 @@ def test_what_an_earlier_version_prepared_stays(tmp_path: Path, capsys: pytest.C
     prepare(config)
     source = image_folder(str(tmp_path / "images"), 32, 3)
     place = tmp_path / "data" / "manifest.json"
-    facts = json.loads(place.read_text())
-    plan = Plan.make(source, config.data.shard_samples)
-    assert facts["source"] == plan.identity != plan.formerly
-    place.write_text(json.dumps({**facts, "source": plan.formerly}))
+    store = open_store(str(tmp_path / "data"))
+    manifest, plan = load_manifest(store), Plan.make(source, config.data.shard_samples)
+    assert manifest.source == plan.identity != plan.formerly
+    save_manifest(store, replace(manifest, source=plan.formerly))
     before = place.read_bytes()
     prepare(config)
     assert place.read_bytes() == before
