@@ -37,7 +37,7 @@ class Count:
             self.store.put(f"died/{unit.first}-{os.getpid()}", b"")
             os._exit(1)
         if unit.first in self.refusals:
-            raise DataError(f"unit {unit.first} is refused; leave it out.")
+            raise DataError(f"unit {unit.first} is refused; leave it out")
         self.store.put(f"made/{unit.w:g}-{unit.first}-{os.getpid()}", b"")
         self.store.put(unit.key("npz"), b"done")
 

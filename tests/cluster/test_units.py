@@ -71,7 +71,7 @@ def test_units_survive_the_death_of_their_actors_and_are_published_once(ray_head
 def test_an_actors_error_reaches_the_user_as_its_own_sentence(ray_head: tuple[str, str], tmp_path: Path) -> None:
     driver = drive(ray_head[0], open_store(str(tmp_path)), [0.0], [], [20])
     assert driver.returncode == 2, driver.stdout + driver.stderr
-    assert driver.stdout.splitlines()[-1] == "unit 20 is refused; leave it out."
+    assert driver.stdout.splitlines()[-1] == "unit 20 is refused; leave it out"
 
 
 @pytest.mark.slow
@@ -84,7 +84,7 @@ def test_a_unit_that_ends_every_actor_ends_the_job_with_a_sentence(ray_head: tup
     assert len(store.list("died/")) == units.DEATHS
 
 
-@pytest.mark.parametrize("error", ["", "unit 1 is refused; leave it out."])
+@pytest.mark.parametrize("error", ["", "unit 1 is refused; leave it out"])
 def test_no_thread_that_holds_references_outlives_a_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: str) -> None:
     """One that lets go of them after `ray.shutdown` ends the process: another exit code, and no sentence."""
     left, holders = threading.Event(), []
@@ -124,10 +124,10 @@ def test_a_gpu_that_is_too_small_is_told_what_to_lower(monkeypatch: pytest.Monke
 
 def test_what_an_actor_cannot_load_reaches_the_user_as_a_sentence_too(monkeypatch: pytest.MonkeyPatch) -> None:
     def make() -> units.Worker[Unit]:
-        raise DataError("weights are not on this node.")
+        raise DataError("weights are not on this node")
 
     monkeypatch.setattr(units.ray, "get", lambda job: job)
-    assert units._Actor((make, [Unit(0.0, 0, 1)], ONCE))({"unit": 0}) == {"unit": 0, "error": "weights are not on this node."}
+    assert units._Actor((make, [Unit(0.0, 0, 1)], ONCE))({"unit": 0}) == {"unit": 0, "error": "weights are not on this node"}
 
 
 @pytest.mark.slow

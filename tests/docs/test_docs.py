@@ -133,7 +133,7 @@ RUN = {
     "freeguide train configs/digits.yaml train.steps=1000 train.checkpoint_every=500": Run(
         r"trained to step 4", before=has_digits
     ),
-    "freeguide evaluate configs/digits.yaml train.steps=1000 evaluate.w=[0,0.05,0.1,0.2,0.3,0.5] sampling.checkpoint=500": Run(
+    "freeguide evaluate configs/digits.yaml train.steps=1000 'evaluate.w=[0,0.05,0.1,0.2,0.3,0.5]' sampling.checkpoint=500": Run(
         r"checkpoint of step 2", ("runs/digits/index.html",), sizes=" sampling.checkpoint=2" + FEW_W
     ),
     "freeguide train configs/imagenet64.yaml": Run(
