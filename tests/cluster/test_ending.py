@@ -14,12 +14,12 @@ from cluster.ending import GO_ON
 
 ROOT = Path(__file__).parents[2]
 STOPPING = "stopping; Ctrl-C again ends it at once"
-# A command that says when it is at work, and works until it is interrupted.
+# A command that says when it is where it is to be interrupted, and works until it is.
 AT_WORK = """
 import sys, time
 from cluster import cli, ending
+say = lambda: print("at work", flush=True)
 def work(options):
-    print("at work", flush=True)
     {work}
     return 0
 cli._command = work
@@ -51,14 +51,14 @@ def stopped(tmp_path: Path) -> Callable[..., Ended]:
 def test_a_command_says_at_once_that_it_stops_and_then_how_to_go_on(
     stopped: Callable[..., Ended], number: signal.Signals, code: int
 ) -> None:
-    ended, out, error = stopped("try: time.sleep(60)\n    finally: print('in order')", number)
+    ended, out, error = stopped("try: say(); time.sleep(60)\n    finally: print('in order')", number)
     assert (ended, out) == (code, "in order\n")
     assert error.split("\n") == ["", STOPPING, GO_ON, ""]
 
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_ctrl_c_waits_for_nothing(stopped: Callable[..., Ended], first: signal.Signals) -> None:
-    ended, out, error = stopped("try: time.sleep(60)\n    finally: time.sleep(60)", first, signal.SIGINT)
+    ended, out, error = stopped("try: say(); time.sleep(60)\n    finally: time.sleep(60)", first, signal.SIGINT)
     assert (ended, out) == (128 + first, "")
     assert error.rstrip().endswith(GO_ON)
 
@@ -67,6 +67,7 @@ def test_what_can_save_first_does_so(stopped: Callable[..., Ended]) -> None:
     work = """
     asked = []
     with ending.gently(lambda: asked.append(1) or True):
+        say()
         while not ending.asked(): time.sleep(0.01)
     print("saved", asked)
     ending.leave()
@@ -78,6 +79,7 @@ def test_what_can_save_first_does_so(stopped: Callable[..., Ended]) -> None:
 def test_a_command_that_was_done_before_it_could_stop_ends_as_asked(stopped: Callable[..., Ended]) -> None:
     work = """
     with ending.gently(lambda: True):
+        say()
         while not ending.asked(): time.sleep(0.01)
     print("done all the same")
     """
@@ -109,7 +111,7 @@ def test_a_demo_that_is_asked_to_end_in_its_last_step_of_training_does_not_evalu
 
 
 def test_where_nothing_is_to_be_saved_a_command_stops_at_once(stopped: Callable[..., Ended]) -> None:
-    assert stopped("\n    with ending.gently(lambda: False): time.sleep(60)", signal.SIGINT)[0] == 130
+    assert stopped("\n    with ending.gently(lambda: False): say(); time.sleep(60)", signal.SIGINT)[0] == 130
 
 
 def test_handlers_are_as_before_when_a_command_has_ended() -> None:
@@ -123,7 +125,7 @@ def test_handlers_are_as_before_when_a_command_has_ended() -> None:
 def test_a_reader_that_has_gone_ends_a_command_without_a_traceback() -> None:
     """As in `freeguide inspect digits | head -1`, whatever the size of the pipe."""
     process = subprocess.Popen(
-        [sys.executable, "-c", AT_WORK.format(work="sys.stdin.read(); print('more')")],
+        [sys.executable, "-c", AT_WORK.format(work="say(); sys.stdin.read(); print('more')")],
         cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout is not None
@@ -159,4 +161,4 @@ def test_names_that_a_terminal_cannot_show_are_shown_escaped() -> None:
     work = "print('\\udce9', '\\u2193')"
     latin = os.environ | {"PYTHONIOENCODING": "ascii"}
     ended = subprocess.run([sys.executable, "-c", AT_WORK.format(work=work)], cwd=ROOT, env=latin, capture_output=True, text=True)
-    assert ended.stdout == "at work\n\\udce9 \\u2193\n", ended.stderr
+    assert ended.stdout == "\\udce9 \\u2193\n", ended.stderr
