@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from tests.cluster.untrained import write_lab
+
 ROOT = Path(__file__).parents[2]
 Freeguide = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -23,6 +25,14 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data, an evaluator and a reference, as `write_lab` makes them, for the tests of one file."""
+    folder = tmp_path_factory.mktemp("lab")
+    write_lab(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

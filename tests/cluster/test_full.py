@@ -15,7 +15,7 @@ from cluster.generate import generate
 from data_pipeline.manifest import load_manifest
 from data_pipeline.scan import scan_all
 from data_pipeline.store import open_store
-from tests.cluster.untrained import DIGITS, options, small, write_lab, write_run
+from tests.cluster.untrained import DIGITS, options, small, write_run
 
 ROOT = Path(__file__).parents[2]
 BRIEF = ["sampling.steps=2", "sampling.interval=[]", "evaluate.w=[0.5]", "evaluate.images=20", "evaluate.unit=10"]
@@ -46,13 +46,6 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
     mounted(folder, "size=64m")
     yield Disk(folder)
     subprocess.run(["umount", "-l", folder], check=True)
-
-
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("lab")
-    write_lab(folder)
-    return folder
 
 
 @pytest.fixture

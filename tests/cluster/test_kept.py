@@ -19,14 +19,7 @@ from cluster.weights import weights_of
 from configs.errors import CheckpointError, ConfigError, DataError, UserError
 from configs.schema import Config
 from data_pipeline.store import Denied, FolderStore, Store, open_store
-from tests.cluster.untrained import small, write_lab, write_run
-
-
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("lab")
-    write_lab(folder)
-    return folder
+from tests.cluster.untrained import small, write_run
 
 
 @pytest.fixture(autouse=True)

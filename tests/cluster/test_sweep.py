@@ -40,17 +40,10 @@ from configs.load import sweep as combinations
 from configs.schema import Config, SamplingConfig
 from data_pipeline.manifest import load_manifest
 from data_pipeline.store import open_store
-from tests.cluster.untrained import DIGITS, HALF_LIFE, small, write_lab, write_run
+from tests.cluster.untrained import DIGITS, HALF_LIFE, small, write_run
 from trainer.sampler import Sampler, evaluations, sweep_evaluations
 
 P_UNCOND = (0.1, 0.2, 0.5)
-
-
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("lab")
-    write_lab(folder)
-    return folder
 
 
 @pytest.fixture

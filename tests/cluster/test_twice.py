@@ -23,17 +23,10 @@ from data_pipeline.manifest import load_manifest
 from data_pipeline.scan import scan_all
 from data_pipeline.shards import PackedShard, pack_shard
 from data_pipeline.store import FolderStore, open_store
-from tests.cluster.untrained import small, write_lab, write_run
+from tests.cluster.untrained import small, write_run
 
 BRIEF = ["sampling.steps=2", "sampling.interval=[]", "evaluate.w=[0.5]", "evaluate.images=20", "evaluate.unit=10"]
 BRIEF += ["generate.images=4", "generate.unit=2"]
-
-
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("lab")
-    write_lab(folder)
-    return folder
 
 
 @pytest.fixture(autouse=True)
