@@ -138,9 +138,7 @@ class DataConfig:
     classes: MillionOrNone = 0  # number of classes, 0 = as many as the data have; labels are 0 .. classes - 1
     class_depth: Depth = 1  # of a folder: how many levels down the folders are that are classes; 0 = none, all one class
     class_names: Uri = ""  # file of the class names, one a line, in the order of their numbers; empty = folders in sorted order
-    label_key: str = (
-        ""  # where labels stand: a member of tars (txt), a key of .json, a column (a.b: b inside a); empty = .cls, label
-    )
+    label_key: str = ""  # where labels stand: a member of tars (txt), a key of .json, a column (a.b: b in a); empty = .cls, label
     background: Level = 255  # grey value under what is transparent in a picture that `prepare` reads; 255 = white
     flip: bool = True  # random horizontal flip, drawn by global sample index
     shard_samples: Count = 4096  # samples per shard that `prepare` writes
