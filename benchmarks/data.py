@@ -101,11 +101,11 @@ def cache() -> Path:
 
 
 def ours(uri: str, images: int, first: int, decode: bool) -> Batches:
-    from configs.schema import DataConfig
-    from data_pipeline.manifest import load_manifest
-    from data_pipeline.order import Order
-    from data_pipeline.store import open_store
-    from data_pipeline.stream import Reader
+    from freeguide.configs.schema import DataConfig
+    from freeguide.data_pipeline.manifest import load_manifest
+    from freeguide.data_pipeline.order import Order
+    from freeguide.data_pipeline.store.base import open_store
+    from freeguide.data_pipeline.stream import Reader
 
     store = open_store(f"{uri}/ours")
     manifest = load_manifest(store)
@@ -214,7 +214,9 @@ def contend(name: str, uri: str, images: int, first: int, batches: int, decode: 
     if name == "mosaic":
         import_streaming()
     else:
-        __import__({"litdata": "litdata", "ours": "data_pipeline.stream"}.get(name, "webdataset"))  # importing is not reading
+        __import__(
+            {"litdata": "litdata", "ours": "freeguide.data_pipeline.stream"}.get(name, "webdataset")
+        )  # importing is not reading
     if rank_and_world()[1] > 1:  # two of the peers ask torch.distributed which rank they are
         torch.distributed.init_process_group("gloo")
         torch.distributed.barrier()
@@ -246,9 +248,9 @@ def _cpu() -> float:
 
 
 def write_ours(uri: str, images: int) -> None:
-    from data_pipeline.manifest import Schema
-    from data_pipeline.shards import Sample, Source, write_shards
-    from data_pipeline.store import create_bucket, open_store
+    from freeguide.data_pipeline.manifest import Schema
+    from freeguide.data_pipeline.shards import Sample, Source, write_shards
+    from freeguide.data_pipeline.store.base import create_bucket, open_store
 
     create_bucket("s3://" + uri.split("/")[2])
     source = Source(Schema(SIDE, 3, 10), images, lambda number: Sample(picture(number), number % 10), f"benchmark {images}")

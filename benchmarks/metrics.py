@@ -164,10 +164,10 @@ def compare(
 
 
 def run(size: str, peers_python: str) -> list[dict[str, Any]]:
-    from cluster.metrics.fid import fid
-    from cluster.metrics.inception_score import inception_score
-    from cluster.metrics.moments import from_features
-    from cluster.metrics.reference import Statistics
+    from freeguide.cluster.evaluation.reference import Statistics
+    from freeguide.cluster.evaluation.statistics.fid import fid
+    from freeguide.cluster.evaluation.statistics.inception_score import inception_score
+    from freeguide.cluster.evaluation.statistics.moments import from_features
 
     (n, d), repeats = SIZES[size], REPEATS[size]
     generated, real = inception_like(n, d, 1, 0.0), inception_like(n, d, 2, 0.02)

@@ -36,9 +36,9 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from configs.schema import Config, DataConfig, ModelConfig, SamplingConfig  # noqa: E402
-from trainer.networks.build import build_network, count_parameters  # noqa: E402
-from trainer.sampler import Sampler, sampling_levels  # noqa: E402
+from freeguide.configs.schema import Config, DataConfig, ModelConfig, SamplingConfig  # noqa: E402
+from freeguide.trainer.networks.build import build_network, count_parameters  # noqa: E402
+from freeguide.trainer.sampler import Sampler, sampling_levels  # noqa: E402
 
 PAPER = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 2.0, 3.0, 4.0]
 INTERVAL = [-2.13, 2.55]  # Kynkäänniemi et al. 2024, for EDM2-S: sigma in (0.28, 2.90]

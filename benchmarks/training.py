@@ -10,7 +10,7 @@ computes with one thread.
 
 The bare loop is Algorithm 1 in fifteen lines: DistributedDataParallel, clipping, the fused AdamW; bf16 by torch.autocast. It has
 for free: batches that are decoded and in memory, random numbers in the order of torch's own generator, no average of the weights,
-no records, no checkpoints, no guard against a rank that hangs. Ours is `trainer.loop.take_step`, everything that a training does,
+no records, no checkpoints, no guard against a rank that hangs. Ours is `trainer.training.loop.take_step`, everything that a training does,
 and between the steps the ranks' agreement.
 
 Both live in the same processes and take turns, block by block. Overhead is the median of the pairs' ratios, with its quartiles: of
@@ -39,19 +39,19 @@ from machine import machine
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from configs.load import load_config
-from configs.schema import Config
-from data_pipeline.manifest import Schema
-from data_pipeline.shards import Sample, Source, write_shards
-from data_pipeline.store import open_store
-from data_pipeline.stream import Batch
-from trainer import loop
-from trainer.devices import peak_flops
-from trainer.diffusion import objective
-from trainer.failures import Agreement
-from trainer.loop import Run, assemble, take_step
-from trainer.networks.build import build_network, count_parameters, forward_flops
-from trainer.networks.layers import DropoutKey
+from freeguide.configs.load import load_config
+from freeguide.configs.schema import Config
+from freeguide.data_pipeline.manifest import Schema
+from freeguide.data_pipeline.shards import Sample, Source, write_shards
+from freeguide.data_pipeline.store.base import open_store
+from freeguide.data_pipeline.stream import Batch
+from freeguide.trainer.diffusion import objective
+from freeguide.trainer.networks.build import build_network, count_parameters, forward_flops
+from freeguide.trainer.networks.layers import DropoutKey
+from freeguide.trainer.training import loop
+from freeguide.trainer.training.devices import peak_flops
+from freeguide.trainer.training.failures import Agreement
+from freeguide.trainer.training.loop import Run, assemble, take_step
 
 ROOT = Path(__file__).parents[1]
 _FASHION_28 = ["data.image_size=28", "model.channels=64", "model.channel_mult=[1,2,2]", "model.attention=[14,7]"]

@@ -22,13 +22,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-from cluster import ending
-from configs.checks import choices
-from configs.errors import ConfigError, UserError, visible
-from configs.load import SUFFIXES, find_config, load_config
-from configs.loopback import reach_loopback_directly
-from configs.schema import Config
-from configs.secrets import masked
+from freeguide.cluster.runtime import ending
+from freeguide.configs.checks import choices
+from freeguide.configs.errors import ConfigError, UserError, visible
+from freeguide.configs.load import SUFFIXES, find_config, load_config
+from freeguide.configs.loopback import reach_loopback_directly
+from freeguide.configs.schema import Config
+from freeguide.configs.secrets import masked
 
 COMMANDS = {
     "prepare": "write images as WebDataset shards with a manifest",
@@ -141,16 +141,16 @@ def _unread() -> bool:
 
 def _command(options: argparse.Namespace) -> int:
     if options.command == "demo":
-        from cluster.demo import demo
+        from freeguide.cluster.jobs.demo import demo
 
         return demo(options.overrides, main)
     if options.command == "score":
-        from cluster.score import command
+        from freeguide.cluster.jobs.score import command
 
         command(options)
         return 0
     if options.command == "inspect" and _names_a_run(options.config):
-        from cluster.inspect import inspect_run
+        from freeguide.cluster.jobs.inspect import inspect_run
 
         if more := [*options.overrides, *(["--order"] if options.order else []), *(["--theory"] if options.theory else [])]:
             raise ConfigError(
@@ -164,11 +164,11 @@ def _command(options: argparse.Namespace) -> int:
     if getattr(options, "submit", None):
         return _submit(options, config)
     if options.command == "inspect":
-        from cluster.inspect import inspect
+        from freeguide.cluster.jobs.inspect import inspect
 
         inspect(config, order=getattr(options, "order", False), theory=getattr(options, "theory", None))
         return 0
-    from cluster.session import temporary
+    from freeguide.cluster.runtime.session import temporary
 
     with temporary():
         _job(options.command)(config)
@@ -178,30 +178,30 @@ def _command(options: argparse.Namespace) -> int:
 def _job(command: str) -> Callable[[Config], object]:
     # Imported here: `freeguide --help` and a wrong key should not wait for torch and ray.
     if command == "prepare":
-        from cluster.prepare import prepare
+        from freeguide.cluster.jobs.prepare import prepare
 
         return prepare
     if command == "index":
-        from cluster.prepare import index
+        from freeguide.cluster.jobs.prepare import index
 
         return index
     if command == "train":
-        from cluster.train import train
+        from freeguide.cluster.jobs.train import train
 
         return train
     if command == "generate":
-        from cluster.generate import generate
+        from freeguide.cluster.jobs.generate import generate
 
         return generate
     if command == "fit-evaluator":
-        from cluster.yardstick import fit_evaluator
+        from freeguide.cluster.evaluation.yardstick import fit_evaluator
 
         return fit_evaluator
     if command == "evaluate":
-        from cluster.evaluate import evaluate
+        from freeguide.cluster.jobs.evaluate import evaluate
 
         return evaluate
-    from cluster.export import export
+    from freeguide.cluster.jobs.export import export
 
     return export
 
@@ -212,11 +212,11 @@ def _names_a_run(name: str) -> bool:
 
 
 def _submit(options: argparse.Namespace, config: Config) -> int:
-    from cluster.submit import submit
+    from freeguide.cluster.runtime.submit import submit
 
     code = submit(options.submit, options.command, find_config(options.config), options.overrides)
     if code == 0 and options.command == "evaluate":
-        from cluster.evaluate import fetch_report
+        from freeguide.cluster.jobs.evaluate import fetch_report
 
         try:
             print(f"report: {fetch_report(config)}/index.html")

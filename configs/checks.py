@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import is_dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from configs.schema import Config, Length, Pattern, Range, TrainConfig, options
-from configs.secrets import masked_values
+from freeguide.configs.schema import Config, Length, Pattern, Range, TrainConfig, options
+from freeguide.configs.secrets import masked_values
 
 UNITS = 10**7  # of work in one job
 Checks = Iterator[tuple[bool, str]]  # what has to hold, and the sentence for when it does not; later ones rely on earlier ones

@@ -6,7 +6,7 @@ escapes is a defect of freeguide and keeps its traceback.
 
 import unicodedata
 
-from configs.secrets import masked
+from freeguide.configs.secrets import masked
 
 _UNPRINTABLE = {"Cc", "Cs", "Zl", "Zp"}  # categories of Unicode
 _TURNING = set(map(chr, (0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))))  # the direction of what follows

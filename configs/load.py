@@ -23,11 +23,11 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from configs.checks import checks, choices, nearest, shown, value_of
-from configs.errors import ConfigError, StoreError
-from configs.locations import locate
-from configs.schema import LOCATION, Config, EvaluateConfig, options
-from configs.secrets import masked_values
+from freeguide.configs.checks import checks, choices, nearest, shown, value_of
+from freeguide.configs.errors import ConfigError, StoreError
+from freeguide.configs.locations import locate
+from freeguide.configs.schema import LOCATION, Config, EvaluateConfig, options
+from freeguide.configs.secrets import masked_values
 
 PACKAGED = Path(__file__).parent  # the configs that come with freeguide
 SUFFIXES = (".yaml", ".yml")

@@ -11,7 +11,7 @@ import urllib.parse
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.errors import ConfigError, StoreError
+from freeguide.configs.errors import ConfigError, StoreError
 
 GIVE = "give s3://bucket/prefix or a folder"
 

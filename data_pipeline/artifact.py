@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from configs.errors import DataError
-from configs.untrusted import parse_json, safetensors_header
-from data_pipeline.store import MEMORY, Store
+from freeguide.configs.errors import DataError
+from freeguide.configs.untrusted import parse_json, safetensors_header
+from freeguide.data_pipeline.store.base import MEMORY, Store
 
 TAG = b"freeguide-sha256:"
 BLANK = (TAG + b"0" * 64).decode()  # a seal before it is filled in

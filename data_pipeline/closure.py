@@ -17,15 +17,15 @@ ROOMS = ("configs", "data_pipeline", "trainer", "cluster")
 
 # Where the walk ends, and why. What is not named here counts.
 HARMLESS = {
-    "configs.errors": "the kinds of errors decide no number",
-    "configs.schema": "options are conditions by their values, see cluster.metrics.conditions",
-    "configs.load": "makes a config out of text; its values are conditions",
-    "configs.locations": "says where things are",
-    "data_pipeline.artifact": "what it reads is what was written, or an error",
-    "data_pipeline.closure": "names the code, and decides nothing that it names",
-    "data_pipeline.store": "moves bytes, whole or not at all",
-    "data_pipeline.s3": "moves bytes, whole or not at all",
-    "cluster.session": "places the work; the kind of device is a condition of its own",
+    "freeguide.configs.errors": "the kinds of errors decide no number",
+    "freeguide.configs.schema": "options are conditions by their values, see freeguide.cluster.evaluation.conditions",
+    "freeguide.configs.load": "makes a config out of text; its values are conditions",
+    "freeguide.configs.locations": "says where things are",
+    "freeguide.data_pipeline.artifact": "what it reads is what was written, or an error",
+    "freeguide.data_pipeline.closure": "names the code, and decides nothing that it names",
+    "freeguide.data_pipeline.store.base": "moves bytes, whole or not at all",
+    "freeguide.data_pipeline.store.s3": "moves bytes, whole or not at all",
+    "freeguide.cluster.runtime.session": "places the work; the kind of device is a condition of its own",
 }
 
 

@@ -23,9 +23,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageChops, ImageFile, UnidentifiedImageError
 
-from configs.errors import DataError, visible
-from data_pipeline import whole
-from data_pipeline.manifest import Schema
+from freeguide.configs.errors import DataError, visible
+from freeguide.data_pipeline import whole
+from freeguide.data_pipeline.manifest import Schema
 
 IMAGE_FIELDS = ("png", "jpg", "jpeg", "webp", "npy")
 CODECS = ("PNG", "JPEG", "WEBP")  # of shards; a camera's MPO is a JPEG

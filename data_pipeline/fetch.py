@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from data_pipeline import tar
-from data_pipeline.decode import BadSample
-from data_pipeline.manifest import Manifest
-from data_pipeline.order import Ints, Order
-from data_pipeline.store import AGAIN, Cancelled, ChangedObject, Store
+from freeguide.data_pipeline import tar
+from freeguide.data_pipeline.decode import BadSample
+from freeguide.data_pipeline.manifest import Manifest
+from freeguide.data_pipeline.order import Ints, Order
+from freeguide.data_pipeline.store.base import AGAIN, Cancelled, ChangedObject, Store
 
 JOINED = 8 * 2**20  # bytes up to which neighbouring chunks are read together
 READS = 3  # reads of a chunk whose CRC is wrong, before the chunk counts as damaged

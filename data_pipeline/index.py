@@ -15,11 +15,10 @@ from collections.abc import Callable, Iterator
 from concurrent import futures
 from dataclasses import dataclass, replace
 
-from configs.errors import DataError
-from data_pipeline import tar
-from data_pipeline.decode import ANY_LABEL, IMAGE_FIELDS, BadSample, decode_label, decode_sample, seen_otherwise
-from data_pipeline.folder import SPLITS, is_dropping, without_pictures
-from data_pipeline.manifest import (
+from freeguide.configs.errors import DataError
+from freeguide.data_pipeline import tar
+from freeguide.data_pipeline.decode import ANY_LABEL, IMAGE_FIELDS, BadSample, decode_label, decode_sample, seen_otherwise
+from freeguide.data_pipeline.manifest import (
     Manifest,
     Schema,
     ShardIndex,
@@ -30,8 +29,9 @@ from data_pipeline.manifest import (
     save_manifest,
     stored_schema,
 )
-from data_pipeline.shards import index_tar
-from data_pipeline.store import MissingObject, ObjectInfo, Store
+from freeguide.data_pipeline.shards import index_tar
+from freeguide.data_pipeline.sources.folder import SPLITS, is_dropping, without_pictures
+from freeguide.data_pipeline.store.base import MissingObject, ObjectInfo, Store
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.lz4", ".tar.z")
 MAX_SHARDS = 10**7  # a brace range beyond this is a slip of the keyboard

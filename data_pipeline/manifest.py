@@ -25,12 +25,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from configs.errors import DataError
-from configs.untrusted import parse_json, whole
-from data_pipeline.artifact import check_seal, read_npy, read_npz, sealed_json, to_npz
-from data_pipeline.store import MissingObject, Store, checked, open_like
-from data_pipeline.tar import BLOCK
-from data_pipeline.unfinished import ended, writer
+from freeguide.configs.errors import DataError
+from freeguide.configs.untrusted import parse_json, whole
+from freeguide.data_pipeline.artifact import check_seal, read_npy, read_npz, sealed_json, to_npz
+from freeguide.data_pipeline.store.base import MissingObject, Store, checked, open_like
+from freeguide.data_pipeline.store.unfinished import ended, writer
+from freeguide.data_pipeline.tar import BLOCK
 
 NAME = "manifest.json"
 MANIFEST = "freeguide manifest"  # its format, where the data set is no mixture

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.manifest import Manifest
+from freeguide.data_pipeline.manifest import Manifest
 
 Ints = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]

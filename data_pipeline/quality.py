@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipeline.manifest import Manifest
-from data_pipeline.order import Ints, Order
+from freeguide.data_pipeline.manifest import Manifest
+from freeguide.data_pipeline.order import Ints, Order
 
 
 @dataclass(frozen=True)

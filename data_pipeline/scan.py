@@ -9,11 +9,11 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from configs.errors import DataError
-from data_pipeline import tar
-from data_pipeline.decode import Values, decode_sample
-from data_pipeline.manifest import Manifest
-from data_pipeline.store import AGAIN, Store
+from freeguide.configs.errors import DataError
+from freeguide.data_pipeline import tar
+from freeguide.data_pipeline.decode import Values, decode_sample
+from freeguide.data_pipeline.manifest import Manifest
+from freeguide.data_pipeline.store.base import AGAIN, Store
 
 
 def scan(store: Store, manifest: Manifest, every: int = 1) -> Iterator[tuple[Values, int]]:

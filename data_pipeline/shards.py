@@ -21,11 +21,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import webdataset
 
-from configs.errors import DataError, StoreError
-from data_pipeline import manifest as manifests
-from data_pipeline import tar
-from data_pipeline.decode import BadSample, Values, encode_npy, encode_png
-from data_pipeline.manifest import (
+from freeguide.configs.errors import DataError, StoreError
+from freeguide.data_pipeline import manifest as manifests
+from freeguide.data_pipeline import tar
+from freeguide.data_pipeline.decode import BadSample, Values, encode_npy, encode_png
+from freeguide.data_pipeline.manifest import (
     Manifest,
     Schema,
     ShardIndex,
@@ -38,7 +38,7 @@ from data_pipeline.manifest import (
     release,
     save_manifest,
 )
-from data_pipeline.store import MissingObject, Store
+from freeguide.data_pipeline.store.base import MissingObject, Store
 
 Progress = Callable[[int, int, tuple[str, ...]], None]  # (shards done, shards in all, images left out of the last one)
 Elsewhere = Callable[["Plan", list[int]], Iterable[int]]  # (plan, missing units) -> units as they get done

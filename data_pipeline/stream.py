@@ -25,14 +25,14 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from configs.errors import ConfigError, DataError
-from configs.schema import DataConfig
-from data_pipeline.cache import CachedStore
-from data_pipeline.decode import BadSample, decode_sample
-from data_pipeline.fetch import Fetch, Fetcher, Fields, plan
-from data_pipeline.manifest import Manifest
-from data_pipeline.order import Ints, Order, slots
-from data_pipeline.store import Cancelled, Store, open_like
+from freeguide.configs.errors import ConfigError, DataError
+from freeguide.configs.schema import DataConfig
+from freeguide.data_pipeline.decode import BadSample, decode_sample
+from freeguide.data_pipeline.fetch import Fetch, Fetcher, Fields, plan
+from freeguide.data_pipeline.manifest import Manifest
+from freeguide.data_pipeline.order import Ints, Order, slots
+from freeguide.data_pipeline.store.base import Cancelled, Store, open_like
+from freeguide.data_pipeline.store.cache import CachedStore
 
 MIB = 2**20
 DONORS = 16  # donors tried for one position

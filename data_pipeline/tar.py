@@ -17,8 +17,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, TypeVar
 
-from configs.errors import DataError
-from data_pipeline.folder import OTHERS, is_dropping
+from freeguide.configs.errors import DataError
+from freeguide.data_pipeline.sources.folder import OTHERS, is_dropping
 
 BLOCK = 512
 MAX_MEMBER = 64 * 2**20  # bytes of one member

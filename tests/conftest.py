@@ -7,7 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from configs.loopback import reach_loopback_directly
+from freeguide.configs.loopback import reach_loopback_directly
 
 _folder = tempfile.TemporaryDirectory(prefix="freeguide-tests-")
 _token = Path(_folder.name) / "token"

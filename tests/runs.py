@@ -6,10 +6,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from configs.load import load_config
-from data_pipeline.store import open_store
-from trainer import checkpoint
-from trainer.engine import KINDS
+from freeguide.configs.load import load_config
+from freeguide.data_pipeline.store.base import open_store
+from freeguide.trainer.training import checkpoint
+from freeguide.trainer.training.engine import KINDS
 
 
 def state(config: Path, step: int = 0) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ["configs", "data_pipeline", "trainer", "cluster"]  # each may import the rooms before it
-HOMES = {"ray": "cluster/", "deepspeed": "trainer/", "boto3": "data_pipeline/s3.py", "botocore": "data_pipeline/s3.py"}
+HOMES = {"ray": "cluster/", "deepspeed": "trainer/", "boto3": "data_pipeline/store/s3.py", "botocore": "data_pipeline/store/s3.py"}
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -35,7 +35,7 @@ def offences(path: Path, place: str) -> list[str]:
             found.append(f"{place} imports {module}: {room} may import {', '.join(allowed)} only")
         if top in HOMES and not place.startswith(HOMES[top]):
             found.append(f"{place} imports {module}, whose only home is {HOMES[top]}")
-        if place.startswith("trainer/diffusion/") and top == "trainer" and not module.startswith("trainer.diffusion"):
+        if place.startswith("trainer/diffusion/") and top == "trainer" and not module.startswith("freeguide.trainer.diffusion"):
             found.append(f"{place} imports {module}: the mathematics stands alone")
         if place.startswith("cluster/metrics/") and top == "cluster" and not module.startswith("cluster.metrics"):
             found.append(f"{place} imports {module}: the metrics stand alone")
@@ -53,14 +53,14 @@ def test_imports_run_one_way_and_heavy_dependencies_stay_at_home(room: str) -> N
     ("place", "line"),
     [
         ("configs/load.py", "from trainer.loop import train"),
-        ("data_pipeline/stream.py", "import cluster.cli"),
-        ("trainer/loop.py", "from cluster import train"),
-        ("trainer/loop.py", "def f():\n    import ray.train"),
+        ("data_pipeline/stream.py", "import freeguide.cluster.cli"),
+        ("trainer/training/loop.py", "from cluster import train"),
+        ("trainer/training/loop.py", "def f():\n    import ray.train"),
         ("data_pipeline/order.py", "import boto3"),
-        ("cluster/train.py", "import deepspeed"),
-        ("cluster/train.py", "from botocore.config import Config"),
+        ("cluster/jobs/train.py", "import deepspeed"),
+        ("cluster/jobs/train.py", "from botocore.config import Config"),
         ("trainer/diffusion/schedule.py", "from trainer.engine import Engine"),
-        ("cluster/metrics/fid.py", "from cluster.session import session"),
+        ("cluster/evaluation/statistics/fid.py", "from cluster.session import session"),
     ],
 )
 def test_an_import_that_runs_the_wrong_way_is_found(tmp_path: Path, place: str, line: str) -> None:

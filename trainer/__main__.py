@@ -10,10 +10,10 @@ import signal
 import sys
 from typing import Any
 
-from configs.errors import UserError, visible
-from configs.load import load_config
-from trainer.failures import Terminated
-from trainer.loop import train
+from freeguide.configs.errors import UserError, visible
+from freeguide.configs.load import load_config
+from freeguide.trainer.training.failures import Terminated
+from freeguide.trainer.training.loop import train
 
 INTERRUPTED = 128 + signal.SIGINT
 

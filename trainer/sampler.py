@@ -12,14 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from configs.schema import Config
-from data_pipeline.store import open_store
-from trainer import checkpoint
-from trainer.diffusion.guidance import Weight, classifier_free, first_guided, interval, weight_at
-from trainer.diffusion.randomness import Purpose, bits
-from trainer.diffusion.samplers import LOOK_AHEAD, SAMPLERS, State, ancestral, sample
-from trainer.diffusion.schedule import SCHEDULES, Schedule, alpha_sigma, levels, posterior
-from trainer.networks.build import build_network
+from freeguide.configs.schema import Config
+from freeguide.data_pipeline.store.base import open_store
+from freeguide.trainer.diffusion.guidance import Weight, classifier_free, first_guided, interval, weight_at
+from freeguide.trainer.diffusion.randomness import Purpose, bits
+from freeguide.trainer.diffusion.samplers import LOOK_AHEAD, SAMPLERS, State, ancestral, sample
+from freeguide.trainer.diffusion.schedule import SCHEDULES, Schedule, alpha_sigma, levels, posterior
+from freeguide.trainer.networks.build import build_network
+from freeguide.trainer.training import checkpoint
 
 _log = logging.getLogger("freeguide.sampler")
 _ROUNDING = 2.0**-9  # of bf16, relative

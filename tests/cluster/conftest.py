@@ -40,7 +40,7 @@ def s3() -> Iterator[str]:
     """moto's S3 server with the bucket `lab`; its endpoint. Sets AWS_* for this process and its children."""
     from moto.server import ThreadedMotoServer
 
-    from data_pipeline.store import create_bucket
+    from freeguide.data_pipeline.store.base import create_bucket
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -143,9 +143,10 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Jobs have one worker in this process instead of actors; what it was given, in order, but for rows."""
     import torch
 
-    from cluster import evaluate, generate, units
-    from cluster.fold import Fold
-    from cluster.session import Resources
+    from freeguide.cluster.evaluation import units
+    from freeguide.cluster.evaluation.fold import Fold
+    from freeguide.cluster.jobs import evaluate, generate
+    from freeguide.cluster.runtime.session import Resources
 
     seen: list[Any] = []
 
@@ -166,7 +167,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 @pytest.fixture
 def words_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports without their figures, which take seconds."""
-    from cluster import figures
+    from freeguide.cluster.evaluation.report import figures
 
     monkeypatch.setattr(figures, "curves", lambda *_: b"")
     monkeypatch.setattr(figures, "frontier", lambda *_: b"")

@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cluster import evaluate as evaluation
-from cluster.sweep import Item, Worker
-from configs.load import load_config
+from freeguide.cluster.evaluation.series import Item, Worker
+from freeguide.cluster.jobs import evaluate as evaluation
+from freeguide.configs.load import load_config
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
 

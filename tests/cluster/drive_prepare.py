@@ -7,9 +7,9 @@ import sys
 import time
 from pathlib import Path
 
-from cluster.prepare import prepare
-from configs.load import load_config
-from data_pipeline import sources
+from freeguide.cluster.jobs.prepare import prepare
+from freeguide.configs.load import load_config
+from freeguide.data_pipeline.sources import read as sources
 
 IMAGE_FOLDER = Path(__file__).parents[2] / "configs" / "image_folder.yaml"
 

@@ -10,12 +10,12 @@ import sys
 import time
 from pathlib import Path
 
-from cluster import units
-from cluster.session import session
-from cluster.units import Unit
-from configs.errors import DataError, UserError
-from configs.load import load_config
-from data_pipeline.store import Store, open_store
+from freeguide.cluster.evaluation import units
+from freeguide.cluster.evaluation.units import Unit
+from freeguide.cluster.runtime.session import session
+from freeguide.configs.errors import DataError, UserError
+from freeguide.configs.load import load_config
+from freeguide.data_pipeline.store.base import Store, open_store
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,9 +15,9 @@ import pytest
 import ray
 from PIL import Image
 
-from cluster.cli import COMMANDS, EXAMPLES, _parse, main
-from configs.load import load_config
-from data_pipeline.store import Retry
+from freeguide.cluster.cli import COMMANDS, EXAMPLES, _parse, main
+from freeguide.configs.load import load_config
+from freeguide.data_pipeline.store.base import Retry
 
 ROOT = Path(__file__).parents[2]
 DIGITS = str(ROOT / "configs" / "digits.yaml")
@@ -268,7 +268,7 @@ def test_a_packaged_config_is_inspected_by_name(
 
 DIES_IN_THE_END = """
 import atexit, ctypes, sys
-from cluster import cli
+from freeguide.cluster import cli
 c = ctypes.CDLL(None)
 c.__cxa_atexit(c.abort, None, None)  # as a thread of Ray's that uses what the C library has taken away
 sys.modules["ray"] = sys

@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from cluster.evaluate import evaluate, fetch_report
-from cluster.export import export
-from cluster.generate import generate
-from cluster.report import read_others
-from cluster.weights import weights_of
-from configs.errors import UserError
-from configs.load import load_config, sealed, to_yaml
-from data_pipeline.manifest import load_manifest
-from data_pipeline.scan import scan_all
-from data_pipeline.store import open_store
+from freeguide.cluster.evaluation.report.page import read_others
+from freeguide.cluster.jobs.evaluate import evaluate, fetch_report
+from freeguide.cluster.jobs.export import export
+from freeguide.cluster.jobs.generate import generate
+from freeguide.configs.errors import UserError
+from freeguide.configs.load import load_config, sealed, to_yaml
+from freeguide.data_pipeline.manifest import load_manifest
+from freeguide.data_pipeline.scan import scan_all
+from freeguide.data_pipeline.store.base import open_store
+from freeguide.trainer.training import checkpoint
+from freeguide.trainer.weights import weights_of
 from tests.cluster.untrained import DIGITS, HALF_LIFE, options, write_lab, write_run
-from trainer import checkpoint
 
 STORED = ("ema", HALF_LIFE, "master")  # kinds of values in the checkpoint
 HUGE = 2**42  # bytes, none of them on the disk

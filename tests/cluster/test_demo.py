@@ -16,11 +16,11 @@ import botocore.session
 import psutil
 import pytest
 
-from cluster.cli import main
-from cluster.demo import BUCKET, demo, environment, local_s3
-from configs.errors import UserError
-from configs.loopback import reach_loopback_directly
-from data_pipeline.store import TEMP, open_store
+from freeguide.cluster.cli import main
+from freeguide.cluster.jobs.demo import BUCKET, demo, environment, local_s3
+from freeguide.configs.errors import UserError
+from freeguide.configs.loopback import reach_loopback_directly
+from freeguide.data_pipeline.store.base import TEMP, open_store
 
 ROOT = Path(__file__).parents[2]
 TINY = [

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from cluster.ending import GO_ON
+from freeguide.cluster.runtime.ending import GO_ON
 
 ROOT = Path(__file__).parents[2]
 STOPPING = "stopping; Ctrl-C again ends it at once"
 # A command that says when it is where it is to be interrupted, and works until it is.
 AT_WORK = """
 import sys, time
-from cluster import cli, ending
+from freeguide.cluster import cli
+from freeguide.cluster.runtime import ending
 say = lambda: print("at work", flush=True)
 def work(options):
     {work}
@@ -92,7 +93,7 @@ def test_a_command_that_was_done_before_it_could_stop_ends_as_asked(stopped: Cal
 def test_a_demo_that_is_asked_to_end_in_its_last_step_of_training_does_not_evaluate(stopped: Callable[..., Ended]) -> None:
     work = """
     import os, signal
-    from cluster.demo import demo
+    from freeguide.cluster.jobs.demo import demo
     def command(options):
         print("begun", options.command, flush=True)
         if options.command == "train":

@@ -9,15 +9,15 @@ import pytest
 import safetensors
 import torch
 
-from cluster.export import export
-from cluster.report import LATEST
-from configs.errors import CheckpointError
-from configs.load import from_yaml, load_config
-from data_pipeline.manifest import Schema
-from data_pipeline.shards import Sample, Source, write_shards
-from data_pipeline.store import open_store
+from freeguide.cluster.evaluation.report.page import LATEST
+from freeguide.cluster.jobs.export import export
+from freeguide.configs.errors import CheckpointError
+from freeguide.configs.load import from_yaml, load_config
+from freeguide.data_pipeline.manifest import Schema
+from freeguide.data_pipeline.shards import Sample, Source, write_shards
+from freeguide.data_pipeline.store.base import open_store
+from freeguide.trainer.training import checkpoint
 from tests.cluster.untrained import DIGITS, write_run
-from trainer import checkpoint
 
 
 def test_the_card_and_the_weights_are_those_of_the_run(tmp_path: Path) -> None:

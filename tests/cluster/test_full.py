@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from cluster.cli import main
-from cluster.evaluate import evaluate
-from cluster.generate import generate
-from data_pipeline.manifest import load_manifest
-from data_pipeline.scan import scan_all
-from data_pipeline.store import open_store
+from freeguide.cluster.cli import main
+from freeguide.cluster.jobs.evaluate import evaluate
+from freeguide.cluster.jobs.generate import generate
+from freeguide.data_pipeline.manifest import load_manifest
+from freeguide.data_pipeline.scan import scan_all
+from freeguide.data_pipeline.store.base import open_store
 from tests.cluster.untrained import DIGITS, options, small, write_run
 
 ROOT = Path(__file__).parents[2]

@@ -18,25 +18,25 @@ import torch
 import webdataset
 import yaml
 
-from cluster import generate as generation
-from cluster import units
-from cluster.generate import NPZ, _check_disk, _Generate, generate, write_npz
-from cluster.metrics.images import to_uint8
-from cluster.session import Resources
-from cluster.sweep import Series
-from cluster.units import Unit
-from cluster.weights import Weights
-from configs.errors import CheckpointError, ConfigError, StoreError
-from configs.load import load_config, to_yaml
-from configs.schema import Config, DataConfig
-from data_pipeline.manifest import NAME, Schema, ShardIndex, build_manifest, load_manifest, save_manifest
-from data_pipeline.s3 import S3Store
-from data_pipeline.scan import scan_all
-from data_pipeline.shards import Sample, Source, pack_shard, write_shards
-from data_pipeline.store import Retry, Store, open_store
+from freeguide.cluster.evaluation import units
+from freeguide.cluster.evaluation.extractors.images import to_uint8
+from freeguide.cluster.evaluation.series import Series
+from freeguide.cluster.evaluation.units import Unit
+from freeguide.cluster.jobs import generate as generation
+from freeguide.cluster.jobs.generate import NPZ, _check_disk, _Generate, generate, write_npz
+from freeguide.cluster.runtime.session import Resources
+from freeguide.configs.errors import CheckpointError, ConfigError, StoreError
+from freeguide.configs.load import load_config, to_yaml
+from freeguide.configs.schema import Config, DataConfig
+from freeguide.data_pipeline.manifest import NAME, Schema, ShardIndex, build_manifest, load_manifest, save_manifest
+from freeguide.data_pipeline.scan import scan_all
+from freeguide.data_pipeline.shards import Sample, Source, pack_shard, write_shards
+from freeguide.data_pipeline.store.base import Retry, Store, open_store
+from freeguide.data_pipeline.store.s3 import S3Store
+from freeguide.trainer.sampler import Sampler, image_labels
+from freeguide.trainer.training import checkpoint
+from freeguide.trainer.weights import Weights
 from tests.cluster.untrained import write_run
-from trainer import checkpoint
-from trainer.sampler import Sampler, image_labels
 
 ROOT = Path(__file__).parents[2]
 HERE = Resources(cpus=torch.get_num_threads(), gpus=0)
@@ -197,7 +197,7 @@ def test_a_disk_that_is_too_small_is_said_before_a_single_image(tmp_path: Path) 
 def test_the_npz_needs_twice_its_size_where_its_way_and_its_place_are_one_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same: bool, free: int, fits: bool
 ) -> None:
-    monkeypatch.setattr("cluster.generate._disk_of", lambda folder: (same or folder == tmp_path, free))
+    monkeypatch.setattr("freeguide.cluster.jobs.generate._disk_of", lambda folder: (same or folder == tmp_path, free))
     if fits:
         _check_disk(open_store(str(tmp_path)), Schema(10, 1, 2), 1)
     else:
@@ -211,7 +211,7 @@ def test_a_disk_that_fills_while_the_npz_is_written_loses_nothing(
     temp, checked = tmp_path / "tmp", list[int]()
     temp.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(temp))
-    monkeypatch.setattr("cluster.generate._check_disk", lambda *_: checked.append(len(made)))
+    monkeypatch.setattr("freeguide.cluster.jobs.generate._check_disk", lambda *_: checked.append(len(made)))
     write = generation.write_npz
 
     def on_a_full_disk(*arguments: object) -> None:
@@ -271,7 +271,7 @@ def test_files_go_to_a_folder_whole_or_not_at_all(tmp_path: Path, monkeypatch: p
 @pytest.fixture
 def bucket(s3: str, monkeypatch: pytest.MonkeyPatch) -> S3Store:
     """A place on S3 whose uploads go in parts of 5 MiB, the least that S3 allows."""
-    monkeypatch.setattr("data_pipeline.s3.MULTIPART", 5 * 2**20)
+    monkeypatch.setattr("freeguide.data_pipeline.store.s3.MULTIPART", 5 * 2**20)
     store: Store = open_store("s3://lab/files", Retry(base_s=0.01))
     assert isinstance(store, S3Store)
     return store

@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from cluster import inspect as module
-from cluster.inspect import inspect
-from cluster.prepare import prepare
-from configs.load import load_config
-from trainer.loop import misfits
+from freeguide.cluster.jobs import inspect as module
+from freeguide.cluster.jobs.inspect import inspect
+from freeguide.cluster.jobs.prepare import prepare
+from freeguide.configs.load import load_config
+from freeguide.trainer.training.loop import misfits
 
 SMALL = ["model.channels=16", "model.channel_mult=[1]", "model.attention=[]", "model.head_channels=16", "data.image_size=8"]
 

@@ -9,16 +9,16 @@ import pytest
 import safetensors.torch
 import torch
 
-from cluster import units, yardstick
-from cluster.evaluate import evaluate, fetch_report
-from cluster.generate import generate
-from cluster.metrics.rows import from_json
-from cluster.report import LATEST
-from cluster.units import check_kind, kind_of
-from cluster.weights import weights_of
-from configs.errors import CheckpointError, ConfigError, DataError, UserError
-from configs.schema import Config
-from data_pipeline.store import Denied, FolderStore, Store, open_store
+from freeguide.cluster.evaluation import units, yardstick
+from freeguide.cluster.evaluation.report.page import LATEST
+from freeguide.cluster.evaluation.rows import from_json
+from freeguide.cluster.evaluation.units import check_kind, kind_of
+from freeguide.cluster.jobs.evaluate import evaluate, fetch_report
+from freeguide.cluster.jobs.generate import generate
+from freeguide.configs.errors import CheckpointError, ConfigError, DataError, UserError
+from freeguide.configs.schema import Config
+from freeguide.data_pipeline.store.base import Denied, FolderStore, Store, open_store
+from freeguide.trainer.weights import weights_of
 from tests.cluster.untrained import small, write_run
 
 

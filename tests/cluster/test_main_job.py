@@ -16,13 +16,13 @@ import webdataset
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cluster.metrics.rows import from_json
-from cluster.submit import copy_packages
-from configs.load import load_config
-from data_pipeline.manifest import load_manifest
-from data_pipeline.store import Store, open_store
+from freeguide.cluster.evaluation.rows import from_json
+from freeguide.cluster.runtime.submit import copy_packages
+from freeguide.configs.load import load_config
+from freeguide.data_pipeline.manifest import load_manifest
+from freeguide.data_pipeline.store.base import Store, open_store
+from freeguide.trainer.training import checkpoint
 from tests.cluster.conftest import started_head
-from trainer import checkpoint
 
 ROOT = Path(__file__).parents[2]
 SMALL = [

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from cluster import generate, units, yardstick
-from data_pipeline import closure
-from data_pipeline.closure import HARMLESS, code_version, reached
+from freeguide.cluster.evaluation import units, yardstick
+from freeguide.cluster.jobs import generate
+from freeguide.data_pipeline import closure
+from freeguide.data_pipeline.closure import HARMLESS, code_version, reached
 
 ROOT = Path(__file__).parents[2]
 ENTRIES = {
@@ -65,26 +66,41 @@ def changed(root: Path, before: dict[str, str], place: str, old: str, new: str) 
             {"references", "evaluators"},
         ),
         ("data_pipeline/tar.py", "def samples(", "@list\ndef samples(", {"references", "evaluators", "sets"}),
-        ("trainer/engine.py", "cudnn.allow_tf32 = False", "cudnn.allow_tf32 = True", {"units", "sets", "references", "evaluators"}),
+        (
+            "trainer/training/engine.py",
+            "cudnn.allow_tf32 = False",
+            "cudnn.allow_tf32 = True",
+            {"units", "sets", "references", "evaluators"},
+        ),
         ("trainer/sampler.py", "index % config.data.classes", "(index + 1) % config.data.classes", SAMPLED),
         ("trainer/sampler.py", "config.data.classes >> 32", "config.data.classes >> 31", SAMPLED),
-        ("cluster/units.py", "for w in sorted(weights)", "for w in weights", {"rows"}),
-        ("cluster/sweep.py", "torch.arange(item.first, item.last)", "torch.arange(item.first, item.last).flip(0)", {"units"}),
-        ("cluster/generate.py", "torch.arange(unit.first, unit.last)", "torch.arange(unit.first, unit.last).flip(0)", {"sets"}),
+        ("cluster/evaluation/units.py", "for w in sorted(weights)", "for w in weights", {"rows"}),
+        (
+            "cluster/evaluation/series.py",
+            "torch.arange(item.first, item.last)",
+            "torch.arange(item.first, item.last).flip(0)",
+            {"units"},
+        ),
+        (
+            "cluster/jobs/generate.py",
+            "torch.arange(unit.first, unit.last)",
+            "torch.arange(unit.first, unit.last).flip(0)",
+            {"sets"},
+        ),
         ("trainer/diffusion/samplers.py", "def heun(", "@staticmethod\ndef heun(", SAMPLED | {"rows"}),
         ("trainer/diffusion/randomness.py", "_MAX_STREAM = ", "_MAX_STREAM = 1 + ", SAMPLED | {"rows"}),
         ("trainer/networks/layers.py", "class GroupNorm(", "@id\nclass GroupNorm(", SAMPLED | {"rows"}),
-        ("trainer/ema.py", "def reconstruction(", "@id\ndef reconstruction(", SAMPLED | {"rows"}),
-        ("cluster/metrics/images.py", "def to_uint8(", "@id\ndef to_uint8(", SAMPLED),
-        ("cluster/metrics/inception.py", "(x - 128.0) / 128.0", "(x - 127.5) / 127.5", {"units"}),
-        ("cluster/metrics/evaluator.py", "PEAK_LR = 3e-3", "PEAK_LR = 4e-3", {"evaluators"}),
-        ("cluster/metrics/evaluator.py", "/ 127.5 - 1.0", "/ 128.0 - 1.0", {"units", "evaluators"}),
-        ("cluster/metrics/evaluator.py", "np.rot90(images, turns", "np.rot90(images, turns + 1", {"evaluators"}),
-        ("cluster/metrics/reference.py", "KEPT = 10_000", "KEPT = 9_000", {"references"}),
-        ("cluster/metrics/moments.py", "BLOCK = 4096", "BLOCK = 2048", {"rows", "references"}),
-        ("cluster/metrics/fid.py", "def fid_spread(", "@id\ndef fid_spread(", {"rows"}),
-        ("cluster/metrics/measure.py", "POINTS = 15", "POINTS = 14", {"rows"}),
-        ("cluster/yardstick.py", "PIXELS = 4 * 2**30", "PIXELS = 2 * 2**30", {"evaluators"}),
+        ("trainer/training/ema.py", "def reconstruction(", "@id\ndef reconstruction(", SAMPLED | {"rows"}),
+        ("cluster/evaluation/extractors/images.py", "def to_uint8(", "@id\ndef to_uint8(", SAMPLED),
+        ("cluster/evaluation/extractors/inception.py", "(x - 128.0) / 128.0", "(x - 127.5) / 127.5", {"units"}),
+        ("cluster/evaluation/extractors/evaluator.py", "PEAK_LR = 3e-3", "PEAK_LR = 4e-3", {"evaluators"}),
+        ("cluster/evaluation/extractors/evaluator.py", "/ 127.5 - 1.0", "/ 128.0 - 1.0", {"units", "evaluators"}),
+        ("cluster/evaluation/extractors/evaluator.py", "np.rot90(images, turns", "np.rot90(images, turns + 1", {"evaluators"}),
+        ("cluster/evaluation/reference.py", "KEPT = 10_000", "KEPT = 9_000", {"references"}),
+        ("cluster/evaluation/statistics/moments.py", "BLOCK = 4096", "BLOCK = 2048", {"rows", "references"}),
+        ("cluster/evaluation/statistics/fid.py", "def fid_spread(", "@id\ndef fid_spread(", {"rows"}),
+        ("cluster/evaluation/measure.py", "POINTS = 15", "POINTS = 14", {"rows"}),
+        ("cluster/evaluation/yardstick.py", "PIXELS = 4 * 2**30", "PIXELS = 2 * 2**30", {"evaluators"}),
     ],
 )
 def test_every_edit_that_decides_a_number_changes_its_name(
@@ -98,10 +114,29 @@ def test_every_edit_that_decides_a_number_changes_its_name(
 
 
 HARMLESS_FILES = [
-    *("cluster/tables.py", "cluster/cli.py", "cluster/report.py", "cluster/figures.py", "cluster/train.py", "cluster/demo.py"),
-    *("cluster/metrics/published.py", "cluster/metrics/frontier.py", "cluster/score.py", "cluster/inspect.py"),
-    *("trainer/telemetry.py", "trainer/loop.py", "trainer/writer.py", "trainer/diffusion/theory.py", "data_pipeline/order.py"),
-    *("data_pipeline/sources.py", "data_pipeline/cache.py", "data_pipeline/s3.py", "configs/load.py", "configs/errors.py"),
+    *(
+        "cluster/evaluation/report/tables.py",
+        "cluster/cli.py",
+        "cluster/evaluation/report/page.py",
+        "cluster/evaluation/report/figures.py",
+        "cluster/jobs/train.py",
+        "cluster/jobs/demo.py",
+    ),
+    *("cluster/evaluation/published.py", "cluster/evaluation/frontier.py", "cluster/jobs/score.py", "cluster/jobs/inspect.py"),
+    *(
+        "trainer/training/telemetry.py",
+        "trainer/training/loop.py",
+        "trainer/training/writer.py",
+        "trainer/diffusion/theory.py",
+        "data_pipeline/order.py",
+    ),
+    *(
+        "data_pipeline/sources/read.py",
+        "data_pipeline/store/cache.py",
+        "data_pipeline/store/s3.py",
+        "configs/load.py",
+        "configs/errors.py",
+    ),
 ]
 
 
@@ -119,7 +154,7 @@ def test_what_decides_no_number_changes_no_name(copied: Path, before: dict[str, 
 
 
 def test_comments_layout_docstrings_and_words_change_no_name(copied: Path, before: dict[str, str]) -> None:
-    place = "cluster/metrics/moments.py"
+    place = "cluster/evaluation/statistics/moments.py"
     for old, new in (
         ('    """The sum of the units,', '    # more\n\n    """What the units are together,'),
         ("not finite; look at that image", "NaN; look there"),

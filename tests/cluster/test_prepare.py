@@ -13,20 +13,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cluster.metrics.features import load_extractor
-from cluster.prepare import FEW, index, prepare
-from configs.errors import DataError
-from configs.load import load_config
-from configs.schema import Config, DataConfig
-from data_pipeline import sources
-from data_pipeline.data_store import access_to
-from data_pipeline.decode import fit
-from data_pipeline.manifest import load_manifest
-from data_pipeline.s3 import S3Store
-from data_pipeline.scan import scan_all
-from data_pipeline.shards import write_shards
-from data_pipeline.sources import open_source, read_class_names
-from data_pipeline.store import Access, Store, create_bucket, open_store
+from freeguide.cluster.evaluation.extractors.features import load_extractor
+from freeguide.cluster.jobs.prepare import FEW, index, prepare
+from freeguide.configs.errors import DataError
+from freeguide.configs.load import load_config
+from freeguide.configs.schema import Config, DataConfig
+from freeguide.data_pipeline.decode import fit
+from freeguide.data_pipeline.manifest import load_manifest
+from freeguide.data_pipeline.scan import scan_all
+from freeguide.data_pipeline.shards import write_shards
+from freeguide.data_pipeline.sources import read as sources
+from freeguide.data_pipeline.sources.read import open_source, read_class_names
+from freeguide.data_pipeline.store.base import Access, Store, create_bucket, open_store
+from freeguide.data_pipeline.store.open import access_to
+from freeguide.data_pipeline.store.s3 import S3Store
 from tests.data_pipeline.conftest import write_noise
 
 ROOT = Path(__file__).parents[2]

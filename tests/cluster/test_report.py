@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cluster import figures
-from cluster.metrics.published import PUBLISHED
-from cluster.metrics.rows import INCEPTION, Row, from_json
-from cluster.report import Cost, write_report
-from configs.errors import DataError
+from freeguide.cluster.evaluation.published import PUBLISHED
+from freeguide.cluster.evaluation.report import figures
+from freeguide.cluster.evaluation.report.page import Cost, write_report
+from freeguide.cluster.evaluation.rows import INCEPTION, Row, from_json
+from freeguide.configs.errors import DataError
 
 WEIGHTS = [0.0, 0.1, 0.3, 0.75, 1.0, 2.0, 4.0]
 FIDS = [13.68, 10.32, 6.26, 4.19, 5.2, 15.27, 40.16]

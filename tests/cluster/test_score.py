@@ -11,23 +11,23 @@ import pytest
 import torch
 from PIL import Image
 
-from cluster import score as scores
-from cluster.metrics import dinov2
-from cluster.metrics.dinov2 import VisionTransformer
-from cluster.metrics.evaluator import Evaluator, fit_evaluator, fit_rotations
-from cluster.metrics.fid import frechet_distance
-from cluster.metrics.inception_score import inception_score
-from cluster.metrics.measure import Yardstick, values
-from cluster.metrics.moments import from_features
-from cluster.metrics.reference import from_npz
-from cluster.metrics.rows import from_json, to_json
-from cluster.score import Samples, command, facts_of, load_reference, load_samples, score, score_samples
-from configs.errors import ConfigError, DataError
-from data_pipeline.decode import encode_png
-from data_pipeline.manifest import Schema, build_manifest, save_manifest
-from data_pipeline.shards import Sample, pack_shard
-from data_pipeline.sources import image_folder
-from data_pipeline.store import READERS, open_store
+from freeguide.cluster.evaluation.extractors import dinov2
+from freeguide.cluster.evaluation.extractors.dinov2 import VisionTransformer
+from freeguide.cluster.evaluation.extractors.evaluator import Evaluator, fit_evaluator, fit_rotations
+from freeguide.cluster.evaluation.measure import Yardstick, values
+from freeguide.cluster.evaluation.reference import from_npz
+from freeguide.cluster.evaluation.rows import from_json, to_json
+from freeguide.cluster.evaluation.statistics.fid import frechet_distance
+from freeguide.cluster.evaluation.statistics.inception_score import inception_score
+from freeguide.cluster.evaluation.statistics.moments import from_features
+from freeguide.cluster.jobs import score as scores
+from freeguide.cluster.jobs.score import Samples, command, facts_of, load_reference, load_samples, score, score_samples
+from freeguide.configs.errors import ConfigError, DataError
+from freeguide.data_pipeline.decode import encode_png
+from freeguide.data_pipeline.manifest import Schema, build_manifest, save_manifest
+from freeguide.data_pipeline.shards import Sample, pack_shard
+from freeguide.data_pipeline.sources.read import image_folder
+from freeguide.data_pipeline.store.base import READERS, open_store
 
 N = 240
 LABELS = np.arange(N, dtype=np.int64) % 2

@@ -20,11 +20,11 @@ import ray
 import torch
 from ray.train.torch import TorchTrainer
 
-from cluster import session
-from cluster.session import Resources, _gpus_here, _short_folder, private_folder, progress, scratch
-from cluster.session import temporary as scratch_of_command
-from configs.errors import ConfigError, UserError
-from configs.schema import ClusterConfig, Config
+from freeguide.cluster.runtime import session
+from freeguide.cluster.runtime.session import Resources, _gpus_here, _short_folder, private_folder, progress, scratch
+from freeguide.cluster.runtime.session import temporary as scratch_of_command
+from freeguide.configs.errors import ConfigError, UserError
+from freeguide.configs.schema import ClusterConfig, Config
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_what_ray_says_goes_to_a_log_that_is_named_when_something_fails(tmp_path
     code = """
 import os, sys, ray
 from pathlib import Path
-from cluster.session import _apart
+from freeguide.cluster.runtime.session import _apart
 old = sys.stderr
 folder = Path(sys.argv[1])
 with _apart(folder):
@@ -178,7 +178,7 @@ def test_the_time_that_is_left_knows_nothing_of_the_start(  # type: ignore[no-un
     monkeypatch: pytest.MonkeyPatch, capsys, total: int, at_once: int, clock: list[int], etas: list[str]
 ) -> None:
     ticks = iter(clock)
-    monkeypatch.setattr("cluster.session.time.monotonic", lambda: float(next(ticks)) + 1000)
+    monkeypatch.setattr("freeguide.cluster.runtime.session.time.monotonic", lambda: float(next(ticks)) + 1000)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     assert list(progress(range(total), total, "unit", at_once)) == list(range(total))
     printed = re.split(r"[\r\n]", capsys.readouterr().out)[:-1]
@@ -188,8 +188,8 @@ def test_the_time_that_is_left_knows_nothing_of_the_start(  # type: ignore[no-un
 ALONE = """
 import os, psutil, ray, tempfile
 from pathlib import Path
-from cluster.session import session
-from configs.load import load_config
+from freeguide.cluster.runtime.session import session
+from freeguide.configs.load import load_config
 
 SECRET = ["cluster.env={MY_TOKEN: hunter2, MY_LEVEL: on, MY_LOGIN: '${oc.env:LOGIN}'}"]
 with session(load_config("configs/digits.yaml", ["cluster.gpus_per_worker=0", *SECRET]), 2) as resources:
@@ -394,8 +394,8 @@ GUARDED: list[tuple[dict[str, str], str]] = [
 ]
 ASK = """
 import json, os, sys, ray
-from cluster import session
-from configs.errors import UserError
+from freeguide.cluster.runtime import session
+from freeguide.configs.errors import UserError
 session.services.find_bootstrap_address = lambda _: sys.argv[1]
 for number, (settings, _) in enumerate(json.loads(sys.argv[2])):
     for name in [name for name in os.environ if name.startswith("RAY_AUTH")]:

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from ray.job_submission import JobStatus
 
-from cluster import submit
-from cluster.cli import _parser
-from configs.errors import ConfigError, UserError
+from freeguide.cluster.cli import _parser
+from freeguide.cluster.runtime import submit
+from freeguide.configs.errors import ConfigError, UserError
 
 
 class Dashboard:

@@ -15,33 +15,33 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from threadpoolctl import threadpool_limits
 
-from cluster import evaluate as evaluation
-from cluster import fold, units
-from cluster import sweep as sweep_module
-from cluster.evaluate import evaluate
-from cluster.export import export
-from cluster.fold import Folded, Folder, planned
-from cluster.inspect import inspect
-from cluster.metrics import moments
-from cluster.metrics.evaluator import fit_evaluator
-from cluster.metrics.features import Measured, load_extractor
-from cluster.metrics.images import to_uint8
-from cluster.metrics.measure import Yardstick
-from cluster.metrics.reference import Reference, Statistics
-from cluster.metrics.rows import Row, from_json, to_json
-from cluster.score import score
-from cluster.session import Resources
-from cluster.sweep import Item, Series, Worker, items, trained_series
-from cluster.units import Unit
-from cluster.weights import Weights, weights_of
-from configs.errors import CheckpointError, ConfigError, DataError, UserError
-from configs.load import from_yaml, load_config, screen_images, to_yaml
-from configs.load import sweep as combinations
-from configs.schema import Config, SamplingConfig
-from data_pipeline.manifest import load_manifest
-from data_pipeline.store import open_store
+from freeguide.cluster.evaluation import fold, units
+from freeguide.cluster.evaluation import series as sweep_module
+from freeguide.cluster.evaluation.extractors.evaluator import fit_evaluator
+from freeguide.cluster.evaluation.extractors.features import Measured, load_extractor
+from freeguide.cluster.evaluation.extractors.images import to_uint8
+from freeguide.cluster.evaluation.fold import Folded, Folder, planned
+from freeguide.cluster.evaluation.measure import Yardstick
+from freeguide.cluster.evaluation.reference import Reference, Statistics
+from freeguide.cluster.evaluation.rows import Row, from_json, to_json
+from freeguide.cluster.evaluation.series import Item, Series, Worker, items, trained_series
+from freeguide.cluster.evaluation.statistics import moments
+from freeguide.cluster.evaluation.units import Unit
+from freeguide.cluster.jobs import evaluate as evaluation
+from freeguide.cluster.jobs.evaluate import evaluate
+from freeguide.cluster.jobs.export import export
+from freeguide.cluster.jobs.inspect import inspect
+from freeguide.cluster.jobs.score import score
+from freeguide.cluster.runtime.session import Resources
+from freeguide.configs.errors import CheckpointError, ConfigError, DataError, UserError
+from freeguide.configs.load import from_yaml, load_config, screen_images, to_yaml
+from freeguide.configs.load import sweep as combinations
+from freeguide.configs.schema import Config, SamplingConfig
+from freeguide.data_pipeline.manifest import load_manifest
+from freeguide.data_pipeline.store.base import open_store
+from freeguide.trainer.sampler import Sampler, evaluations, sweep_evaluations
+from freeguide.trainer.weights import Weights, weights_of
 from tests.cluster.untrained import DIGITS, HALF_LIFE, small, write_run
-from trainer.sampler import Sampler, evaluations, sweep_evaluations
 
 P_UNCOND = (0.1, 0.2, 0.5)
 
@@ -489,7 +489,7 @@ def test_inspect_counts_what_a_sweep_takes_before_it_begins(capsys: pytest.Captu
 
 
 def test_the_flag_is_an_override_so_that_it_travels_with_the_job() -> None:
-    from cluster.cli import _parse
+    from freeguide.cluster.cli import _parse
 
     parsed = _parse(["evaluate", "x.yaml", "--screen", "evaluate.images=40"])
     assert load_config(DIGITS, parsed.overrides, "evaluate").evaluate.screen == -1

@@ -12,11 +12,11 @@ from ray.exceptions import ActorDiedError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2.api.exceptions import WorkerGroupError
 
-from cluster import train
-from cluster.session import Resources
-from configs.errors import ConfigError, StoreError, UserError
-from configs.load import load_config
-from configs.schema import Config
+from freeguide.cluster.jobs import train
+from freeguide.cluster.runtime.session import Resources
+from freeguide.configs.errors import ConfigError, StoreError, UserError
+from freeguide.configs.load import load_config
+from freeguide.configs.schema import Config
 
 DEATH = WorkerGroupError("", {0: RuntimeError("lost a peer"), 1: WorkerHealthCheckFailedError("", failure=ActorDiedError())})
 

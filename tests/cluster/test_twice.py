@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 import safetensors.torch
 
-from cluster import generate as generation
-from cluster import sweep
-from cluster.evaluate import evaluate
-from cluster.export import export
-from cluster.generate import generate
-from configs.errors import DataError
-from configs.schema import Config
-from data_pipeline.manifest import load_manifest
-from data_pipeline.scan import scan_all
-from data_pipeline.shards import PackedShard, pack_shard
-from data_pipeline.store import FolderStore, open_store
+from freeguide.cluster.evaluation import series as sweep
+from freeguide.cluster.jobs import generate as generation
+from freeguide.cluster.jobs.evaluate import evaluate
+from freeguide.cluster.jobs.export import export
+from freeguide.cluster.jobs.generate import generate
+from freeguide.configs.errors import DataError
+from freeguide.configs.schema import Config
+from freeguide.data_pipeline.manifest import load_manifest
+from freeguide.data_pipeline.scan import scan_all
+from freeguide.data_pipeline.shards import PackedShard, pack_shard
+from freeguide.data_pipeline.store.base import FolderStore, open_store
 from tests.cluster.untrained import small, write_run
 
 BRIEF = ["sampling.steps=2", "sampling.interval=[]", "evaluate.w=[0.5]", "evaluate.images=20", "evaluate.unit=10"]

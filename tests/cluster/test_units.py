@@ -16,12 +16,12 @@ import pytest
 import torch
 from ray.cluster_utils import Cluster
 
-from cluster import units
-from cluster.session import Resources
-from cluster.units import Unit
-from configs.errors import DataError, UserError
-from configs.load import load_config
-from data_pipeline.store import Store, open_store
+from freeguide.cluster.evaluation import units
+from freeguide.cluster.evaluation.units import Unit
+from freeguide.cluster.runtime.session import Resources
+from freeguide.configs.errors import DataError, UserError
+from freeguide.configs.load import load_config
+from freeguide.data_pipeline.store.base import Store, open_store
 
 ROOT = Path(__file__).parents[2]
 ONCE = SimpleNamespace(begin=SimpleNamespace(remote=lambda number: 1))  # no unit was begun before

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.submit import PACKAGES
+from freeguide.cluster.runtime.submit import PACKAGES
 from tests.cluster.test_demo import TINY
 
 ROOT = Path(__file__).parents[2]

@@ -16,30 +16,30 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cluster import evaluate as evaluation
-from cluster import units, yardstick
-from cluster.cli import main
-from cluster.metrics import dinov2, evaluator, features
-from cluster.metrics.dinov2 import VisionTransformer
-from cluster.metrics.evaluator import Evaluator
-from cluster.metrics.features import load_extractor
-from cluster.metrics.fid import fid
-from cluster.metrics.images import to_uint8
-from cluster.metrics.measure import Yardstick
-from cluster.metrics.moments import from_features, merged
-from cluster.metrics.reference import load_npz
-from cluster.metrics.rows import from_json
-from cluster.session import Resources
-from cluster.yardstick import EVALUATOR, warn_of_few, yardsticks_of
-from configs.errors import ConfigError, DataError, UserError
-from configs.load import load_config
-from data_pipeline.closure import code_version
-from data_pipeline.manifest import Schema, load_manifest
-from data_pipeline.scan import scan_all
-from data_pipeline.shards import Sample, Source, write_shards
-from data_pipeline.store import Denied, FolderStore, open_store
+from freeguide.cluster.cli import main
+from freeguide.cluster.evaluation import units, yardstick
+from freeguide.cluster.evaluation.extractors import dinov2, evaluator, features
+from freeguide.cluster.evaluation.extractors.dinov2 import VisionTransformer
+from freeguide.cluster.evaluation.extractors.evaluator import Evaluator
+from freeguide.cluster.evaluation.extractors.features import load_extractor
+from freeguide.cluster.evaluation.extractors.images import to_uint8
+from freeguide.cluster.evaluation.measure import Yardstick
+from freeguide.cluster.evaluation.reference import load_npz
+from freeguide.cluster.evaluation.rows import from_json
+from freeguide.cluster.evaluation.statistics.fid import fid
+from freeguide.cluster.evaluation.statistics.moments import from_features, merged
+from freeguide.cluster.evaluation.yardstick import EVALUATOR, warn_of_few, yardsticks_of
+from freeguide.cluster.jobs import evaluate as evaluation
+from freeguide.cluster.runtime.session import Resources
+from freeguide.configs.errors import ConfigError, DataError, UserError
+from freeguide.configs.load import load_config
+from freeguide.data_pipeline.closure import code_version
+from freeguide.data_pipeline.manifest import Schema, load_manifest
+from freeguide.data_pipeline.scan import scan_all
+from freeguide.data_pipeline.shards import Sample, Source, write_shards
+from freeguide.data_pipeline.store.base import Denied, FolderStore, open_store
+from freeguide.trainer.sampler import Sampler, image_labels
 from tests.cluster.untrained import SMALL, small, write_lab, write_run
-from trainer.sampler import Sampler, image_labels
 
 DIGITS = str(Path(__file__).parents[2] / "configs" / "digits.yaml")
 FACTS = ["data.classes=2", "evaluate.evaluator_epochs=1", "evaluate.images=100"]

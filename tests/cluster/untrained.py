@@ -7,16 +7,17 @@ from pathlib import Path
 
 import torch
 
-from cluster.metrics import evaluator, reference
-from configs.load import load_config, to_yaml
-from configs.schema import Config
-from data_pipeline.manifest import load_manifest
-from data_pipeline.scan import scan_all
-from data_pipeline.shards import write_shards
-from data_pipeline.sources import digits
-from data_pipeline.store import Store, open_store
-from trainer.checkpoint import EMA, FORMAT, folder_of
-from trainer.networks.build import build_network
+from freeguide.cluster.evaluation import reference
+from freeguide.cluster.evaluation.extractors import evaluator
+from freeguide.configs.load import load_config, to_yaml
+from freeguide.configs.schema import Config
+from freeguide.data_pipeline.manifest import load_manifest
+from freeguide.data_pipeline.scan import scan_all
+from freeguide.data_pipeline.shards import write_shards
+from freeguide.data_pipeline.sources.read import digits
+from freeguide.data_pipeline.store.base import Store, open_store
+from freeguide.trainer.networks.build import build_network
+from freeguide.trainer.training.checkpoint import EMA, FORMAT, folder_of
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
 HALF_LIFE = "half_life_50"  # a second average that the checkpoints hold

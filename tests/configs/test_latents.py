@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from configs.errors import ConfigError
-from configs.load import load_config
+from freeguide.configs.errors import ConfigError
+from freeguide.configs.load import load_config
 
 LATENTS = "name: x\nrun: r\ndata: {uri: u, channels: 4, dtype: float16, flip: false}\n"
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from configs.errors import ConfigError
-from configs.load import find_config, from_yaml, load_config, sealed, to_yaml
-from configs.schema import Config
+from freeguide.configs.errors import ConfigError
+from freeguide.configs.load import find_config, from_yaml, load_config, sealed, to_yaml
+from freeguide.configs.schema import Config
 
 ROOT = Path(__file__).parents[2]
 MINIMAL = "name: a\nrun: /tmp/run\ndata: {uri: /tmp/data}\n"

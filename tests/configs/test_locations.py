@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from configs.errors import StoreError
-from configs.locations import Location, locate
+from freeguide.configs.errors import StoreError
+from freeguide.configs.locations import Location, locate
 
 POINT = "arn:aws:s3:eu-west-1:123456789012:accesspoint"
 RIGHT = {

@@ -6,9 +6,9 @@ from typing import Annotated, get_args, get_origin
 
 import pytest
 
-from configs.errors import ConfigError
-from configs.load import load_config, locations, sweep, to_yaml
-from configs.schema import LOCATION, options
+from freeguide.configs.errors import ConfigError
+from freeguide.configs.load import load_config, locations, sweep, to_yaml
+from freeguide.configs.schema import LOCATION, options
 
 MINIMAL = "name: a\nrun: runs/a\ndata: {uri: data/a}\n"
 # Texts that name no place. A new option of text has to be a `Uri`, or stand here.

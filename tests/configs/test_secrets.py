@@ -7,9 +7,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.errors import ConfigError, UserError
-from configs.load import from_yaml, load_config, sweep, to_yaml
-from configs.secrets import HIDDEN, masked
+from freeguide.configs.errors import ConfigError, UserError
+from freeguide.configs.load import from_yaml, load_config, sweep, to_yaml
+from freeguide.configs.secrets import HIDDEN, masked
 
 MINIMAL = "name: a\nrun: /tmp/run\ndata: {uri: /tmp/data}\n"
 SECRET = "hunter2/correct horse" + "\n"  # of no known shape

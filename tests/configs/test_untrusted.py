@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from configs.untrusted import parse_json, safetensors_header
+from freeguide.configs.untrusted import parse_json, safetensors_header
 
 HOSTILE = {
     "deep lists": "[" * 100_000 + "]" * 100_000,

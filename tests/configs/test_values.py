@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pytest
 
-from configs.errors import ConfigError
-from configs.load import load_config
-from configs.schema import Config, Length, Range, options
+from freeguide.configs.errors import ConfigError
+from freeguide.configs.load import load_config
+from freeguide.configs.schema import Config, Length, Range, options
 
 # Mappings that are handed on, or whose values are those of other options.
 FREE = {"train.deepspeed", "evaluate.sweep", "cluster.env"}

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
 
-from configs.schema import DataConfig
-from data_pipeline.fetch import Fetcher
-from data_pipeline.manifest import Manifest, Schema, build_manifest, save_manifest
-from data_pipeline.shards import Sample, Source, pack_shard, write_shards
-from data_pipeline.store import Store, create_bucket, open_store
+from freeguide.configs.schema import DataConfig
+from freeguide.data_pipeline.fetch import Fetcher
+from freeguide.data_pipeline.manifest import Manifest, Schema, build_manifest, save_manifest
+from freeguide.data_pipeline.shards import Sample, Source, pack_shard, write_shards
+from freeguide.data_pipeline.store.base import Store, create_bucket, open_store
 
 KEYS = {
     "AWS_ACCESS_KEY_ID": "test",

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["data_pipeline.tar", "data_pipeline.decode"]):
-    from data_pipeline import decode, tar
+with atheris.instrument_imports(include=["freeguide.data_pipeline.tar", "freeguide.data_pipeline.decode"]):
+    from freeguide.data_pipeline import decode, tar
 
 import contextlib
 
-from configs.errors import DataError
-from data_pipeline.manifest import Schema
+from freeguide.configs.errors import DataError
+from freeguide.data_pipeline.manifest import Schema
 
 SCHEMA = Schema(8, 3, 10)
 LATENTS = Schema(8, 4, 10, dtype="float16")

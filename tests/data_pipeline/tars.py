@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from data_pipeline.decode import encode_png
+from freeguide.data_pipeline.decode import encode_png
 
 
 def png(number: int, size: int = 8) -> bytes:

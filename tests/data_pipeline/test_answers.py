@@ -10,9 +10,9 @@ from pathlib import Path
 import botocore.exceptions
 import pytest
 
-from configs.errors import StoreError
-from data_pipeline.s3 import UPLOADS, S3Store
-from data_pipeline.store import Access, Denied, MissingObject, Retry, open_store
+from freeguide.configs.errors import StoreError
+from freeguide.data_pipeline.store.base import Access, Denied, MissingObject, Retry, open_store
+from freeguide.data_pipeline.store.s3 import UPLOADS, S3Store
 from tests.data_pipeline.conftest import KEYS, s3_uri
 
 FAST = Retry(attempts=3, base_s=0.01, cap_s=0.02, connect_s=2, read_s=5, first_s=15)
@@ -292,7 +292,7 @@ def test_public_data_need_no_credentials(server: Server, capsys: pytest.CaptureF
 
 @pytest.fixture
 def parts(s3_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> S3Store:
-    monkeypatch.setattr("data_pipeline.s3.MULTIPART", 5 * 2**20)
+    monkeypatch.setattr("freeguide.data_pipeline.store.s3.MULTIPART", 5 * 2**20)
     store = open_store(s3_uri(tmp_path), FAST)
     assert isinstance(store, S3Store)
     return store
@@ -355,7 +355,9 @@ def test_what_killed_uploads_left_is_swept_after_a_day(parts: S3Store, monkeypat
         client.upload_part(**place, UploadId=upload, PartNumber=1, Body=b"half")
     assert parts.sweep() == 0
     assert uploads(parts) == 3
-    monkeypatch.setattr("data_pipeline.s3.LEFT_S", -60.0)  # as if a day had gone by, on a server whose clock has whole seconds
+    monkeypatch.setattr(
+        "freeguide.data_pipeline.store.s3.LEFT_S", -60.0
+    )  # as if a day had gone by, on a server whose clock has whole seconds
     assert parts.sweep() == 2 * len(b"half")
     assert uploads(parts) == 1  # of the neighbour whose name begins alike
 
@@ -417,6 +419,6 @@ def test_a_folder_without_links_creates_all_the_same(tmp_path: Path, monkeypatch
     def no_links(*_: object) -> None:
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr("data_pipeline.store.os.link", no_links)
+    monkeypatch.setattr("freeguide.data_pipeline.store.base.os.link", no_links)
     store = open_store(str(tmp_path))
     assert [store.create("k", b"first"), store.create("k", b"second")] == [b"first", b"first"]

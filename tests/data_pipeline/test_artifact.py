@@ -12,9 +12,18 @@ import numpy as np
 import pytest
 import torch
 
-from configs.errors import DataError
-from data_pipeline.artifact import BLANK, check_seal, get_sealed, read_npz, read_safetensors, sealed, to_npz, to_safetensors
-from data_pipeline.store import open_store
+from freeguide.configs.errors import DataError
+from freeguide.data_pipeline.artifact import (
+    BLANK,
+    check_seal,
+    get_sealed,
+    read_npz,
+    read_safetensors,
+    sealed,
+    to_npz,
+    to_safetensors,
+)
+from freeguide.data_pipeline.store.base import open_store
 
 ARRAYS = {
     "mu": np.arange(5.0),

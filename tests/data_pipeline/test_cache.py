@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipeline.cache import CachedStore
-from data_pipeline.order import Order
-from data_pipeline.store import ChangedObject, Store, open_store
-from data_pipeline.stream import Reader
+from freeguide.data_pipeline.order import Order
+from freeguide.data_pipeline.store.base import ChangedObject, Store, open_store
+from freeguide.data_pipeline.store.cache import CachedStore
+from freeguide.data_pipeline.stream import Reader
 from tests.data_pipeline.conftest import data_config, killed_while_writing, write_noise
 
 
@@ -108,10 +108,10 @@ def test_a_folder_that_cannot_be_used_costs_the_cache_and_one_warning(
         folder = folder / "below"
         (tmp_path / "cache").write_bytes(b"")
     if trouble == "full disk":
-        monkeypatch.setattr("data_pipeline.cache.os.replace", refused)
+        monkeypatch.setattr("freeguide.data_pipeline.store.cache.os.replace", refused)
     if trouble == "no right to write":  # also for root, whom no mode of a folder stops
-        monkeypatch.setattr("data_pipeline.unfinished.fcntl.flock", refused)
-        monkeypatch.setattr("data_pipeline.unfinished.open", lambda *_: refused(), raising=False)
+        monkeypatch.setattr("freeguide.data_pipeline.store.unfinished.fcntl.flock", refused)
+        monkeypatch.setattr("freeguide.data_pipeline.store.unfinished.open", lambda *_: refused(), raising=False)
     for start in range(3):  # as many caches as a mixture has data sets
         for _ in range(2):
             assert CachedStore(store, folder, 10**6).get_range("key", start, 50, etag) == b"a" * 50

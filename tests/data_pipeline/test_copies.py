@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipeline.index import index_shards
-from data_pipeline.manifest import Manifest, load_manifest, save_manifest
-from data_pipeline.order import Order
-from data_pipeline.shards import write_shards
-from data_pipeline.store import ChangedObject, Store, open_store
-from data_pipeline.stream import Batch, Reader
+from freeguide.data_pipeline.index import index_shards
+from freeguide.data_pipeline.manifest import Manifest, load_manifest, save_manifest
+from freeguide.data_pipeline.order import Order
+from freeguide.data_pipeline.shards import write_shards
+from freeguide.data_pipeline.store.base import ChangedObject, Store, open_store
+from freeguide.data_pipeline.stream import Batch, Reader
 from tests.data_pipeline.conftest import data_config, noise_source, s3_uri, write_noise
 
 ORDER = Order(samples=120, chunk_samples=4, streams=6, window_chunks=2, seed=0)
@@ -83,7 +83,7 @@ def test_a_stale_entry_of_the_disk_cache_is_replaced(tmp_path: Path) -> None:
 
 def replace_chunks(manifest: Manifest, store: Store) -> Manifest:
     """The same data set in chunks of four."""
-    from data_pipeline.manifest import coarser
+    from freeguide.data_pipeline.manifest import coarser
 
     save_manifest(store, found := coarser(manifest, 4))
     return found

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs.errors import DataError, StoreError
-from data_pipeline.data_store import open_data
-from data_pipeline.index import index_shards
-from data_pipeline.manifest import load_manifest, save_mixture
-from data_pipeline.order import Order
-from data_pipeline.store import Access, Denied, FolderStore, Store, open_store
-from data_pipeline.stream import Reader
+from freeguide.configs.errors import DataError, StoreError
+from freeguide.data_pipeline.index import index_shards
+from freeguide.data_pipeline.manifest import load_manifest, save_mixture
+from freeguide.data_pipeline.order import Order
+from freeguide.data_pipeline.store.base import Access, Denied, FolderStore, Store, open_store
+from freeguide.data_pipeline.store.open import open_data
+from freeguide.data_pipeline.stream import Reader
 from tests.data_pipeline.conftest import data_config, item_of, noise_source, write_noise
 
 

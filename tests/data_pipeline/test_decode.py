@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_pipeline.decode import (
+from freeguide.data_pipeline.decode import (
     MAX_PIXELS,
     BadSample,
     decode_image,
@@ -27,7 +27,7 @@ from data_pipeline.decode import (
     fit,
     seen_otherwise,
 )
-from data_pipeline.manifest import Schema
+from freeguide.data_pipeline.manifest import Schema
 
 SCHEMA = Schema(8, 3, 10)
 IMAGE = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)

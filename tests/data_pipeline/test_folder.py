@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cluster.prepare import prepare
-from configs.errors import DataError
-from configs.load import load_config
-from data_pipeline import folder
-from data_pipeline.folder import is_dropping
-from data_pipeline.manifest import load_manifest, save_manifest
-from data_pipeline.scan import scan_all
-from data_pipeline.shards import Plan, write_shards
-from data_pipeline.sources import image_folder
-from data_pipeline.store import open_store
+from freeguide.cluster.jobs.prepare import prepare
+from freeguide.configs.errors import DataError
+from freeguide.configs.load import load_config
+from freeguide.data_pipeline.manifest import load_manifest, save_manifest
+from freeguide.data_pipeline.scan import scan_all
+from freeguide.data_pipeline.shards import Plan, write_shards
+from freeguide.data_pipeline.sources import folder
+from freeguide.data_pipeline.sources.folder import is_dropping
+from freeguide.data_pipeline.sources.read import image_folder
+from freeguide.data_pipeline.store.base import open_store
 
 CONFIG = Path(__file__).parents[2] / "configs" / "image_folder.yaml"
 

@@ -9,18 +9,18 @@ import pytest
 import torch
 import webdataset
 
-from configs.errors import ConfigError, DataError
-from data_pipeline import manifest as manifests
-from data_pipeline import tar
-from data_pipeline.decode import decode_sample, encode_npy, encode_png
-from data_pipeline.index import index_shards
-from data_pipeline.manifest import Manifest, Schema, Shard, join, load_manifest
-from data_pipeline.order import Order
-from data_pipeline.scan import scan_all
-from data_pipeline.shards import Plan, Sample, Source, pack_shard, write_shards
-from data_pipeline.sources import open_source
-from data_pipeline.store import open_store
-from data_pipeline.stream import Reader
+from freeguide.configs.errors import ConfigError, DataError
+from freeguide.data_pipeline import manifest as manifests
+from freeguide.data_pipeline import tar
+from freeguide.data_pipeline.decode import decode_sample, encode_npy, encode_png
+from freeguide.data_pipeline.index import index_shards
+from freeguide.data_pipeline.manifest import Manifest, Schema, Shard, join, load_manifest
+from freeguide.data_pipeline.order import Order
+from freeguide.data_pipeline.scan import scan_all
+from freeguide.data_pipeline.shards import Plan, Sample, Source, pack_shard, write_shards
+from freeguide.data_pipeline.sources.read import open_source
+from freeguide.data_pipeline.store.base import open_store
+from freeguide.data_pipeline.stream import Reader
 from tests.data_pipeline.conftest import data_config
 from tests.data_pipeline.tars import make_tar
 from tests.data_pipeline.test_decode import IMAGE, Trap, cause, npy

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from configs.errors import DataError
-from data_pipeline.manifest import Manifest, coarser, join, load_manifest, save_manifest, save_mixture
-from data_pipeline.order import Mixture, Order
-from data_pipeline.scan import scan
-from data_pipeline.shards import write_shards
-from data_pipeline.store import Store
-from data_pipeline.stream import Batch, Reader
+from freeguide.configs.errors import DataError
+from freeguide.data_pipeline.manifest import Manifest, coarser, join, load_manifest, save_manifest, save_mixture
+from freeguide.data_pipeline.order import Mixture, Order
+from freeguide.data_pipeline.scan import scan
+from freeguide.data_pipeline.shards import write_shards
+from freeguide.data_pipeline.store.base import Store
+from freeguide.data_pipeline.stream import Batch, Reader
 from tests.data_pipeline.conftest import data_config, item_of, noise_source, write_noise
 
 BATCH = 24
@@ -41,8 +41,8 @@ def read(
 
 def streaming(monkeypatch: pytest.MonkeyPatch) -> None:
     """No data set is small enough to stay in memory."""
-    monkeypatch.setattr("data_pipeline.stream.MIB", 700_000)
-    monkeypatch.setattr("data_pipeline.fetch.JOINED", 1)
+    monkeypatch.setattr("freeguide.data_pipeline.stream.MIB", 700_000)
+    monkeypatch.setattr("freeguide.data_pipeline.fetch.JOINED", 1)
 
 
 @pytest.mark.parametrize("drop", [False, True])

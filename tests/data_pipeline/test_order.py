@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from data_pipeline.manifest import Manifest, Schema, Shard
-from data_pipeline.order import Mixture, Order, deal, key, permute, slots
+from freeguide.data_pipeline.manifest import Manifest, Schema, Shard
+from freeguide.data_pipeline.order import Mixture, Order, deal, key, permute, slots
 
 
 def manifest(samples: int, sample_bytes: int, q: int) -> Manifest:
@@ -162,7 +162,7 @@ def test_a_rank_always_meets_the_same_share_of_the_streams(streams: int) -> None
     ("samples", "size", "batch"), [(100, 1000, 64), (10**5, 10**5, 256), (1_281_167, 10_000, 2048), (10**10, 10**5, 4096)]
 )
 def test_choose_keeps_the_windows_of_all_streams_within_256_mib(samples: int, size: int, batch: int) -> None:
-    from data_pipeline.manifest import choose_chunk
+    from freeguide.data_pipeline.manifest import choose_chunk
 
     q = choose_chunk(samples, samples * size)
     order = Order.choose(manifest(samples, size, q), batch, seed=0)

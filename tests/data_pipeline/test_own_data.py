@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from cluster.prepare import prepare
-from cluster.score import load_samples
-from configs.errors import DataError
-from configs.load import load_config
-from data_pipeline.folder import find_in, named
-from data_pipeline.index import index_shards
-from data_pipeline.manifest import Schema, load_manifest
-from data_pipeline.scan import scan_all
-from data_pipeline.store import open_store
+from freeguide.cluster.jobs.prepare import prepare
+from freeguide.cluster.jobs.score import load_samples
+from freeguide.configs.errors import DataError
+from freeguide.configs.load import load_config
+from freeguide.data_pipeline.index import index_shards
+from freeguide.data_pipeline.manifest import Schema, load_manifest
+from freeguide.data_pipeline.scan import scan_all
+from freeguide.data_pipeline.sources.folder import find_in, named
+from freeguide.data_pipeline.store.base import open_store
 
 CONFIG = Path(__file__).parents[2] / "configs" / "image_folder.yaml"
 SIZE = 8

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from data_pipeline.manifest import Manifest, Schema, Shard
-from data_pipeline.order import Order
-from data_pipeline.quality import measure, table, true_random
+from freeguide.data_pipeline.manifest import Manifest, Schema, Shard
+from freeguide.data_pipeline.order import Order
+from freeguide.data_pipeline.quality import measure, table, true_random
 
 SHARDS = tuple(Shard(f"{number:04d}.tar", 1024 * 10_000, "", 1024) for number in range(1000))
 EMPTY = np.zeros(32_000, np.uint32)

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from configs.errors import DataError
-from data_pipeline import tar
-from data_pipeline.manifest import Manifest
-from data_pipeline.scan import scan, scan_all
-from data_pipeline.shards import pack_shard
-from data_pipeline.store import Store
+from freeguide.configs.errors import DataError
+from freeguide.data_pipeline import tar
+from freeguide.data_pipeline.manifest import Manifest
+from freeguide.data_pipeline.scan import scan, scan_all
+from freeguide.data_pipeline.shards import pack_shard
+from freeguide.data_pipeline.store.base import Store
 from tests.data_pipeline.conftest import noise_source, write_noise
 
 

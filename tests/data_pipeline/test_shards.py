@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import webdataset
 
-from configs.errors import DataError, UserError
-from data_pipeline import manifest as manifests
-from data_pipeline import tar
-from data_pipeline.decode import BadSample
-from data_pipeline.index import index_shards
-from data_pipeline.manifest import ShardIndex, build_manifest, choose_chunk, combine_crcs, load_manifest, save_manifest
-from data_pipeline.shards import Plan, Sample, Source, index_tar, pack_shard, write_shards
-from data_pipeline.store import Store, open_store
+from freeguide.configs.errors import DataError, UserError
+from freeguide.data_pipeline import manifest as manifests
+from freeguide.data_pipeline import tar
+from freeguide.data_pipeline.decode import BadSample
+from freeguide.data_pipeline.index import index_shards
+from freeguide.data_pipeline.manifest import ShardIndex, build_manifest, choose_chunk, combine_crcs, load_manifest, save_manifest
+from freeguide.data_pipeline.shards import Plan, Sample, Source, index_tar, pack_shard, write_shards
+from freeguide.data_pipeline.store.base import Store, open_store
 from tests.data_pipeline.conftest import noise_source, write_noise
 
 

@@ -14,13 +14,13 @@ import pytest
 import sklearn.datasets
 from PIL import Image
 
-from configs.errors import ConfigError, DataError
-from data_pipeline.decode import BadSample, decode_image, fit
-from data_pipeline.index import index_shards
-from data_pipeline.manifest import Schema
-from data_pipeline.shards import Source
-from data_pipeline.sources import digits, idx, image_folder, open_source, parquet, tars
-from data_pipeline.store import open_store
+from freeguide.configs.errors import ConfigError, DataError
+from freeguide.data_pipeline.decode import BadSample, decode_image, fit
+from freeguide.data_pipeline.index import index_shards
+from freeguide.data_pipeline.manifest import Schema
+from freeguide.data_pipeline.shards import Source
+from freeguide.data_pipeline.sources.read import digits, idx, image_folder, open_source, parquet, tars
+from freeguide.data_pipeline.store.base import open_store
 from tests.data_pipeline.conftest import data_config
 from tests.data_pipeline.tars import make_tar, png
 
@@ -303,7 +303,7 @@ def test_parquet_is_read_by_the_row_group_and_one_window_of_them_is_held(tmp_pat
     whole = parquet(str(tmp_path), 32, 3)
     metadata = pyarrow.parquet.read_metadata(tmp_path / "a.parquet")
     total = sum(metadata.row_group(number).total_byte_size for number in range(20))
-    monkeypatch.setattr("data_pipeline.sources.WINDOW_BYTES", total // 20 * 9 // 2)
+    monkeypatch.setattr("freeguide.data_pipeline.sources.read.WINDOW_BYTES", total // 20 * 9 // 2)
     source = parquet(str(tmp_path), 32, 3)
     blocks: Any = source.read
     assert blocks.window == 4
@@ -337,7 +337,7 @@ def foreign(path: Path, tars: int = 6, each: int = 7) -> Path:
 
 def test_foreign_tars_are_decoded_resized_and_shuffled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = foreign(tmp_path / "tars")
-    monkeypatch.setattr("data_pipeline.sources.BLOCK_BYTES", 4096)
+    monkeypatch.setattr("freeguide.data_pipeline.sources.read.BLOCK_BYTES", 4096)
     source = open_source(data_config(source="webdataset", path=str(path)))
     loads = counted_loads(source, monkeypatch)
     samples = [source.read(item) for item in range(source.items)]

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from configs.errors import StoreError
-from data_pipeline.store import ChangedObject, FolderStore, MissingObject, Retry, Store, open_store
-from data_pipeline.unfinished import TEMP
+from freeguide.configs.errors import StoreError
+from freeguide.data_pipeline.store.base import ChangedObject, FolderStore, MissingObject, Retry, Store, open_store
+from freeguide.data_pipeline.store.unfinished import TEMP
 from tests.data_pipeline.conftest import s3_uri
 
 FAST = Retry(attempts=3, base_s=0.01, cap_s=0.02, connect_s=1, read_s=1, first_s=5)
@@ -279,7 +279,7 @@ def test_the_listing_of_many_objects_is_complete(s3_endpoint: str, tmp_path: Pat
 
 
 def test_large_uploads_go_in_parts_and_read_back(s3_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_pipeline.s3.MULTIPART", 9 * 2**20)
+    monkeypatch.setattr("freeguide.data_pipeline.store.s3.MULTIPART", 9 * 2**20)
     store = open_store(s3_uri(tmp_path))
     data = os.urandom(2**20) * 10
     etag = store.put("large", data)
@@ -351,7 +351,9 @@ def test_nobody_listens_at_the_endpoint(s3_endpoint: str, monkeypatch: pytest.Mo
         free.bind(("127.0.0.1", 0))
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free.getsockname()[1]}")
     # A bucket of that name may have answered at another endpoint, which says nothing of this one.
-    monkeypatch.setattr("data_pipeline.s3._contacted", {(os.getpid(), "bucket-1"), *_elsewhere("bucket-1", Retry(attempts=5))})
+    monkeypatch.setattr(
+        "freeguide.data_pipeline.store.s3._contacted", {(os.getpid(), "bucket-1"), *_elsewhere("bucket-1", Retry(attempts=5))}
+    )
     store = open_store("s3://bucket-1/x", Retry(attempts=5))
     assert "does not answer" in sentence(store)
     assert store.traffic.retries == {"no connection": 2}  # of the four that a server which has answered before would get

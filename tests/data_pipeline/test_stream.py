@@ -12,12 +12,12 @@ import pytest
 import torch
 import webdataset
 
-from configs.errors import ConfigError, DataError
-from data_pipeline.fetch import plan
-from data_pipeline.manifest import Manifest
-from data_pipeline.order import Order, slots
-from data_pipeline.store import Cancelled, FolderStore, Store, open_store
-from data_pipeline.stream import Batch, Reader
+from freeguide.configs.errors import ConfigError, DataError
+from freeguide.data_pipeline.fetch import plan
+from freeguide.data_pipeline.manifest import Manifest
+from freeguide.data_pipeline.order import Order, slots
+from freeguide.data_pipeline.store.base import Cancelled, FolderStore, Store, open_store
+from freeguide.data_pipeline.stream import Batch, Reader
 from tests.data_pipeline.conftest import data_config, item_of, noise_source, write_noise
 
 BATCH = 24
@@ -52,7 +52,7 @@ def streaming(monkeypatch: pytest.MonkeyPatch) -> None:
     original = Reader.__init__
 
     def init(self: Reader, *args: object, **kwargs: object) -> None:
-        from data_pipeline.fetch import plan
+        from freeguide.data_pipeline.fetch import plan
 
         original(self, *args, **kwargs)  # type: ignore[arg-type]
         self._resident = False
@@ -125,11 +125,11 @@ def test_any_step_can_be_the_first(store: Store, monkeypatch: pytest.MonkeyPatch
 
 SCRIPT = """
 import hashlib, sys
-from configs.schema import DataConfig
-from data_pipeline.manifest import load_manifest
-from data_pipeline.order import Order
-from data_pipeline.store import open_store
-from data_pipeline.stream import Reader
+from freeguide.configs.schema import DataConfig
+from freeguide.data_pipeline.manifest import load_manifest
+from freeguide.data_pipeline.order import Order
+from freeguide.data_pipeline.store.base import open_store
+from freeguide.data_pipeline.stream import Reader
 
 store, start = open_store(sys.argv[1]), int(sys.argv[2])
 data = DataConfig(uri="", image_size=8, classes=10)
@@ -168,8 +168,8 @@ def test_memory_stays_inside_the_cache(folder: tuple[Store, Manifest], monkeypat
     streaming(monkeypatch)
     store, manifest = folder
     order = Order(603, 8, 6, 2, seed=0)
-    monkeypatch.setattr("data_pipeline.stream.MIB", 400_000)
-    monkeypatch.setattr("data_pipeline.fetch.JOINED", 20_000)
+    monkeypatch.setattr("freeguide.data_pipeline.stream.MIB", 400_000)
+    monkeypatch.setattr("freeguide.data_pipeline.fetch.JOINED", 20_000)
     assert order.generation * manifest.bytes // manifest.samples < 400_000
     with Reader(
         store, manifest, order, global_batch=BATCH, rank=0, world_size=1, start_step=0, data=data_config(cache_mib=1)
@@ -185,7 +185,7 @@ def test_memory_stays_inside_the_cache(folder: tuple[Store, Manifest], monkeypat
 def test_windows_larger_than_the_cache_are_refused_with_the_size_that_helps(
     folder: tuple[Store, Manifest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data_pipeline.stream.MIB", 10_000)
+    monkeypatch.setattr("freeguide.data_pipeline.stream.MIB", 10_000)
     with pytest.raises(ConfigError, match=r"set data\.cache_mib=\d+"):
         read(*folder, Order(603, 8, 24, 3, seed=0), 1, cache_mib=2)
 

@@ -10,8 +10,8 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline import tar
-from data_pipeline.tar import TarError
+from freeguide.data_pipeline import tar
+from freeguide.data_pipeline.tar import TarError
 from tests.data_pipeline.tars import make_tar, pairs, patch_header, special_tar
 
 GOOD = make_tar(pairs(range(4)))

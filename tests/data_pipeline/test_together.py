@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from configs.errors import DataError
-from data_pipeline.index import index_shards
-from data_pipeline.manifest import BEGUN, Manifest, claim, load_manifest, save_mixture
-from data_pipeline.scan import scan
-from data_pipeline.shards import Sample, Source, write_shards
-from data_pipeline.store import Store, open_store
-from data_pipeline.unfinished import writer
+from freeguide.configs.errors import DataError
+from freeguide.data_pipeline.index import index_shards
+from freeguide.data_pipeline.manifest import BEGUN, Manifest, claim, load_manifest, save_mixture
+from freeguide.data_pipeline.scan import scan
+from freeguide.data_pipeline.shards import Sample, Source, write_shards
+from freeguide.data_pipeline.store.base import Store, open_store
+from freeguide.data_pipeline.store.unfinished import writer
 from tests.data_pipeline.conftest import noise_source, write_noise
 
 OTHER = r"^Another (prepare|index) writes to .*, or was broken off there; let it end .*, or delete .*/parts and start again$"

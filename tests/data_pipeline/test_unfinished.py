@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline import unfinished as files
-from data_pipeline.store import FolderStore
-from data_pipeline.unfinished import LEFT_S, TEMP, ended, sweep, unfinished, writer
+from freeguide.data_pipeline.store import unfinished as files
+from freeguide.data_pipeline.store.base import FolderStore
+from freeguide.data_pipeline.store.unfinished import LEFT_S, TEMP, ended, sweep, unfinished, writer
 from tests.data_pipeline.conftest import killed_while_writing
 
 

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs.errors import DataError
-from data_pipeline.decode import BadSample, decode_image, decode_picture, decode_sample
-from data_pipeline.index import index_shards
-from data_pipeline.manifest import Schema, load_manifest
-from data_pipeline.order import Order
-from data_pipeline.scan import scan
-from data_pipeline.store import open_store
-from data_pipeline.stream import Reader
-from data_pipeline.whole import _markers
+from freeguide.configs.errors import DataError
+from freeguide.data_pipeline.decode import BadSample, decode_image, decode_picture, decode_sample
+from freeguide.data_pipeline.index import index_shards
+from freeguide.data_pipeline.manifest import Schema, load_manifest
+from freeguide.data_pipeline.order import Order
+from freeguide.data_pipeline.scan import scan
+from freeguide.data_pipeline.store.base import open_store
+from freeguide.data_pipeline.stream import Reader
+from freeguide.data_pipeline.whole import _markers
 from tests.data_pipeline.conftest import data_config
 from tests.data_pipeline.tars import make_tar, png
 

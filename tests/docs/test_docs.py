@@ -22,11 +22,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cluster.cli import _parse, _parser
-from configs.errors import UserError
-from configs.load import load_config
-from configs.schema import options
-from data_pipeline.store import create_bucket, open_store
+from freeguide.cluster.cli import _parse, _parser
+from freeguide.configs.errors import UserError
+from freeguide.configs.load import load_config
+from freeguide.configs.schema import options
+from freeguide.data_pipeline.store.base import create_bucket, open_store
 from tests.cluster.conftest import s3, started_head  # noqa: F401  # a fixture
 from tests.docs.printed import LANGUAGES, PAGES, ROOT, Block, Command, blocks, commands, printed, spans
 

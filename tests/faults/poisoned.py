@@ -11,13 +11,13 @@ import sys
 
 import torch
 
-from configs.errors import UserError
-from configs.load import load_config
-from trainer import engine, loop
-from trainer.diffusion.objective import Losses, training_loss
-from trainer.engine import join_process_group
-from trainer.failures import Terminated
-from trainer.loop import learning_rate
+from freeguide.configs.errors import UserError
+from freeguide.configs.load import load_config
+from freeguide.trainer.diffusion.objective import Losses, training_loss
+from freeguide.trainer.training import engine, loop
+from freeguide.trainer.training.engine import join_process_group
+from freeguide.trainer.training.failures import Terminated
+from freeguide.trainer.training.loop import learning_rate
 
 factors: dict[int, float] = {}
 stops: list[int] = []

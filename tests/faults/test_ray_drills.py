@@ -18,12 +18,12 @@ import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
-from configs.load import load_config
-from data_pipeline.store import open_store
+from freeguide.configs.load import load_config
+from freeguide.data_pipeline.store.base import open_store
+from freeguide.trainer.training import checkpoint
+from freeguide.trainer.training.failures import TERMINATED
 from tests.faults.conftest import EVERY, PATIENCE, ROOT, Ranks, ended, output, saved, wait_for
 from tests.runs import assert_same_bits, losses, state
-from trainer import checkpoint
-from trainer.failures import TERMINATED
 
 pytestmark = pytest.mark.slow
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from configs.errors import DataError, StoreError, UserError
-from data_pipeline.fetch import READS, Gate
-from data_pipeline.manifest import Manifest, load_manifest
-from data_pipeline.order import Order
-from data_pipeline.s3 import S3Store
-from data_pipeline.store import Cancelled, ChangedObject, Retry, Store, open_store
-from data_pipeline.stream import Batch, Reader
+from freeguide.configs.errors import DataError, StoreError, UserError
+from freeguide.data_pipeline.fetch import READS, Gate
+from freeguide.data_pipeline.manifest import Manifest, load_manifest
+from freeguide.data_pipeline.order import Order
+from freeguide.data_pipeline.store.base import Cancelled, ChangedObject, Retry, Store, open_store
+from freeguide.data_pipeline.store.s3 import S3Store
+from freeguide.data_pipeline.stream import Batch, Reader
 from tests.data_pipeline.conftest import data_config, s3_endpoint, s3_uri, write_noise  # noqa: F401 (s3_endpoint is a fixture)
 from tests.faults.proxy import FaultProxy
 
@@ -55,7 +55,7 @@ def proxy(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultPr
 @pytest.fixture(autouse=True)
 def small_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunk by chunk, so that there are enough reads to break."""
-    monkeypatch.setattr("data_pipeline.fetch.JOINED", 1)
+    monkeypatch.setattr("freeguide.data_pipeline.fetch.JOINED", 1)
 
 
 def read(store: Store, manifest: Manifest, steps: int = 10, **options: object) -> tuple[list[Batch], dict[str, object]]:
@@ -197,7 +197,7 @@ def test_a_spent_retry_budget_makes_every_pause_the_longest_one(
     store = open_store(direct, replace(PATIENT, base_s=0.0005, cap_s=0.5, budget=2.0))
     store.get("shards/000000.tar")
     waits: list[float] = []
-    monkeypatch.setattr("data_pipeline.store.time.sleep", waits.append)
+    monkeypatch.setattr("freeguide.data_pipeline.store.base.time.sleep", waits.append)
 
     def pauses(faults: int) -> list[float]:
         proxy.faults.extend(["503"] * faults)

@@ -20,13 +20,13 @@ import psutil
 import pytest
 import torch
 
-from configs.load import load_config
-from data_pipeline.store import create_bucket, open_store
+from freeguide.configs.load import load_config
+from freeguide.data_pipeline.store.base import create_bucket, open_store
+from freeguide.trainer.training import checkpoint
+from freeguide.trainer.training.engine import _import_deepspeed
+from freeguide.trainer.training.failures import HUNG, SPIKE, TERMINATED
 from tests.faults.conftest import BATCH, EVERY, PATIENCE, ROOT, Ranks, ended, output, saved, wait_for
 from tests.runs import assert_same_bits, losses, state
-from trainer import checkpoint
-from trainer.engine import _import_deepspeed
-from trainer.failures import HUNG, SPIKE, TERMINATED
 
 
 def test_kill_9_and_sigterm_leave_the_weights_of_the_undisturbed_run(

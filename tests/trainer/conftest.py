@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from configs.load import load_config
-from configs.schema import Config
-from data_pipeline.shards import write_shards
-from data_pipeline.sources import digits
-from data_pipeline.store import open_store
+from freeguide.configs.load import load_config
+from freeguide.configs.schema import Config
+from freeguide.data_pipeline.shards import write_shards
+from freeguide.data_pipeline.sources.read import digits
+from freeguide.data_pipeline.store.base import open_store
 
 ROOT = Path(__file__).parents[2]
 Launch = Callable[..., list["subprocess.CompletedProcess[str]"]]

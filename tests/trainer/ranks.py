@@ -9,9 +9,9 @@ import sys
 
 import torch
 
-from configs.load import load_config
-from trainer import loop
-from trainer.engine import join_process_group
+from freeguide.configs.load import load_config
+from freeguide.trainer.training import loop
+from freeguide.trainer.training.engine import join_process_group
 
 take_step = loop.take_step
 

@@ -26,17 +26,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from configs.errors import CheckpointError, StoreError, UserError
-from configs.load import load_config
-from configs.schema import TrainConfig
-from data_pipeline.manifest import load_manifest
-from data_pipeline.order import Order
-from data_pipeline.store import FolderStore, ObjectInfo, open_store
-from trainer import checkpoint, loop
-from trainer.ema import Ema, profiles
-from trainer.engine import KINDS, Engine, join_process_group
-from trainer.loop import run_identity
-from trainer.writer import Writer
+from freeguide.configs.errors import CheckpointError, StoreError, UserError
+from freeguide.configs.load import load_config
+from freeguide.configs.schema import TrainConfig
+from freeguide.data_pipeline.manifest import load_manifest
+from freeguide.data_pipeline.order import Order
+from freeguide.data_pipeline.store.base import FolderStore, ObjectInfo, open_store
+from freeguide.trainer.training import checkpoint, loop
+from freeguide.trainer.training.ema import Ema, profiles
+from freeguide.trainer.training.engine import KINDS, Engine, join_process_group
+from freeguide.trainer.training.loop import run_identity
+from freeguide.trainer.training.writer import Writer
 
 ROOT = Path(__file__).parents[2]
 IDENTITY = {"seed": 0, "data.fingerprint": "abc"}
@@ -943,7 +943,7 @@ def test_what_interrupted_saves_left_behind_is_swept_by_the_next(training: Train
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from data_pipeline.store import FolderStore
+from freeguide.data_pipeline.store.base import FolderStore
 store = FolderStore(Path(sys.argv[1]))
 sync = os.fsync
 os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL) if os.fstat(file).st_size > 99 else sync(file)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from trainer.devices import PEAKS, cpu_flops, peak_flops, peak_of
+from freeguide.trainer.training.devices import PEAKS, cpu_flops, peak_flops, peak_of
 
 # As torch reports them, with their makers' dense TFLOP/s in bf16 (fp16 for those without) and in fp32.
 SHEETS = [

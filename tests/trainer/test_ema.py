@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from configs.schema import TrainConfig
-from trainer.ema import Ema, Profile, power, profile_product, profiles, reconstruction, sigma_rel_of
-from trainer.engine import Fragment
+from freeguide.configs.schema import TrainConfig
+from freeguide.trainer.training.ema import Ema, Profile, power, profile_product, profiles, reconstruction, sigma_rel_of
+from freeguide.trainer.training.engine import Fragment
 
 UPDATES = 60
 

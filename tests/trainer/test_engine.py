@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from configs.errors import ConfigError
-from configs.schema import TrainConfig
-from trainer import engine
-from trainer.engine import _deepspeed_config, choose_kernels
+from freeguide.configs.errors import ConfigError
+from freeguide.configs.schema import TrainConfig
+from freeguide.trainer.training import engine
+from freeguide.trainer.training.engine import _deepspeed_config, choose_kernels
 
 
 def zero(numel: int = 1000, **options: Any) -> dict[str, Any]:

@@ -18,16 +18,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from configs.errors import ConfigError, StoreError, UserError
-from configs.load import load_config
-from configs.schema import Config, TrainConfig
-from data_pipeline.order import Order
-from data_pipeline.store import FolderStore
-from trainer import __main__ as trainer_main
-from trainer import checkpoint, loop
-from trainer.engine import _check_device, join_process_group
-from trainer.failures import HUNG, TERMINATED, Agreement, Incidents, Terminated, limit_collectives
-from trainer.telemetry import Interval, Stopwatch
+from freeguide.configs.errors import ConfigError, StoreError, UserError
+from freeguide.configs.load import load_config
+from freeguide.configs.schema import Config, TrainConfig
+from freeguide.data_pipeline.order import Order
+from freeguide.data_pipeline.store.base import FolderStore
+from freeguide.trainer import __main__ as trainer_main
+from freeguide.trainer.training import checkpoint, loop
+from freeguide.trainer.training.engine import _check_device, join_process_group
+from freeguide.trainer.training.failures import HUNG, TERMINATED, Agreement, Incidents, Terminated, limit_collectives
+from freeguide.trainer.training.telemetry import Interval, Stopwatch
 
 ROOT = Path(__file__).parents[2]
 ORDER = Order(samples=100, chunk_samples=10, streams=1, window_chunks=10, seed=0)
@@ -260,7 +260,7 @@ def test_a_store_that_refuses_the_diary_does_not_end_the_run(tmp_path: Path, mon
 
 def test_a_stopwatch_adds_up_what_it_was_around(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = iter([1.0, 2.0, 10.0, 14.0])
-    monkeypatch.setattr("trainer.telemetry.time.perf_counter", lambda: next(seconds))
+    monkeypatch.setattr("freeguide.trainer.training.telemetry.time.perf_counter", lambda: next(seconds))
     watch = Stopwatch(torch.device("cpu"))
     for _ in range(2):
         with watch:

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cluster.prepare import index, prepare
-from cluster.sweep import as_trained
-from configs.errors import ConfigError, DataError
-from configs.load import load_config
-from data_pipeline.manifest import load_manifest
-from data_pipeline.order import Order
-from data_pipeline.store import open_store
+from freeguide.cluster.evaluation.series import as_trained
+from freeguide.cluster.jobs.prepare import index, prepare
+from freeguide.configs.errors import ConfigError, DataError
+from freeguide.configs.load import load_config
+from freeguide.data_pipeline.manifest import load_manifest
+from freeguide.data_pipeline.order import Order
+from freeguide.data_pipeline.store.base import open_store
+from freeguide.trainer.training.loop import fitted, preflight, run_identity
 from tests.cluster.untrained import write_run
-from trainer.loop import fitted, preflight, run_identity
 
 Tiny = Callable[..., Path]
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from configs.errors import CheckpointError
-from configs.load import load_config
-from data_pipeline.manifest import Schema
-from data_pipeline.shards import Sample, Source, write_shards
-from data_pipeline.store import open_store
-from trainer import checkpoint
-from trainer.loop import preflight
+from freeguide.configs.errors import CheckpointError
+from freeguide.configs.load import load_config
+from freeguide.data_pipeline.manifest import Schema
+from freeguide.data_pipeline.shards import Sample, Source, write_shards
+from freeguide.data_pipeline.store.base import open_store
+from freeguide.trainer.training import checkpoint
+from freeguide.trainer.training.loop import preflight
 
 
 @pytest.fixture(scope="module")

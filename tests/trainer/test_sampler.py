@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from configs.load import load_config
-from configs.schema import Config
-from trainer.diffusion.oracles import GaussianClasses
-from trainer.diffusion.samplers import SAMPLERS
-from trainer.networks.build import build_network
-from trainer.sampler import Sampler, evaluations, rounding_noise, sampling_levels, shared_steps, sweep_evaluations
+from freeguide.configs.load import load_config
+from freeguide.configs.schema import Config
+from freeguide.trainer.diffusion.oracles import GaussianClasses
+from freeguide.trainer.diffusion.samplers import SAMPLERS
+from freeguide.trainer.networks.build import build_network
+from freeguide.trainer.sampler import Sampler, evaluations, rounding_noise, sampling_levels, shared_steps, sweep_evaluations
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
 WEIGHTS = [0.0, 0.5, 4.0]
@@ -152,7 +152,7 @@ def test_rounding_noise_is_what_bf16_of_eps_adds_to_z() -> None:
 def test_bf16_without_clipping_is_warned_of_once_and_in_one_sentence(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from trainer import sampler as module
+    from freeguide.trainer import sampler as module
 
     monkeypatch.setattr(module.checkpoint, "find", lambda *_: None)
     monkeypatch.setattr(module.checkpoint, "check_shapes", lambda *_: None)

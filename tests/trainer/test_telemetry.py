@@ -13,10 +13,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from configs.schema import Config, TrainConfig
-from data_pipeline.store import FolderStore, open_store
-from trainer import telemetry
-from trainer.telemetry import Telemetry
+from freeguide.configs.schema import Config, TrainConfig
+from freeguide.data_pipeline.store.base import FolderStore, open_store
+from freeguide.trainer.training import telemetry
+from freeguide.trainer.training.telemetry import Telemetry
 
 READING: dict[str, dict[str, int]] = {"retries": {}, "bad_samples": {}}  # of a reader without troubles
 

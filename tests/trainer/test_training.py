@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from configs.load import load_config
-from configs.schema import TrainConfig
-from data_pipeline.manifest import Schema
-from data_pipeline.shards import Sample, Source, write_shards
-from data_pipeline.store import open_store
+from freeguide.configs.load import load_config
+from freeguide.configs.schema import TrainConfig
+from freeguide.data_pipeline.manifest import Schema
+from freeguide.data_pipeline.shards import Sample, Source, write_shards
+from freeguide.data_pipeline.store.base import open_store
+from freeguide.trainer.training import checkpoint
+from freeguide.trainer.training.ema import profiles
+from freeguide.trainer.training.loop import learning_rate
 from tests.runs import assert_same_bits, losses, state
-from trainer import checkpoint
-from trainer.ema import profiles
-from trainer.loop import learning_rate
 
 STAGES = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
 Tiny = Callable[..., Path]

@@ -22,8 +22,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from trainer.diffusion.parametrisation import Network, Prediction, check_labels, output_of, predict
-from trainer.diffusion.schedule import Schedule, alpha_sigma, broadcast
+from freeguide.trainer.diffusion.parametrisation import Network, Prediction, check_labels, output_of, predict
+from freeguide.trainer.diffusion.schedule import Schedule, alpha_sigma, broadcast
 
 Denoiser = Callable[[Tensor, Tensor, Tensor, Prediction | None], Prediction]
 """denoise(z (B, ...), logsnr () float64 on the CPU, labels (B,), the trajectory's previous prediction or None) -> Prediction."""

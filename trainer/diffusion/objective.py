@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trainer.diffusion.parametrisation import Network, check_labels, eps_error_scale, loss_weight, output_of
-from trainer.diffusion.randomness import Purpose, normal, uniform
-from trainer.diffusion.schedule import Schedule, alpha_sigma, broadcast
+from freeguide.trainer.diffusion.parametrisation import Network, check_labels, eps_error_scale, loss_weight, output_of
+from freeguide.trainer.diffusion.randomness import Purpose, normal, uniform
+from freeguide.trainer.diffusion.schedule import Schedule, alpha_sigma, broadcast
 
 
 class Losses(NamedTuple):

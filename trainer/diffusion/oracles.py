@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.diffusion.schedule import alpha_sigma, broadcast, posterior, reverse_variance
+from freeguide.trainer.diffusion.schedule import alpha_sigma, broadcast, posterior, reverse_variance
 
 
 class Moments(NamedTuple):

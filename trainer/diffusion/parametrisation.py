@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trainer.diffusion.schedule import Schedule, alpha_sigma, broadcast
+from freeguide.trainer.diffusion.schedule import Schedule, alpha_sigma, broadcast
 
 KINDS = ("eps", "x", "v", "edm")
 

@@ -20,10 +20,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trainer.diffusion.guidance import Denoiser, clipped
-from trainer.diffusion.parametrisation import Prediction
-from trainer.diffusion.randomness import Purpose, normal
-from trainer.diffusion.schedule import alpha_sigma, posterior, reverse_variance
+from freeguide.trainer.diffusion.guidance import Denoiser, clipped
+from freeguide.trainer.diffusion.parametrisation import Prediction
+from freeguide.trainer.diffusion.randomness import Purpose, normal
+from freeguide.trainer.diffusion.schedule import alpha_sigma, posterior, reverse_variance
 
 
 class State(NamedTuple):

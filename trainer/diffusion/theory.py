@@ -12,10 +12,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from trainer.diffusion.guidance import classifier_free
-from trainer.diffusion.oracles import TRIANGLE, GaussianMixture
-from trainer.diffusion.samplers import ancestral, sample
-from trainer.diffusion.schedule import CosineSchedule, levels
+from freeguide.trainer.diffusion.guidance import classifier_free
+from freeguide.trainer.diffusion.oracles import TRIANGLE, GaussianMixture
+from freeguide.trainer.diffusion.samplers import ancestral, sample
+from freeguide.trainer.diffusion.schedule import CosineSchedule, levels
 
 EXTENT = 4.5  # half-width of the square that is integrated over, which holds all of the mass to 1e-8
 WINDOW = 3.2  # half-width of the square that is drawn

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from configs.schema import ModelConfig
-from trainer.networks.layers import Conditioning, Conv32, DropoutKey, GroupNorm, attend, drop, zeroed
+from freeguide.configs.schema import ModelConfig
+from freeguide.trainer.networks.layers import Conditioning, Conv32, DropoutKey, GroupNorm, attend, drop, zeroed
 
 Resize = Callable[[Tensor], Tensor]
 

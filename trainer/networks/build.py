@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from configs.errors import ConfigError
-from configs.schema import ModelConfig
-from trainer.networks.adm import ADM
-from trainer.networks.classifier import Classifier
-from trainer.networks.dit import DiT, DiTConfig
+from freeguide.configs.errors import ConfigError
+from freeguide.configs.schema import ModelConfig
+from freeguide.trainer.networks.adm import ADM
+from freeguide.trainer.networks.classifier import Classifier
+from freeguide.trainer.networks.dit import DiT, DiTConfig
 
 NETWORKS = ("adm", "dit")  # names that `model.network` may have
 MOST_PARAMETERS = 10**12  # a slip of the pen: four terabytes

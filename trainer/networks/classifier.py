@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.schema import ModelConfig
-from trainer.networks.adm import Encoder, number_streams
-from trainer.networks.layers import Conditioning, DropoutKey, GroupNorm, Linear32, attend
+from freeguide.configs.schema import ModelConfig
+from freeguide.trainer.networks.adm import Encoder, number_streams
+from freeguide.trainer.networks.layers import Conditioning, DropoutKey, GroupNorm, Linear32, attend
 
 
 class AttentionPool(nn.Module):

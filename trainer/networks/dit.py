@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from trainer.networks.layers import Conditioning, DropoutKey, Linear32, attend, zeroed
+from freeguide.trainer.networks.layers import Conditioning, DropoutKey, Linear32, attend, zeroed
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.diffusion.randomness import keep_mask, mask_keys
+from freeguide.trainer.diffusion.randomness import keep_mask, mask_keys
 
 STREAMS = 64  # layers with dropout whose keys are made together
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from cluster.metrics.conditions import HARMLESS, sampled, trained
-from configs.load import load_config
-from configs.schema import Config, options
+from freeguide.cluster.evaluation.conditions import HARMLESS, sampled, trained
+from freeguide.configs.load import load_config
+from freeguide.configs.schema import Config, options
 
 DIGITS = Path(__file__).parents[3] / "configs" / "digits.yaml"
 LEAVES = [key for key, kind in options().items() if not dataclasses.is_dataclass(kind)]

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.metrics import dinov2
-from cluster.metrics.dinov2 import GRID, MEAN, STD, Attention, DinoV2, VisionTransformer, to_input
-from configs.errors import DataError
+from freeguide.cluster.evaluation.extractors import dinov2
+from freeguide.cluster.evaluation.extractors.dinov2 import GRID, MEAN, STD, Attention, DinoV2, VisionTransformer, to_input
+from freeguide.configs.errors import DataError
 
 
 def test_the_parameters_are_as_many_as_published_and_named_as_in_the_checkpoint():

@@ -8,8 +8,8 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from cluster.metrics import evaluator as module
-from cluster.metrics.evaluator import (
+from freeguide.cluster.evaluation.extractors import evaluator as module
+from freeguide.cluster.evaluation.extractors.evaluator import (
     FEATURES,
     HELD_OUT,
     HELD_OUT_SEED,
@@ -21,12 +21,12 @@ from cluster.metrics.evaluator import (
     from_bytes,
     turned,
 )
-from cluster.metrics.fid import fid
-from cluster.metrics.inception_score import inception_score
-from cluster.metrics.moments import from_features
-from cluster.metrics.reference import Statistics
-from configs.errors import DataError
-from data_pipeline.artifact import read_safetensors, to_safetensors
+from freeguide.cluster.evaluation.reference import Statistics
+from freeguide.cluster.evaluation.statistics.fid import fid
+from freeguide.cluster.evaluation.statistics.inception_score import inception_score
+from freeguide.cluster.evaluation.statistics.moments import from_features
+from freeguide.configs.errors import DataError
+from freeguide.data_pipeline.artifact import read_safetensors, to_safetensors
 
 
 @pytest.fixture(scope="module", autouse=True)

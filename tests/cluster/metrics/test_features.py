@@ -5,9 +5,9 @@ import io
 import numpy as np
 import pytest
 
-from cluster.metrics.evaluator import fit_evaluator
-from cluster.metrics.features import Extractor, Measured, concatenated, load_extractor, read_object
-from configs.errors import DataError
+from freeguide.cluster.evaluation.extractors.evaluator import fit_evaluator
+from freeguide.cluster.evaluation.extractors.features import Extractor, Measured, concatenated, load_extractor, read_object
+from freeguide.configs.errors import DataError
 
 RANDOM = np.random.default_rng(0)
 

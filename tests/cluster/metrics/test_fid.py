@@ -4,9 +4,9 @@ import mpmath
 import numpy as np
 import pytest
 
-from cluster.metrics.fid import fid, fid_infinity, fid_spread, frechet_distance
-from cluster.metrics.moments import Moments, from_features
-from configs.errors import DataError
+from freeguide.cluster.evaluation.statistics.fid import fid, fid_infinity, fid_spread, frechet_distance
+from freeguide.cluster.evaluation.statistics.moments import Moments, from_features
+from freeguide.configs.errors import DataError
 
 
 def _transport_pair(d: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, float]:

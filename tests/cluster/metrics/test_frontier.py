@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.metrics.frontier import Spread, common_scores, fid_at, near_frontier, over_seeds
-from cluster.metrics.published import PUBLISHED
-from cluster.metrics.rows import Row
-from configs.errors import DataError
+from freeguide.cluster.evaluation.frontier import Spread, common_scores, fid_at, near_frontier, over_seeds
+from freeguide.cluster.evaluation.published import PUBLISHED
+from freeguide.cluster.evaluation.rows import Row
+from freeguide.configs.errors import DataError
 
 ROW = Row(
     w=0.0,

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.metrics import inception
-from cluster.metrics.features import load_extractor
-from cluster.metrics.inception import FILE, HASH, Inception, InceptionV3, Mixed, from_bytes, tf1_bilinear
-from cluster.metrics.rows import INCEPTION
-from configs.errors import DataError
+from freeguide.cluster.evaluation.extractors import inception
+from freeguide.cluster.evaluation.extractors.features import load_extractor
+from freeguide.cluster.evaluation.extractors.inception import FILE, HASH, Inception, InceptionV3, Mixed, from_bytes, tf1_bilinear
+from freeguide.cluster.evaluation.rows import INCEPTION
+from freeguide.configs.errors import DataError
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from cluster.metrics.inception_score import class_accuracy, inception_score
-from configs.errors import DataError
+from freeguide.cluster.evaluation.statistics.inception_score import class_accuracy, inception_score
+from freeguide.configs.errors import DataError
 
 
 @pytest.mark.parametrize("classes", [2, 10, 1000])

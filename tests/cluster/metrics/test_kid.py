@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from cluster.metrics.kid import kid, squared_mmd
-from configs.errors import DataError
+from freeguide.cluster.evaluation.statistics.kid import kid, squared_mmd
+from freeguide.configs.errors import DataError
 
 
 def test_equals_the_double_sum():
@@ -85,7 +85,7 @@ def test_the_spread_of_a_set_beyond_what_is_looked_at_falls_with_its_size(monkey
     generator = np.random.default_rng(0)
     x, y = generator.normal(size=(4000, 4)) + 0.3, generator.normal(size=(500, 4))
     whole = kid(x, y, subsets=10, subset_size=200)
-    monkeypatch.setattr("cluster.metrics.kid.SPREAD", 1000)
+    monkeypatch.setattr("freeguide.cluster.evaluation.statistics.kid.SPREAD", 1000)
     assert kid(x, y, subsets=10, subset_size=200).std == pytest.approx(whole.std, rel=0.7)  # of 19 degrees of freedom both
     assert kid(x, y, subsets=10, subset_size=200).mean == whole.mean
 

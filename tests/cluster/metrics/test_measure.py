@@ -5,16 +5,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from cluster.metrics.features import Measured
-from cluster.metrics.fid import fid, fid_infinity, fid_spread, frechet_distance
-from cluster.metrics.inception_score import inception_score
-from cluster.metrics.kid import kid
-from cluster.metrics.measure import VALUES, Yardstick, conditions, values
-from cluster.metrics.moments import from_features, merged
-from cluster.metrics.precision_recall import precision_recall
-from cluster.metrics.reference import Reference, Statistics
-from cluster.metrics.rows import INCEPTION, Row
-from configs.errors import DataError
+from freeguide.cluster.evaluation.extractors.features import Measured
+from freeguide.cluster.evaluation.measure import VALUES, Yardstick, conditions, values
+from freeguide.cluster.evaluation.reference import Reference, Statistics
+from freeguide.cluster.evaluation.rows import INCEPTION, Row
+from freeguide.cluster.evaluation.statistics.fid import fid, fid_infinity, fid_spread, frechet_distance
+from freeguide.cluster.evaluation.statistics.inception_score import inception_score
+from freeguide.cluster.evaluation.statistics.kid import kid
+from freeguide.cluster.evaluation.statistics.moments import from_features, merged
+from freeguide.cluster.evaluation.statistics.precision_recall import precision_recall
+from freeguide.configs.errors import DataError
 
 N, D = 400, 5
 GENERATOR = np.random.default_rng(0)

@@ -5,9 +5,9 @@ import io
 import numpy as np
 import pytest
 
-from cluster.metrics import moments
-from cluster.metrics.moments import Moments, from_bytes, from_features, merged
-from configs.errors import DataError
+from freeguide.cluster.evaluation.statistics import moments
+from freeguide.cluster.evaluation.statistics.moments import Moments, from_bytes, from_features, merged
+from freeguide.configs.errors import DataError
 
 
 def _features(n: int, d: int, offset: float = 0.0) -> np.ndarray:

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from cluster.metrics import precision_recall as module
-from cluster.metrics.precision_recall import precision_recall
-from configs.errors import DataError
+from freeguide.cluster.evaluation.statistics import precision_recall as module
+from freeguide.cluster.evaluation.statistics.precision_recall import precision_recall
+from freeguide.configs.errors import DataError
 
 
 def _by_definition(generated: np.ndarray, real: np.ndarray, k: int) -> tuple[float, float]:

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.metrics.published import PUBLISHED, beside, rows_of, same_setting, sampled_otherwise, why_not_beside
-from cluster.metrics.rows import INCEPTION, Row
+from freeguide.cluster.evaluation.published import PUBLISHED, beside, rows_of, same_setting, sampled_otherwise, why_not_beside
+from freeguide.cluster.evaluation.rows import INCEPTION, Row
 
 OURS = Row(
     w=0.1,

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from cluster.metrics import reference
-from cluster.metrics.features import UNIT, Measured
-from cluster.metrics.fid import fid
-from cluster.metrics.moments import from_features, merged
-from cluster.metrics.reference import from_manifest, from_npz, load_npz
-from configs.errors import DataError
-from data_pipeline.manifest import Schema, build_manifest
-from data_pipeline.shards import Sample, pack_shard
-from data_pipeline.store import open_store
+from freeguide.cluster.evaluation import reference
+from freeguide.cluster.evaluation.extractors.features import UNIT, Measured
+from freeguide.cluster.evaluation.reference import from_manifest, from_npz, load_npz
+from freeguide.cluster.evaluation.statistics.fid import fid
+from freeguide.cluster.evaluation.statistics.moments import from_features, merged
+from freeguide.configs.errors import DataError
+from freeguide.data_pipeline.manifest import Schema, build_manifest
+from freeguide.data_pipeline.shards import Sample, pack_shard
+from freeguide.data_pipeline.store.base import open_store
 
 
 @dataclass(frozen=True)

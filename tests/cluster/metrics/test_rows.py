@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cluster.metrics.rows import (
+from freeguide.cluster.evaluation.rows import (
     INCEPTION,
     INSTRUMENT,
     MEASUREMENT,
@@ -20,8 +20,8 @@ from cluster.metrics.rows import (
     require_same_instrument,
     to_json,
 )
-from configs.errors import DataError
-from configs.schema import Config, SamplingConfig
+from freeguide.configs.errors import DataError
+from freeguide.configs.schema import Config, SamplingConfig
 
 ROW = Row(
     w=0.3,

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.diffusion.guidance import (
+from freeguide.trainer.diffusion.guidance import (
     autoguidance,
     cfg_plus_plus,
     classifier_free,
@@ -26,10 +26,10 @@ from trainer.diffusion.guidance import (
     two_networks,
     weight_at,
 )
-from trainer.diffusion.oracles import TRIANGLE, GaussianClasses
-from trainer.diffusion.parametrisation import KINDS, output_of, predict
-from trainer.diffusion.samplers import State, ancestral, ddim, dpmpp_2m, heun, integrate, sample
-from trainer.diffusion.schedule import CosineSchedule, alpha_sigma, levels
+from freeguide.trainer.diffusion.oracles import TRIANGLE, GaussianClasses
+from freeguide.trainer.diffusion.parametrisation import KINDS, output_of, predict
+from freeguide.trainer.diffusion.samplers import State, ancestral, ddim, dpmpp_2m, heun, integrate, sample
+from freeguide.trainer.diffusion.schedule import CosineSchedule, alpha_sigma, levels
 
 ORACLE = GaussianClasses(means=(0.8, -0.4), variance=0.25, mean=0.2, total_variance=0.61)
 LABELS = torch.tensor([0, 1, 1, 0, 1])

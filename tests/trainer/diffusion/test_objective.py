@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.diffusion.objective import noised, training_loss
-from trainer.diffusion.oracles import GaussianClasses
-from trainer.diffusion.parametrisation import KINDS, output_of, predict
-from trainer.diffusion.randomness import Purpose, normal
-from trainer.diffusion.schedule import SCHEDULES, CosineSchedule, alpha_sigma, broadcast
+from freeguide.trainer.diffusion.objective import noised, training_loss
+from freeguide.trainer.diffusion.oracles import GaussianClasses
+from freeguide.trainer.diffusion.parametrisation import KINDS, output_of, predict
+from freeguide.trainer.diffusion.randomness import Purpose, normal
+from freeguide.trainer.diffusion.schedule import SCHEDULES, CosineSchedule, alpha_sigma, broadcast
 
 ORACLE = GaussianClasses(means=(0.8, -0.4), variance=0.25, mean=0.2, total_variance=0.61)  # the exact mixture's first two moments
 SETTINGS = {"schedule": CosineSchedule(), "p_uncond": 0.1, "null_label": 2, "seed": 7}

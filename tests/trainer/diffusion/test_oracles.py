@@ -6,16 +6,8 @@ import math
 import pytest
 import torch
 
-from trainer.diffusion.oracles import (
-    TRIANGLE,
-    GaussianClasses,
-    Moments,
-    ancestral_limit,
-    finite_t,
-    ode_limit,
-    tilted,
-)
-from trainer.diffusion.schedule import CosineSchedule, alpha_sigma, levels
+from freeguide.trainer.diffusion.oracles import TRIANGLE, GaussianClasses, Moments, ancestral_limit, finite_t, ode_limit, tilted
+from freeguide.trainer.diffusion.schedule import CosineSchedule, alpha_sigma, levels
 
 ORACLE = GaussianClasses(means=(0.8,), variance=0.25, mean=0.0, total_variance=1.0)
 

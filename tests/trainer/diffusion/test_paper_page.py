@@ -13,7 +13,7 @@ def test_every_function_named_on_the_page_exists():
     names = re.findall(rf"`({'|'.join(MODULES)})\.(\w+)`", PAGE)
     assert len(names) > 30
     for module, name in names:
-        assert hasattr(importlib.import_module(f"trainer.diffusion.{module}"), name), f"{module}.{name}"
+        assert hasattr(importlib.import_module(f"freeguide.trainer.diffusion.{module}"), name), f"{module}.{name}"
 
 
 def test_every_test_named_on_the_page_exists():

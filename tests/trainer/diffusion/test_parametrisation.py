@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.diffusion.parametrisation import KINDS, WEIGHTS, eps_error_scale, loss_weight, output_of, predict
-from trainer.diffusion.schedule import SCHEDULES, CosineSchedule, NormalSchedule, alpha_sigma, broadcast
+from freeguide.trainer.diffusion.parametrisation import KINDS, WEIGHTS, eps_error_scale, loss_weight, output_of, predict
+from freeguide.trainer.diffusion.schedule import SCHEDULES, CosineSchedule, NormalSchedule, alpha_sigma, broadcast
 
 
 def scene(logsnr, seed=0, shape=(3, 4, 4), dtype=torch.float64):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.diffusion.randomness import Purpose, bits, integers, keep_mask, mask_keys, normal, philox, uniform
+from freeguide.trainer.diffusion.randomness import Purpose, bits, integers, keep_mask, mask_keys, normal, philox, uniform
 
 PI = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0)
 KNOWN_ANSWERS = [  # Random123, tests/kat_vectors: philox4x32 10
@@ -87,7 +87,7 @@ def test_float32_draws_are_the_float64_draws_rounded():
 
 def test_uniform_is_open_at_both_ends_for_every_word(monkeypatch):
     extremes = torch.tensor([[0, 2**32 - 1, 2**32 - 64, 2**32 - 200]])
-    monkeypatch.setattr("trainer.diffusion.randomness.bits", lambda *_: extremes)
+    monkeypatch.setattr("freeguide.trainer.diffusion.randomness.bits", lambda *_: extremes)
     for dtype in (torch.float32, torch.float64):
         value = uniform(0, Purpose.TRAIN_LOGSNR, torch.tensor([0]), (4,), dtype=dtype)
         assert (value > 0).all()
@@ -162,7 +162,9 @@ def test_keys_of_many_streams_at_once_are_those_of_each():
 
 def test_keep_masks_need_both_key_words_to_agree(monkeypatch):
     """One equal 32-bit word is common among the keys of many examples and layers; it must not repeat a mask, not even permuted."""
-    monkeypatch.setattr("trainer.diffusion.randomness.bits", lambda *_: torch.tensor([[5, 1], [5, 2], [5, 2**31], [7, 1]]))
+    monkeypatch.setattr(
+        "freeguide.trainer.diffusion.randomness.bits", lambda *_: torch.tensor([[5, 1], [5, 2], [5, 2**31], [7, 1]])
+    )
     masks = keep_mask(0, torch.arange(4), (4096,), 0.5)
     first, others = masks[0].double() * 2 - 1, masks[1:3].double() * 2 - 1
     assert (others @ first).abs().max() / 4096 < 4 / 64  # 4 standard errors of a correlation

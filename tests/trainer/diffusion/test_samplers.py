@@ -8,12 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.diffusion.guidance import classifier_free, interval
-from trainer.diffusion.oracles import GaussianClasses, finite_t
-from trainer.diffusion.parametrisation import KINDS, output_of, predict
-from trainer.diffusion.randomness import Purpose, normal
-from trainer.diffusion.samplers import SAMPLERS, State, ancestral, ddim, dpmpp_2m, heun, integrate, sample
-from trainer.diffusion.schedule import CosineSchedule, alpha_sigma, levels, posterior, reverse_variance
+from freeguide.trainer.diffusion.guidance import classifier_free, interval
+from freeguide.trainer.diffusion.oracles import GaussianClasses, finite_t
+from freeguide.trainer.diffusion.parametrisation import KINDS, output_of, predict
+from freeguide.trainer.diffusion.randomness import Purpose, normal
+from freeguide.trainer.diffusion.samplers import SAMPLERS, State, ancestral, ddim, dpmpp_2m, heun, integrate, sample
+from freeguide.trainer.diffusion.schedule import CosineSchedule, alpha_sigma, levels, posterior, reverse_variance
 
 ORACLE = GaussianClasses(means=(0.8,), variance=0.25, mean=0.0, total_variance=1.0)
 WEIGHTS = torch.tensor([0.0, 0.1, 0.3, 1.0, 4.0], dtype=torch.float64)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from trainer.diffusion.schedule import (
+from freeguide.trainer.diffusion.schedule import (
     SCHEDULES,
     CosineSchedule,
     FlowSchedule,

@@ -7,8 +7,8 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from trainer.diffusion.oracles import GaussianMixture
-from trainer.diffusion.theory import compare, draw_figure_2
+from freeguide.trainer.diffusion.oracles import GaussianMixture
+from freeguide.trainer.diffusion.theory import compare, draw_figure_2
 
 SMALL = {"images": 1500, "steps": 64, "side": 121}
 

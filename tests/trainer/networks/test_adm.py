@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from configs.schema import ModelConfig
-from trainer.networks import layers
-from trainer.networks.adm import ADM, ResBlock
-from trainer.networks.build import build_network, count_parameters, forward_flops
-from trainer.networks.layers import DropoutKey
+from freeguide.configs.schema import ModelConfig
+from freeguide.trainer.networks import layers
+from freeguide.trainer.networks.adm import ADM, ResBlock
+from freeguide.trainer.networks.build import build_network, count_parameters, forward_flops
+from freeguide.trainer.networks.layers import DropoutKey
 
 ADM_64: dict[str, Any] = {"learn_sigma": True}
 ADM_128: dict[str, Any] = {

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from configs.errors import ConfigError
-from configs.schema import ModelConfig
-from trainer.networks.build import (
+from freeguide.configs.errors import ConfigError
+from freeguide.configs.schema import ModelConfig
+from freeguide.trainer.networks.build import (
     NETWORKS,
     build_classifier,
     build_network,
@@ -15,7 +15,7 @@ from trainer.networks.build import (
     forward_flops,
     network_options,
 )
-from trainer.networks.dit import DiTConfig
+from freeguide.trainer.networks.dit import DiTConfig
 
 TINY: dict[str, Any] = {"channels": 16, "channel_mult": [1, 2], "res_blocks": 1, "attention": [4], "head_channels": 8}
 DATA: dict[str, int] = {"image_size": 8, "channels": 1, "classes": 3}

@@ -3,9 +3,9 @@
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from configs.schema import ModelConfig
-from trainer.networks.build import build_classifier, count_parameters
-from trainer.networks.classifier import Classifier
+from freeguide.configs.schema import ModelConfig
+from freeguide.trainer.networks.build import build_classifier, count_parameters
+from freeguide.trainer.networks.classifier import Classifier
 
 TINY = ModelConfig(channels=16, channel_mult=[1, 2], res_blocks=1, attention=[4], head_channels=8, dropout=0.0)
 

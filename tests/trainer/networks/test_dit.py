@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trainer.networks.build import build_network, count_parameters, forward_flops
-from trainer.networks.dit import DiT, DiTConfig, sine_cosine_positions
-from trainer.networks.layers import zeroed
+from freeguide.trainer.networks.build import build_network, count_parameters, forward_flops
+from freeguide.trainer.networks.dit import DiT, DiTConfig, sine_cosine_positions
+from freeguide.trainer.networks.layers import zeroed
 
 TINY = DiTConfig(width=32, depth=2, heads=4, patch=2)
 XL: dict[str, Any] = {"width": 1152, "depth": 28, "heads": 16, "learn_sigma": True}

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from trainer.diffusion.randomness import keep_mask
-from trainer.networks.layers import Conditioning, Conv32, DropoutKey, GroupNorm, Linear32, attend, drop, logsnr_features
+from freeguide.trainer.diffusion.randomness import keep_mask
+from freeguide.trainer.networks.layers import Conditioning, Conv32, DropoutKey, GroupNorm, Linear32, attend, drop, logsnr_features
 
 BF16_EPS = 2.0**-8  # twice the largest relative rounding error of bf16
 
@@ -93,7 +93,7 @@ def test_nothing_is_drawn_without_a_key_or_without_dropout(monkeypatch: pytest.M
     def refuse(*args: object) -> None:
         raise AssertionError("a mask was drawn")
 
-    monkeypatch.setattr("trainer.networks.layers.keep_mask", refuse)
+    monkeypatch.setattr("freeguide.trainer.networks.layers.keep_mask", refuse)
     h = torch.ones(1, 2)
     assert drop(h, 0.5, None, 0) is h
     assert drop(h, 0.0, DropoutKey(0, torch.tensor([0])), 0) is h

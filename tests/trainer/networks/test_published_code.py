@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from configs.schema import ModelConfig
-from trainer.diffusion.randomness import Purpose, normal
-from trainer.networks.build import build_classifier, build_network
-from trainer.networks.dit import DiTConfig
+from freeguide.configs.schema import ModelConfig
+from freeguide.trainer.diffusion.randomness import Purpose, normal
+from freeguide.trainer.networks.build import build_classifier, build_network
+from freeguide.trainer.networks.dit import DiTConfig
 
 SMALL: dict[str, Any] = {
     "channels": 128,

@@ -1,0 +1,172 @@
+"""What turns images into features: one seam for Inception, DINOv2 and freeguide's own small evaluators.
+
+A distance between image sets is a property of the extractor as much as of the images, so an extractor carries its name, the hash
+of its weights and its resize rule into every row that it measured. Weights are never downloaded: the user names a file or an
+object, and the file's hash says what it is.
+"""
+
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from freeguide.configs.errors import DataError
+from freeguide.data_pipeline.store.base import MEMORY, Access, MissingObject, open_store
+
+DINOV2 = "dinov2-vitl14"  # what rows call it
+WEIGHTS_BYTES = 2**33  # of published networks: DINOv2 has 1.2 GB
+EVALUATOR_BYTES = 2**28  # an own one has some MB
+UNIT = 1024  # images measured at a time where no work unit says otherwise; it decides the order in which moments are added
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What an extractor says of N images."""
+
+    features: NDArray[np.float32]  # (N, d)
+    probabilities: NDArray[np.float32] | None = None  # (N, K) of its classes, if it has any
+    spatial: NDArray[np.float32] | None = None  # (N, s) for sFID, if it has such features
+    dinov2: NDArray[np.float32] | None = None  # (N, 1024) for FD-DINOv2, where a second extractor was asked, see `measure_with`
+
+    def to_arrays(self) -> dict[str, Any]:
+        """Its arrays by name, for `np.savez`; those that are None are left out."""
+        return {name: array for name in _PARTS if (array := getattr(self, name)) is not None}
+
+    @staticmethod
+    def from_arrays(arrays: Any) -> "Measured":
+        """From a mapping or an open `.npz` that holds what `to_arrays` gave, possibly among other things."""
+        return Measured(**{name: arrays[name] for name in _PARTS if name in arrays})
+
+
+_PARTS = ("features", "probabilities", "spatial", "dinov2")
+
+
+class Extractor(Protocol):
+    """The own `Evaluator`, `Inception` and `DinoV2` are extractors."""
+
+    @property
+    def name(self) -> str:
+        """What rows call it. `inception-2015-12-05` is reserved for the weights of that name."""
+
+    @property
+    def hash(self) -> str:
+        """sha256 of the weights, hexadecimal."""
+
+    @property
+    def resize(self) -> str:
+        """The rule by which an image becomes its input; "none" where it takes the image as it is."""
+
+    @property
+    def channels(self) -> int:
+        """Channels that images should be decoded to: 1 or 3."""
+
+    @property
+    def width(self) -> int:
+        """Number of features of an image, d."""
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether it says how probable classes are. Without, there is no Inception score and no accuracy."""
+
+    def measure(self, images: NDArray[np.uint8], device: str = "cpu") -> Measured:
+        """Measure images uint8 (N, H, W, C). Raises DataError for images that it cannot take."""
+
+
+def measure_with(extractors: Sequence[Extractor], images: NDArray[np.uint8], device: str = "cpu") -> Measured:
+    """What the first extractor says of images uint8 (N, H, W, C), with the features of the second, DINOv2, where there is one."""
+    measured = extractors[0].measure(images, device)
+    return replace(measured, dinov2=extractors[1].measure(images, device).features) if len(extractors) > 1 else measured
+
+
+def load_extractor(uri: str, sha256: str = "", access: Access | None = None) -> Extractor:
+    """The extractor whose weights stand at `uri`, a path or `s3://...`, known by the name of the file.
+
+    `*.safetensors` is an evaluator, `*inception-2015-12-05*` Inception, `*dinov2_vitl14*` DINOv2. `sha256` is the hash that it has
+    to have; "" = any. `access` is how S3 is asked. Raises DataError for other names, missing files and wrong hashes, StoreError
+    where the store does not answer.
+    """
+    extractor = _load(uri, access)
+    if sha256 and sha256 != extractor.hash:
+        raise DataError(f"{uri} has the hash {extractor.hash} and not {sha256}; correct the path, or the hash it is pinned to")
+    return extractor
+
+
+def load_judge(uri: str, sha256: str = "", access: Access | None = None) -> Extractor:
+    """`load_extractor` of weights that FID is measured with: not DINOv2, whose distance has a name and a column of its own."""
+    extractor = load_extractor(uri, sha256, access)
+    if extractor.name == DINOV2:
+        raise DataError(f"{uri} holds DINOv2, which has no classes and so no Inception score; name it as dinov2, beside another")
+    return extractor
+
+
+def load_dinov2(uri: str, sha256: str = "", access: Access | None = None) -> Extractor:
+    """`load_extractor` of weights that have to be DINOv2's."""
+    extractor = load_extractor(uri, sha256, access)
+    if extractor.name != DINOV2:
+        raise DataError(f"{uri} holds {extractor.name} and not DINOv2, which FD-DINOv2 needs; give the path of DINOv2's weights")
+    return extractor
+
+
+def _load(uri: str, access: Access | None) -> Extractor:
+    # Imported here: the three know this module's protocol.
+    from freeguide.cluster.evaluation.extractors import dinov2, evaluator, inception
+
+    name = uri.rsplit("/", 1)[-1]
+    if name.endswith(".safetensors"):
+        return evaluator.from_bytes(read_object(uri, "fit an evaluator, or correct its path", access, EVALUATOR_BYTES), uri)
+    if "inception-2015-12-05" in name:
+        return inception.load(uri, access)
+    if "dinov2_vitl14" in name:
+        return dinov2.load(uri, access)
+    raise DataError(
+        f"{uri} does not say which extractor it holds; name Inception's weights {inception.FILE}, DINOv2's {dinov2.FILE}, and an "
+        "evaluator *.safetensors"
+    )
+
+
+def read_object(uri: str, remedy: str, access: Access | None = None, most: int = MEMORY) -> bytes:
+    """The bytes at a path or URI, at `most`. Raises DataError, with the remedy, if nothing is there, and for larger objects."""
+    folder, _, name = uri.rpartition("/")
+    try:
+        return open_store(folder or ("/" if uri.startswith("/") else "."), access=access).get(name, most)
+    except MissingObject:
+        raise DataError(f"{uri} does not exist; {remedy}") from None
+
+
+def load_weights(data: bytes, network: torch.nn.Module, where: str) -> str:
+    """Fill `network` with the state dict in `data` and return the file's sha256.
+
+    Only tensors are read (`weights_only`), so a file cannot run code. Raises DataError for damaged files and other networks.
+    """
+    try:
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        network.load_state_dict(state, assign=True)
+    except Exception as error:  # torch raises a dozen types for damaged files, and RuntimeError for other networks
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(":. ")
+        raise DataError(f"{where} does not hold these weights ({reason}); download the file again") from None
+    network.eval().requires_grad_(False)
+    return hashlib.sha256(data).hexdigest()
+
+
+def to_rgb(images: NDArray[np.uint8], name: str) -> Tensor:
+    """Images uint8 (N, H, W, 1 or 3) as float32 (N, 3, H, W) of levels 0 .. 255; grey becomes three equal channels."""
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape[1:3]:
+        raise DataError(f"{name} measures images uint8 (N, H, W, 1 or 3), not {images.dtype} {images.shape}; decode them first")
+    x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).to(torch.float32)
+    return x.expand(-1, 3, -1, -1)
+
+
+def concatenated(units: Sequence[Measured]) -> Measured:
+    """All units as one, in the order given. Parts that a unit lacks are left out."""
+    joined = {
+        name: np.concatenate([getattr(unit, name) for unit in units])
+        for name in _PARTS
+        if all(getattr(unit, name) is not None for unit in units)
+    }
+    return Measured(**joined)
