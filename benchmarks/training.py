@@ -10,8 +10,8 @@ computes with one thread.
 
 The bare loop is Algorithm 1 in fifteen lines: DistributedDataParallel, clipping, the fused AdamW; bf16 by torch.autocast. It has
 for free: batches that are decoded and in memory, random numbers in the order of torch's own generator, no average of the weights,
-no records, no checkpoints, no guard against a rank that hangs. Ours is `trainer.training.loop.take_step`, everything that a training does,
-and between the steps the ranks' agreement.
+no records, no checkpoints, no guard against a rank that hangs. Ours is `trainer.training.loop.take_step`, everything that a
+training does, and between the steps the ranks' agreement.
 
 Both live in the same processes and take turns, block by block. Overhead is the median of the pairs' ratios, with its quartiles: of
 the wall time, and of the CPU seconds of rank 0's process (decoding included), which other work on the machine disturbs less. The

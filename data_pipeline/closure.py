@@ -7,13 +7,13 @@ Comments, layout, docstrings, the sentences of errors and what is only printed o
 
 import ast
 import hashlib
-import importlib.util
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]  # the folder of the packages
+ROOT = Path(__file__).resolve().parents[1]  # the folder of the rooms
 ROOMS = ("configs", "data_pipeline", "trainer", "cluster")
+NAME = "freeguide"  # the package that they are parts of
 
 # Where the walk ends, and why. What is not named here counts.
 HARMLESS = {
@@ -47,7 +47,7 @@ def reached(*entries: str, root: Path = ROOT) -> dict[str, str]:
 
     def module(name: str) -> "_Module | None":
         if name not in modules:
-            modules[name] = _parsed(root, name) if name.split(".")[0] in ROOMS else None
+            modules[name] = _parsed(root, name)
         return modules[name]
 
     def definitions(name: str, chain: list[str]) -> Iterator[tuple[str, str]]:
@@ -123,12 +123,11 @@ def _module_of(text: str) -> _Module:
 
 def _parsed(root: Path, name: str) -> _Module | None:
     package, *inside = name.split(".")
-    home = root / package
-    if root == ROOT and not home.is_dir():  # on a cluster, Ray unpacks each package into a folder of its own
-        spec = importlib.util.find_spec(package)
-        found = spec.submodule_search_locations if spec else None
-        home = Path(found[0]) if found else home
-    place = home.joinpath(*inside)
+    if package != NAME or not set(inside[:1]) <= set(ROOMS):
+        return None
+    if not inside:  # its own file finds the rooms and decides nothing
+        return _module_of("")
+    place = root.joinpath(*inside)
     for path in (place.with_suffix(".py"), place / "__init__.py"):
         if path.is_file():
             return _module_of(path.read_text("utf-8"))

@@ -30,9 +30,7 @@ from freeguide.data_pipeline import closure
 from freeguide.data_pipeline.store.base import Store
 from freeguide.trainer.training.engine import choose_kernels
 
-MAKING = (
-    "freeguide.cluster.evaluation.series:Worker"  # decides what a unit holds: which image comes out, and what extractors say of it
-)
+MAKING = "freeguide.cluster.evaluation.series:Worker"  # decides what a unit holds: images, and what extractors say of them
 MEASURING = "freeguide.cluster.evaluation.fold:Folder"  # decides the values of a row, given its units
 KIND = "sampled_on.txt"  # in a run: the kind of device that sampled it last
 DEATHS = 5  # actors that one unit may cost

@@ -19,12 +19,12 @@ from datetime import timedelta
 from pathlib import Path
 
 from freeguide.configs.errors import UserError
-from freeguide.configs.load import load_config
+from freeguide.configs.load import PACKAGED, load_config
 from freeguide.configs.loopback import reach_loopback_directly
 from freeguide.configs.secrets import masked
 from freeguide.data_pipeline.store.base import TEMP, MissingObject, Store, create_bucket, open_store
 
-CONFIG = Path(__file__).resolve().parents[1] / "configs" / "digits.yaml"
+CONFIG = PACKAGED / "digits.yaml"
 COMMANDS = ("prepare", "train", "evaluate")
 BUCKET = "s3://freeguide"
 KEPT = Path("runs") / ".s3"

@@ -35,7 +35,7 @@ from ray.exceptions import AuthenticationError
 from ray.experimental import internal_kv
 
 from freeguide.cluster.runtime import ending
-from freeguide.cluster.runtime.submit import ROOT, copy_packages, essence, token_sentence
+from freeguide.cluster.runtime.submit import HOME, copy_package, essence, token_sentence
 from freeguide.configs.errors import ConfigError, UserError, counted
 from freeguide.configs.load import to_yaml
 from freeguide.configs.schema import ClusterConfig, Config
@@ -114,7 +114,7 @@ def _connected(address: str, runtime: dict[str, Any], gpus: float) -> Iterator[N
     _probe(address)
     with scratch() as folder:
         if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
-            runtime["py_modules"] = [str(package) for package in copy_packages(folder)]
+            runtime["py_modules"] = [str(copy_package(folder))]
         _start({"address": address}, runtime, gpus)
     try:
         yield
@@ -128,7 +128,7 @@ def _private(runtime: dict[str, Any], cpus: int, gpus: float) -> Iterator[None]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         dashboard = int(probe.getsockname()[1])
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    path = os.pathsep.join(filter(None, [str(HOME), os.environ.get("PYTHONPATH", "")]))
     # Ray Train looks for the dashboard of the newest cluster on this machine, which may be another one, or dead.
     runtime["env_vars"] |= {"PYTHONPATH": path, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away with notice

@@ -33,12 +33,13 @@ from typing import Any, TypeVar
 
 from aiohttp import ClientError
 
+import freeguide
 from freeguide.configs.errors import ConfigError, UserError
 from freeguide.configs.load import load_config
 from freeguide.configs.locations import locate
+from freeguide.data_pipeline.closure import NAME, ROOMS, ROOT
 
-ROOT = Path(__file__).resolve().parents[1]  # the folder of the packages
-PACKAGES = ("configs", "data_pipeline", "trainer", "cluster")
+HOME = Path(freeguide.__file__).resolve().parents[1]  # the folder that `import freeguide` finds it in
 OLDEST_RAY = (2, 60)  # as pyproject.toml says
 
 _FORWARDED = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
@@ -107,12 +108,12 @@ def submit(address: str, command: str, config: Path, overrides: list[str]) -> in
 
 
 def pack(folder: Path, command: str, config: Path, overrides: list[str]) -> str:
-    """Put the packages, the config file and the overrides into `folder`; returns the command to run there. Raises ConfigError."""
-    copy_packages(folder)
+    """Put the package, the config file and the overrides into `folder`; returns the command to run there. Raises ConfigError."""
+    copy_package(folder)
     typed = folder / "job"
     typed.mkdir()
     shutil.copyfile(config, typed / config.name)
-    words = ["python", "-m", "cluster", command, f"job/{config.name}"]
+    words = ["python", "-m", "freeguide.cluster", command, f"job/{config.name}"]
     if overrides:
         if split := next((each for each in overrides if each.splitlines() != [each]), None):
             raise ConfigError(
@@ -123,16 +124,19 @@ def pack(folder: Path, command: str, config: Path, overrides: list[str]) -> str:
     return shlex.join(words)
 
 
-def copy_packages(folder: Path) -> list[Path]:
-    """Copy the sources of the packages into `folder`, and nothing else that lies about in theirs; returns the copies.
+def copy_package(folder: Path) -> Path:
+    """Copy the sources of freeguide into `folder`, as a wheel lays them, and nothing else that lies about there; returns the copy.
 
     Links are not followed, and only regular files taken. Raises ConfigError for a file that is too large to be a source.
     """
-    for package in PACKAGES:
-        for where, below, names in os.walk(ROOT / package):
+    copy = folder / NAME
+    copy.mkdir()
+    shutil.copyfile(freeguide.__file__, copy / "__init__.py")
+    for room in ROOMS:
+        for where, below, names in os.walk(ROOT / room):
             place = Path(where)
             below[:] = sorted(name for name in below if (place / name / "__init__.py").is_file())
-            (folder / place.relative_to(ROOT)).mkdir()
+            (copy / place.relative_to(ROOT)).mkdir()
             for path in (place / name for name in sorted(names) if name.endswith((".py", ".yaml"))):
                 if path.is_symlink() or not path.is_file():
                     continue
@@ -140,8 +144,8 @@ def copy_packages(folder: Path) -> list[Path]:
                     raise ConfigError(
                         f"{path} is too large to travel with a job ({path.stat().st_size:,} bytes); move it out of there"
                     )
-                shutil.copyfile(path, folder / path.relative_to(ROOT), follow_symlinks=False)
-    return [folder / package for package in PACKAGES]
+                shutil.copyfile(path, copy / path.relative_to(ROOT), follow_symlinks=False)
+    return copy
 
 
 def _forwarded() -> dict[str, str]:

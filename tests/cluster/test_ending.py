@@ -117,7 +117,8 @@ def test_where_nothing_is_to_be_saved_a_command_stops_at_once(stopped: Callable[
 
 def test_handlers_are_as_before_when_a_command_has_ended() -> None:
     code = (
-        "import signal; b = signal.getsignal(15); import cluster.cli as c; c.main(['train', 'x']); print(signal.getsignal(15) == b)"
+        "import signal; before = signal.getsignal(15)\nfrom freeguide.cluster import cli; cli.main(['train', 'x'])\n"
+        "print(signal.getsignal(15) == before)"
     )
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert ended.stdout == "True\n"

@@ -17,8 +17,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from freeguide.cluster.evaluation.rows import from_json
-from freeguide.cluster.runtime.submit import copy_packages
 from freeguide.configs.load import load_config
+from freeguide.data_pipeline.closure import NAME, ROOMS
 from freeguide.data_pipeline.manifest import load_manifest
 from freeguide.data_pipeline.store.base import Store, open_store
 from freeguide.trainer.training import checkpoint
@@ -167,8 +167,8 @@ def test_rays_own_submit_runs_the_same_command(ray_head, tmp_path: Path) -> None
     """`ray job submit --working-dir . -- python -m cluster ...` from a checkout, without the distribution installed."""
     copy = tmp_path / "checkout"
     copy.mkdir()
-    for package in ("configs", "data_pipeline", "trainer", "cluster"):
-        (copy / package).symlink_to(ROOT / package)
+    for room in (NAME, *ROOMS):
+        (copy / room).symlink_to(ROOT / room)
     ended = subprocess.run(
         [str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", ray_head[1], "--working-dir", ".", "--",
          "python", "-m", "cluster", "prepare", DIGITS, "data.uri=s3://lab/data/digits"],
@@ -192,7 +192,7 @@ def test_both_documented_submits_work_for_a_user_who_has_set_nothing(s3: str, tm
         return subprocess.run(words, cwd=ROOT, env=clean | more, capture_output=True, text=True, timeout=200)
 
     if before == "a local run":
-        alone = "from cluster.session import session; from configs.load import load_config"
+        alone = "from freeguide.cluster.runtime.session import session; from freeguide.configs.load import load_config"
         assert (
             say(str(programs / "python"), "-c", f"{alone}\nwith session(load_config('configs/digits.yaml'), 1): pass").returncode
             == 0
@@ -209,7 +209,8 @@ def test_both_documented_submits_work_for_a_user_who_has_set_nothing(s3: str, tm
         mode = {} if before == "a local run" else {"RAY_AUTH_MODE": "token"}
         copy = tmp_path / "checkout"
         copy.mkdir()
-        copy_packages(copy)
+        for room in (NAME, *ROOMS):
+            shutil.copytree(ROOT / room, copy / room)
         ray = [str(programs / "ray"), "job", "submit", "--address", url, "--working-dir", str(copy), "--"]
         rays = say(*ray, "python", "-m", "cluster", *command, **mode)
         assert rays.returncode == 0, rays.stdout + rays.stderr

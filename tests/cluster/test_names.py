@@ -10,6 +10,7 @@ import pytest
 
 from freeguide.cluster.evaluation import units, yardstick
 from freeguide.cluster.jobs import generate
+from freeguide.cluster.runtime.submit import copy_package
 from freeguide.data_pipeline import closure
 from freeguide.data_pipeline.closure import HARMLESS, code_version, reached
 
@@ -167,42 +168,38 @@ def test_comments_layout_docstrings_and_words_change_no_name(copied: Path, befor
 def test_the_walk_follows_modules_functions_aliases_and_imports_inside_functions(tmp_path: Path) -> None:
     (tmp_path / "trainer").mkdir()
     (tmp_path / "cluster").mkdir()
-    a = "import math\nfrom trainer import b as other\nimport trainer.c\ndef f():\n return other.g() + trainer.c.K\ndef no(): pass"
-    b = "from trainer.d import h as again\ndef g():\n from cluster.e import late\n return again, late\ndef no(): pass"
+    a = "import math\nfrom freeguide.trainer import b as other\nimport freeguide.trainer.c\n"
+    a += "def f():\n return other.g() + freeguide.trainer.c.K\ndef no(): pass"
+    b = "from freeguide.trainer.d import h as again\n"
+    b += "def g():\n from freeguide.cluster.e import late\n return again, late\ndef no(): pass"
     files = {
         **{"trainer/__init__.py": "", "cluster/__init__.py": "", "trainer/a.py": a, "trainer/b.py": b},
         "trainer/c.py": "K = 1\nTABLE = {}\nTABLE['x'] = K\n",
         "trainer/d.py": "class h:\n    x = 1\n\n\nprint('said')\n",
-        "cluster/e.py": "from trainer.b import again as late\n",
+        "cluster/e.py": "from freeguide.trainer.b import again as late\n",
     }
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    found = {place for place in reached("trainer.a:f", root=tmp_path) if "(" not in place}
-    assert found == {"trainer.a:f", "trainer.b:g", "trainer.c:K", "trainer.d:h"}
-    with pytest.raises(LookupError, match="there is no trainer"):
-        reached("trainer.a:nothing", root=tmp_path)
+    found = {place for place in reached("freeguide.trainer.a:f", root=tmp_path) if "(" not in place}
+    assert found == {f"freeguide.trainer.{each}" for each in ("a:f", "b:g", "c:K", "d:h")}
+    with pytest.raises(LookupError, match=r"there is no freeguide\.trainer"):
+        reached("freeguide.trainer.a:nothing", root=tmp_path)
 
 
 def test_the_ends_of_the_walk_exist() -> None:
     for module, why in HARMLESS.items():
-        assert (ROOT / f"{module.replace('.', '/')}.py").is_file()
+        assert (ROOT / f"{module.removeprefix('freeguide.').replace('.', '/')}.py").is_file()
         assert len(why) > 10
 
 
-def test_names_are_the_same_from_another_folder_and_process(copied: Path) -> None:
-    """As an installed wheel has its sources: beside each other, and somewhere else."""
-    code = f"from data_pipeline.closure import code_version; print(code_version({units.MAKING!r}, {units.MEASURING!r}))"
-    ended = subprocess.run([sys.executable, "-c", code], cwd=copied, capture_output=True, text=True, check=True)
-    assert ended.stdout.strip() == code_version(units.MAKING, units.MEASURING) == units.code_version().split("+")[1]
-
-
-def test_names_are_the_same_where_each_package_stands_in_a_folder_of_its_own(tmp_path: Path) -> None:
-    """As Ray unpacks them on the nodes of a cluster."""
-    rooms = ("configs", "data_pipeline", "trainer", "cluster")
-    for room in rooms:
-        shutil.copytree(ROOT / room, tmp_path / f"of_{room}" / room, ignore=shutil.ignore_patterns("__pycache__"))
-    code = "import sys; from data_pipeline.closure import code_version; print(*map(code_version, sys.argv[1:]))"
-    path = os.pathsep.join(str(tmp_path / f"of_{room}") for room in rooms)
-    command = [sys.executable, "-c", code, *ENTRIES.values()]
-    ended = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=True)
-    assert ended.stdout.split() == [code_version(entry) for entry in ENTRIES.values()]
+def test_names_are_the_same_from_another_folder_and_process_and_as_a_wheel_lays_the_rooms(copied: Path, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "freeguide", copied / "freeguide")
+    copy_package(tmp_path)  # also what Ray unpacks on the nodes of a cluster
+    code = "import sys; from freeguide.data_pipeline.closure import code_version; print(*map(code_version, sys.argv[1:]))"
+    for place in (copied, tmp_path):
+        command = [sys.executable, "-c", code, *ENTRIES.values()]
+        ended = subprocess.run(
+            command, cwd=place, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": str(place)}
+        )
+        assert ended.stdout.split() == [code_version(entry) for entry in ENTRIES.values()]
+    assert units.code_version().split("+")[1] == code_version(units.MAKING, units.MEASURING)

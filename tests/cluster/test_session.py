@@ -91,7 +91,10 @@ def test_a_temporary_folder_that_cannot_be_made_is_one_sentence(temporary: Path)
         private_folder(str(temporary / "missing"))
 
 
-HOLD = "import sys; from cluster.session import scratch\nwith scratch(sys.argv[1]) as f: print(f, flush=True); sys.stdin.read()"
+HOLD = (
+    "import sys; from freeguide.cluster.runtime.session import scratch\n"
+    "with scratch(sys.argv[1]) as f: print(f, flush=True); sys.stdin.read()"
+)
 
 
 def test_what_a_command_leaves_is_gone_at_its_end_or_when_the_next_begins_if_it_was_killed(temporary: Path) -> None:

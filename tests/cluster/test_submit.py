@@ -201,7 +201,7 @@ def test_a_job_carries_what_was_typed_as_files_and_nothing_on_its_command_line(
     monkeypatch.setenv("WHO", "me")
     assert send(server, *typed, config=config) == 0
     (job,) = server.jobs
-    assert job["entrypoint"] == "python -m cluster train 'job/my config.yaml' @job/overrides"
+    assert job["entrypoint"] == "python -m freeguide.cluster train 'job/my config.yaml' @job/overrides"
     assert "hunter2" not in json.dumps(job)
     (tmp_path / "package.zip").write_bytes(server.packages[0])
     with zipfile.ZipFile(tmp_path / "package.zip") as archive:
@@ -210,13 +210,13 @@ def test_a_job_carries_what_was_typed_as_files_and_nothing_on_its_command_line(
     assert Path("job/my config.yaml").read_bytes() == CONFIG.read_bytes()
     assert _parser().parse_args(["train", "job/my config.yaml", "@job/overrides"]).overrides == [*PLACES, *typed]
     assert {place.suffix for place in Path().rglob("*") if place.is_file()} == {".py", ".yaml", ""}
-    assert Path("trainer/networks/adm.py").read_bytes() == (submit.ROOT / "trainer/networks/adm.py").read_bytes()
+    assert Path("freeguide/trainer/networks/adm.py").read_bytes() == (submit.ROOT / "trainer/networks/adm.py").read_bytes()
 
 
 def test_only_sources_of_the_packages_travel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root, there = tmp_path / "root", tmp_path / "there"
     there.mkdir()
-    for package in submit.PACKAGES:
+    for package in submit.ROOMS:
         (root / package / "sub" / "__pycache__").mkdir(parents=True)
         for name in ("__init__.py", "a.py", "data.bin", ".env", "sub/__init__.py", "sub/b.py", "sub/__pycache__/b.py"):
             (root / package / name).write_text(name)
@@ -230,12 +230,14 @@ def test_only_sources_of_the_packages_travel(tmp_path: Path, monkeypatch: pytest
     (package / "linked").symlink_to(tmp_path / "elsewhere")
     os.mkfifo(package / "pipe.py")
     monkeypatch.setattr(submit, "ROOT", root)
-    submit.copy_packages(there)
+    submit.copy_package(there)
     files = {place.relative_to(there).as_posix() for place in there.rglob("*") if not place.is_dir()}
-    assert files == {f"{p}/{n}" for p in submit.PACKAGES for n in ("__init__.py", "a.py", "sub/__init__.py", "sub/b.py")}
+    assert files == {"freeguide/__init__.py"} | {
+        f"freeguide/{p}/{n}" for p in submit.ROOMS for n in ("__init__.py", "a.py", "sub/__init__.py", "sub/b.py")
+    }
     (package / "huge.yaml").write_bytes(bytes(submit._SOURCE_BYTES + 1))
     with pytest.raises(ConfigError, match=r"huge.yaml is too large to travel with a job"):
-        submit.copy_packages(tmp_path / "elsewhere")
+        submit.copy_package(tmp_path / "elsewhere")
 
 
 TRACEBACK = "Traceback (most recent call last):\n  File x\nValueError: no such thing\n"

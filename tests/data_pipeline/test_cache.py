@@ -126,7 +126,7 @@ def test_the_limit_holds_after_any_number_of_kills(tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "data"))
     etag = store.put("key", os.urandom(10_000))
     killed_while_writing(
-        "from data_pipeline.cache import CachedStore\n"
+        "from freeguide.data_pipeline.store.cache import CachedStore\n"
         f"CachedStore(open_store({str(tmp_path / 'data')!r}), Path({str(tmp_path / 'cache')!r}), 5000)"
         f".get_range('key', 0, 2000, {etag!r})",
         kills=4,
@@ -137,7 +137,7 @@ def test_the_limit_holds_after_any_number_of_kills(tmp_path: Path) -> None:
     cached(store, tmp_path, 5000).get_range("key", 0, 1000, etag)
     assert size(tmp_path) == 1004
     killed_while_writing(
-        "from data_pipeline.cache import CachedStore\n"
+        "from freeguide.data_pipeline.store.cache import CachedStore\n"
         f"CachedStore(open_store({str(tmp_path / 'data')!r}), Path({str(tmp_path / 'cache')!r}), 5000)"
         f".get_range('key', 0, 2000, {etag!r})",
         kills=1,

@@ -32,7 +32,7 @@ def test_what_killed_writers_left_is_swept(tmp_path: Path) -> None:
 
 def test_what_a_live_writer_holds_stays(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from data_pipeline.unfinished import unfinished\n"
+        "import sys; from pathlib import Path; from freeguide.data_pipeline.store.unfinished import unfinished\n"
         f"with unfinished(Path({str(tmp_path)!r})) as (_, file):\n print('here', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
@@ -113,7 +113,7 @@ def test_writers_and_sweeps_at_the_same_time_lose_nothing(tmp_path: Path) -> Non
 
 
 def test_a_process_is_known_to_have_ended_only_where_that_is_sure() -> None:
-    code = "import json; from data_pipeline.unfinished import writer; print(json.dumps(writer()))"
+    code = "import json; from freeguide.data_pipeline.store.unfinished import writer; print(json.dumps(writer()))"
     import json
 
     gone = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)

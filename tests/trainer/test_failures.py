@@ -122,7 +122,7 @@ def test_a_wish_to_end_is_passed_on() -> None:
 
 
 def watched(seconds: float, body: str) -> "subprocess.CompletedProcess[str]":
-    code = f"import time\nfrom trainer.failures import Watchdog\nwith Watchdog({seconds}) as watchdog:\n"
+    code = f"import time\nfrom freeguide.trainer.training.failures import Watchdog\nwith Watchdog({seconds}) as watchdog:\n"
     code += "".join(f"    {line}\n" for line in body.splitlines()) + "print('done')"
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
 

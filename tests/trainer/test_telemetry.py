@@ -273,7 +273,7 @@ def test_local_folders_of_killed_trainings_go_with_the_next_one_and_those_of_liv
     clock: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    code = "import os, trainer.telemetry as t; print(t._LocalFolder().path); os.kill(os.getpid(), 9)"
+    code = "import os, freeguide.trainer.training.telemetry as t; print(t._LocalFolder().path); os.kill(os.getpid(), 9)"
     root = Path(__file__).parents[2]
     killed = subprocess.run(
         [sys.executable, "-c", code],

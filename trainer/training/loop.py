@@ -272,8 +272,8 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 def run_identity(config: Config, manifest: Manifest, order: Order) -> dict[str, Any]:
     """What may not change while a run goes on: network, data and their order, noise, batch, average. Anything else may.
 
-    The names of the other averages say what they are (`trainer.training.ema.profiles`), and those of the classes say nothing that trains:
-    data that lost or found them are accepted by their content.
+    The names of the other averages say what they are (`trainer.training.ema.profiles`), and those of the classes say nothing that
+    trains: data that lost or found them are accepted by their content.
     """
     return {
         "data.fingerprint": manifest.fingerprint,

@@ -10,8 +10,8 @@ object that holds its token; the earlier one looks there before it publishes and
 touches what is the other's: the name of a file follows from its content, that of a note from the token.
 
 Threads never take part in a collective: two threads that interleave collectives of one group in different orders on two ranks
-stop for ever. What the ranks have to agree on travels with the training loop's own exchange (`trainer.training.failures.Agreement`); the
-rest goes through the store. A failed upload is known at the next step boundary, on every rank.
+stop for ever. What the ranks have to agree on travels with the training loop's own exchange (`failures.Agreement`); the rest
+goes through the store. A failed upload is known at the next step boundary, on every rank.
 """
 
 import contextlib

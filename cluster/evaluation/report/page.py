@@ -89,9 +89,9 @@ def report_files(
 
     `grids[row]` are samples of a row, uint8 (rows, columns, H, W, C): a column for each class of `classes`, and at each place the
     same noise for every w. `varying` names the conditions besides w in which rows may differ. `screened` are the rows of a first
-    look with fewer images, which get a table of their own. `others` are rows of other people's images (`cluster.jobs.score`), measured
-    alike. `times` (name -> seconds or rate) becomes times.json, with the seconds of `cost`. Raises DataError for no rows, two rows
-    of one w, rows that do not compare, and grids that are not of one shape.
+    look with fewer images, which get a table of their own. `others` are rows of other people's images (`cluster.jobs.score`),
+    measured alike. `times` (name -> seconds or rate) becomes times.json, with the seconds of `cost`. Raises DataError for no rows,
+    two rows of one w, rows that do not compare, and grids that are not of one shape.
     """
     series = _series(list(rows), varying)
     ordered = [row for _, members in series for row in members]

@@ -1,7 +1,7 @@
 """The tables of a report: what stands in each line, what is bold, and the sentences below.
 
 The metrics of a series as the paper prints them, all series at equal Inception score, means over seeds, the screen, other people's
-images, published numbers, and the cost. Each is made of rows alone; `cluster.evaluation.report.page` writes them as Markdown and HTML.
+images, published numbers, and the cost. Each is made of rows alone; `report.page` writes them as Markdown and HTML.
 """
 
 from collections import Counter
