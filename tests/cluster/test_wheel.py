@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from freeguide.cluster.runtime.submit import PACKAGES
+from freeguide.cluster.runtime.submit import copy_package
+from freeguide.data_pipeline.closure import NAME, ROOMS
 from tests.cluster.test_demo import TINY
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +41,8 @@ def test_the_wheel_runs_its_demo_in_a_clean_environment(tmp_path: Path) -> None:
     (wheel,) = built.glob("freeguide-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         inside = {name for name in archive.namelist() if ".dist-info/" not in name}
-    assert inside == {path.relative_to(source).as_posix() for package in PACKAGES for path in _sources(source / package)}
+    travels = copy_package(tmp_path)
+    assert inside == {path.relative_to(tmp_path).as_posix() for path in travels.rglob("*") if path.is_file()}
 
     environment = os.environ | {"DS_BUILD_OPS": "0"}
     _ran(python, "-m", "pip", "install", "--quiet", *pins, wheel, cwd=elsewhere, env=environment, seconds=1200)
@@ -64,10 +66,6 @@ def _source(folder: Path) -> Path:
     folder.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
-    for package in PACKAGES:
-        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for room in (NAME, *ROOMS):
+        shutil.copytree(ROOT / room, folder / room, ignore=shutil.ignore_patterns("__pycache__"))
     return folder
-
-
-def _sources(package: Path) -> list[Path]:
-    return [path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
