@@ -35,6 +35,11 @@ _END = b"PK\x05\x06"  # begins the end of a zip archive
 _AGAIN = "delete it and give the command again"
 
 
+def fingerprint(decides: Mapping[str, Any]) -> str:
+    """A short name for everything that decides what is made: 12 hexadecimal digits, equal for equal conditions in any order."""
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
+
+
 # --- seals ---
 
 

@@ -4,11 +4,9 @@ A training that goes on deletes its older checkpoints, while an evaluation may l
 whoever samples keeps the averaged weights first (`weights/step-00000500-ema-<name>.safetensors`, fp32). The name follows from the
 checksums of all that they are made of: the checkpoint's manifest and, where an average is reconstructed, those of its snapshots.
 
-They are as large as a network, so each job that ends well deletes those of old steps (`sweep`), but not what they were. Units and
-generated sets that are not finished say which weights make them (`needed_by`), and keep them.
+They are as large as a network, so what samples them may delete them again. What they were stays: their facts stand beside them.
 """
 
-import contextlib
 import re
 import sys
 from dataclasses import dataclass
@@ -16,21 +14,16 @@ from typing import Any
 
 from torch import Tensor
 
-from freeguide.cluster.evaluation import units
-from freeguide.configs.errors import CheckpointError, DataError, UserError
+from freeguide.configs.errors import CheckpointError, DataError
 from freeguide.configs.schema import Config
 from freeguide.configs.untrusted import parse_json
-from freeguide.data_pipeline import manifest
-from freeguide.data_pipeline.artifact import check_seal, get_sealed, read_safetensors, sealed_json, to_safetensors
+from freeguide.data_pipeline.artifact import check_seal, fingerprint, get_sealed, read_safetensors, sealed_json, to_safetensors
 from freeguide.data_pipeline.store.base import Store, open_store
 from freeguide.trainer.training import checkpoint
 from freeguide.trainer.training.ema import sigma_rel_of
 
 _AGAIN = "delete it and sample a checkpoint that is still there"
-NEEDED = "weights.txt"  # beside units: the key of the weights that make them
-_KEY = re.compile(r"weights/step-(\d{8,})-[\w.]+-[0-9a-f]{12}\.safetensors")
-_UNIT = re.compile(r"units/w([^/]+)/\d+-(\d+)\.npz")
-_ROW = re.compile(r"rows/w(.+)-n(\d+)-[0-9a-f]+\.npz")
+KEY = re.compile(r"weights/step-(\d{8,})-[\w.]+-[0-9a-f]{12}\.safetensors")
 _FACTS = "freeguide"  # name of the one entry in the metadata of a kept file
 
 
@@ -49,7 +42,7 @@ class Weights:
     @property
     def key(self) -> str:
         """Where they stand in the run once they are kept."""
-        return f"{_prefix(self.step, self.ema)}{units.fingerprint({'ema': self.ema, 'of': self.of})}.safetensors"
+        return f"{_prefix(self.step, self.ema)}{fingerprint({'ema': self.ema, 'of': self.of})}.safetensors"
 
     def keep(self) -> None:
         """Keep them, where that has not been done. Raises CheckpointError where the checkpoint is no longer the one that it was."""
@@ -132,61 +125,9 @@ def _read_facts(run: Store, key: str, there: set[str]) -> dict[str, Any]:
         raise DataError(f"{run.uri}/{_facts_of(key)} does not say what the weights are ({error}); {_AGAIN}") from None
 
 
-def needed_by(place: Store, weights: Weights) -> None:
-    """Keep the weights, and have the units at `place`, of a run, say that they are made of these."""
-    place.create(NEEDED, weights.key.encode())
-    weights.keep()
-
-
-def sweep(run: Store, steps: int) -> list[str]:
-    """Delete kept weights of all but the newest `steps` steps that were sampled, and that nothing unfinished needs; their keys.
-
-    A job elsewhere that has not begun yet to make its units has its weights in memory, or makes them again from the checkpoint, or
-    says that they are gone. Never raises: what cannot be looked at or deleted stays.
-    """
-    gone: list[str] = []
-    with contextlib.suppress(UserError):
-        kept = {info.key: int(found[1]) for info in run.list("weights/") if (found := _KEY.fullmatch(info.key))}
-        newest = sorted(set(kept.values()))[-steps:]
-        if old := [key for key, step in kept.items() if step not in newest]:
-            needed = _needed(run)
-            for key in old:
-                if needed is not None and key not in needed:
-                    run.delete(key)
-                    gone.append(key)
-    return gone
-
-
-def _needed(run: Store) -> set[str] | None:
-    """The weights of what has been begun in this run and is not finished; None where that does not say which."""
-    needed = set[str]()
-    for place, names in _places(run).items():
-        if place.startswith("generate/"):
-            finished = manifest.NAME in names
-        else:
-            begun, rows = dict[str, int](), dict[str, int]()
-            for name in names:
-                if unit := _UNIT.fullmatch(name):
-                    begun[unit[1]] = max(begun.get(unit[1], 0), int(unit[2]))
-                elif row := _ROW.fullmatch(name):
-                    rows[row[1]] = max(rows.get(row[1], 0), int(row[2]))
-            finished = all(rows.get(w, 0) >= last for w, last in begun.items()) and bool(rows or NEEDED not in names)
-        if not finished:
-            key = run.get(f"{place}/{NEEDED}", 4096).decode(errors="replace") if NEEDED in names else ""
-            if not _KEY.fullmatch(key):
-                return None
-            needed.add(key)
-    return needed
-
-
-def _places(run: Store) -> dict[str, list[str]]:
-    """What was sampled in this run: the places of units, with the names in them."""
-    places: dict[str, list[str]] = {}
-    for info in (*run.list("evaluate/"), *run.list("generate/")):
-        kind, place, *rest = info.key.split("/", 2)
-        if rest:
-            places.setdefault(f"{kind}/{place}", []).append(rest[0])
-    return places
+def kept(run: Store) -> dict[str, int]:
+    """The keys of the weights that are kept in a run, each with its step."""
+    return {info.key: int(found[1]) for info in run.list("weights/") if (found := KEY.fullmatch(info.key))}
 
 
 def _prefix(step: int, average: str) -> str:

@@ -23,7 +23,7 @@ from freeguide.cluster.evaluation.series import COLUMNS, Series
 from freeguide.cluster.evaluation.units import Unit
 from freeguide.cluster.runtime.session import Resources
 from freeguide.configs.errors import DataError
-from freeguide.data_pipeline.artifact import read_npz, to_npz
+from freeguide.data_pipeline.artifact import fingerprint, read_npz, to_npz
 from freeguide.data_pipeline.closure import code_version
 from freeguide.data_pipeline.store.base import Store
 from freeguide.trainer.sampler import evaluations
@@ -50,7 +50,7 @@ def planned(weights: Sequence[Sequence[float]], images: int, yardsticks: Sequenc
         "code": code_version(units.MEASURING),
         "numpy": np.__version__,
     }
-    name = units.fingerprint(decides)
+    name = fingerprint(decides)
     return [Fold(series, w, images, f"rows/w{w:g}-n{images}-{name}.npz") for series, curve in enumerate(weights) for w in curve]
 
 

@@ -30,7 +30,7 @@ from freeguide.configs.errors import CheckpointError, ConfigError, DataError
 from freeguide.configs.load import from_yaml, sweep, validate
 from freeguide.configs.schema import Config
 from freeguide.configs.untrusted import JSON_BYTES
-from freeguide.data_pipeline.artifact import to_npz
+from freeguide.data_pipeline.artifact import fingerprint, to_npz
 from freeguide.data_pipeline.closure import code_version
 from freeguide.data_pipeline.manifest import Manifest
 from freeguide.data_pipeline.store.base import Access, MissingObject, Store, open_store
@@ -163,7 +163,7 @@ def placed(found: Sequence[Trained], yardsticks: Sequence[Yardstick], kind: str)
             "device": kind,
             "code": code_version(units.MAKING),
         }
-        store = open_store(one.config.run).child(f"evaluate/{units.fingerprint(conditions)}/")
+        store = open_store(one.config.run).child(f"evaluate/{fingerprint(conditions)}/")
         if any(store.uri == other.store.uri for other in series):
             raise ConfigError(f"evaluate.sweep: two of its series are the checkpoint of step {one.weights.step}; leave one out")
         series.append(Series(one.config, one.weights, store, one.origin, kind))

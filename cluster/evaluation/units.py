@@ -7,8 +7,6 @@ reads units in the order of their names, never in the order in which they were m
 
 import contextlib
 import functools
-import hashlib
-import json
 import logging
 import os
 import threading
@@ -210,8 +208,3 @@ def code_version() -> str:
     except PackageNotFoundError:
         number = "source"
     return f"{number}+{closure.code_version(MAKING, MEASURING)}"
-
-
-def fingerprint(conditions: dict[str, Any]) -> str:
-    """A short name for everything that decides the content of a job's units."""
-    return hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()[:12]

@@ -21,7 +21,6 @@ import ray
 import torch
 
 from freeguide.cluster.evaluation import reference as references
-from freeguide.cluster.evaluation import units
 from freeguide.cluster.evaluation.extractors import evaluator as evaluators
 from freeguide.cluster.evaluation.extractors.evaluator import Evaluator
 from freeguide.cluster.evaluation.extractors.features import Extractor, load_dinov2, load_extractor, load_judge
@@ -30,6 +29,7 @@ from freeguide.cluster.evaluation.units import Connect
 from freeguide.cluster.runtime.session import Resources, session
 from freeguide.configs.errors import StoreError, UserError
 from freeguide.configs.schema import Config
+from freeguide.data_pipeline.artifact import fingerprint
 from freeguide.data_pipeline.closure import code_version
 from freeguide.data_pipeline.manifest import Manifest, load_manifest
 from freeguide.data_pipeline.scan import scan_all
@@ -158,7 +158,7 @@ def _yardstick(
         }
         if not has_labels(manifest):
             options |= {"learned": evaluators.ROTATIONS}
-    name = f"evaluators/{units.fingerprint(options)}/"
+    name = f"evaluators/{fingerprint(options)}/"
     places = [data.child(name), open_store(config.run).child(name)]  # beside the run if the data may only be read
     with contextlib.suppress(MissingObject):
         return _load(config, places, given, weights, reference)
@@ -207,7 +207,7 @@ def _file(config: Config, reference: str) -> bytes:
 def _reference_key(extractor: Extractor, data: bytes) -> str:
     """Where the real images stand as `extractor` sees them: those of the file `data`, or where that is empty of the data set."""
     options = {"extractor": extractor.hash, "file": hashlib.sha256(data).hexdigest(), "code": code_version(SEEING)}
-    return f"reference-{units.fingerprint(options)}.npz"
+    return f"reference-{fingerprint(options)}.npz"
 
 
 def _make(config: Config, places: Sequence[Store], given: tuple[str, str] | None, reference: str, resources: Resources) -> str:

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from freeguide.cluster.evaluation import units
 from freeguide.cluster.evaluation.fold import Fold, Folded, Folder, Made, planned
 from freeguide.cluster.evaluation.frontier import near_frontier
+from freeguide.cluster.evaluation.kept import needed_by, sweep
 from freeguide.cluster.evaluation.measure import Yardstick
 from freeguide.cluster.evaluation.report import figures
 from freeguide.cluster.evaluation.report.page import (
@@ -47,13 +48,13 @@ from freeguide.cluster.runtime.session import Resources, progress, session
 from freeguide.configs.errors import StoreError, counted
 from freeguide.configs.load import screen_images
 from freeguide.configs.schema import Config
+from freeguide.data_pipeline.artifact import fingerprint
 from freeguide.data_pipeline.manifest import load_manifest
 from freeguide.data_pipeline.store.base import MissingObject, open_store
 from freeguide.data_pipeline.store.open import access_to, open_data
 from freeguide.trainer.sampler import evaluations, sweep_evaluations
 from freeguide.trainer.training.loop import fitted, misguided
 from freeguide.trainer.training.telemetry import event_file
-from freeguide.trainer.weights import needed_by, sweep
 
 _SHOWN = ("fid", "inception_score", "accuracy", "precision", "recall")  # values of a row that TensorBoard shows
 
@@ -98,7 +99,7 @@ def evaluate(config: Config) -> Path:
     )
     # Other rows make another report: two commands at once never mix theirs.
     sums = checksums(files)
-    place = f"evaluate/{units.fingerprint({'series': [one.store.uri for one in job.series], 'files': sums})}"
+    place = f"evaluate/{fingerprint({'series': [one.store.uri for one in job.series], 'files': sums})}"
     for name, content in files.items():
         home.put(f"{place}/report/{name}", content)
     name_latest(home, f"{place}/report/", sums)
@@ -238,7 +239,7 @@ def _show(one: Series, curve: Sequence[Row], grids: dict[Row, NDArray[np.uint8]]
     sampling = dataclasses.asdict(one.config.sampling) | {"checkpoint": 0}
     for row in curve:
         what = {"sampling": sampling, "n": row.n, "extractor": row.extractor_hash, "reference": row.reference}
-        line = f"evaluate-{row.sampler}-T{row.steps}-{one.config.sampling.ema}-{units.fingerprint(what)[:6]}/w{row.w:g}"
+        line = f"evaluate-{row.sampler}-T{row.steps}-{one.config.sampling.ema}-{fingerprint(what)[:6]}/w{row.w:g}"
         with event_file(open_store(one.config.run), f"events/{line}/events.out.tfevents.{one.weights.step:010d}") as writer:
             for name in _SHOWN:
                 if getattr(row, name) is not None:

@@ -22,11 +22,13 @@ import torch
 from freeguide.cluster.evaluation import units
 from freeguide.cluster.evaluation.conditions import sampled
 from freeguide.cluster.evaluation.extractors.images import to_uint8
+from freeguide.cluster.evaluation.kept import needed_by, sweep
 from freeguide.cluster.evaluation.series import Series, Trained, as_trained
 from freeguide.cluster.evaluation.units import Connect, Unit
 from freeguide.cluster.runtime.session import Resources, progress, session
 from freeguide.configs.errors import ConfigError, DataError, counted
 from freeguide.configs.schema import Config
+from freeguide.data_pipeline.artifact import fingerprint
 from freeguide.data_pipeline.closure import code_version
 from freeguide.data_pipeline.manifest import NAME, Manifest, Schema, ShardIndex, build_manifest, load_manifest, save_manifest
 from freeguide.data_pipeline.scan import scan
@@ -35,7 +37,6 @@ from freeguide.data_pipeline.store.base import FolderStore, Store, open_store, r
 from freeguide.trainer.sampler import image_labels
 from freeguide.trainer.training.engine import choose_kernels
 from freeguide.trainer.training.loop import misguided
-from freeguide.trainer.weights import needed_by, sweep
 
 NPZ = "samples.npz"
 MAKING = "freeguide.cluster.jobs.generate:_Generate"  # decides what a shard holds
@@ -68,7 +69,7 @@ def _generated(one: Trained, kind: str, connect: Connect) -> str:
     }
     if config.data.dtype != "uint8":
         conditions["latents"] = {"dtype": config.data.dtype, "scale": config.data.latent_scale}
-    store = run.child(f"generate/w{options.w:g}-n{options.images}-{units.fingerprint(conditions)}/")
+    store = run.child(f"generate/w{options.w:g}-n{options.images}-{fingerprint(conditions)}/")
     schema = Schema(config.data.image_size, config.data.channels, config.data.classes, dtype=config.data.dtype)
     plan = units.split([options.w], options.images, options.unit)
     wanted = options.npz and not store.exists(NPZ)

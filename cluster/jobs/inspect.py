@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from freeguide.cluster.evaluation.report.figure_2 import draw_figure_2
 from freeguide.configs.errors import CheckpointError, UserError
 from freeguide.configs.load import screen_images, sweep, to_yaml
 from freeguide.configs.locations import check_target
@@ -15,7 +16,6 @@ from freeguide.data_pipeline.manifest import load_manifest
 from freeguide.data_pipeline.order import Order
 from freeguide.data_pipeline.store.base import Retry, open_store
 from freeguide.data_pipeline.store.open import open_data
-from freeguide.trainer.diffusion.theory import draw_figure_2
 from freeguide.trainer.networks.build import build_network, count_parameters, forward_flops
 from freeguide.trainer.sampler import sweep_evaluations
 from freeguide.trainer.training import checkpoint

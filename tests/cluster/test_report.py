@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.image import imread
 from PIL import Image
 
 from freeguide.cluster.evaluation.published import PUBLISHED
 from freeguide.cluster.evaluation.report import figures
+from freeguide.cluster.evaluation.report.figure_2 import draw_figure_2
 from freeguide.cluster.evaluation.report.page import Cost, write_report
 from freeguide.cluster.evaluation.rows import INCEPTION, Row, from_json
 from freeguide.configs.errors import DataError
@@ -696,3 +698,16 @@ def test_without_an_inception_score_series_and_screens_are_told_without_one(tmp_
     seeds = [row for seed in (0, 1) for row in _unscored(seed=seed)]
     write_report(seeds, {}, tmp_path, title="x", varying=("seed",))
     assert "| w | FID-photos-rotations | precision | recall | k |" in (tmp_path / "table.md").read_text()
+
+
+def test_figure_2_of_the_paper_is_a_png_with_both_rows(tmp_path):
+    path = tmp_path / "figure2.png"
+    rows = draw_figure_2(path, (0.0, 4.0), images=50, steps=4)
+    assert [row.w for row in rows] == [0.0, 4.0]
+    pixels = imread(path, format="png")[..., :3]
+    assert pixels.shape[0] > 300
+    assert pixels.shape[1] > 300
+    # Each quarter of the drawing holds a panel with dark blue in it.
+    middle, centre = pixels.shape[0] // 2, pixels.shape[1] // 2
+    for quarter in (pixels[:middle, :centre], pixels[:middle, centre:], pixels[middle:, :centre], pixels[middle:, centre:]):
+        assert ((quarter[..., 2] - quarter[..., 0]) > 0.3).sum() > 50

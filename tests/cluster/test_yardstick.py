@@ -33,6 +33,7 @@ from freeguide.cluster.jobs import evaluate as evaluation
 from freeguide.cluster.runtime.session import Resources
 from freeguide.configs.errors import ConfigError, DataError, UserError
 from freeguide.configs.load import load_config
+from freeguide.data_pipeline.artifact import fingerprint
 from freeguide.data_pipeline.closure import code_version
 from freeguide.data_pipeline.manifest import Schema, load_manifest
 from freeguide.data_pipeline.scan import scan_all
@@ -431,7 +432,7 @@ def test_only_data_without_classes_have_what_was_learned_in_the_name_of_their_ev
         (found,) = find(uri, *options)
         epochs = 3 if options else 1
         decides = {"format": 3, "data": load_manifest(open_store(uri)).fingerprint, "dataset": Path(uri).name, "epochs": epochs}
-        name = units.fingerprint(decides | {"seed": 0, "code": code_version(yardstick.FITTING)} | more)
+        name = fingerprint(decides | {"seed": 0, "code": code_version(yardstick.FITTING)} | more)
         assert Path(found.weights).parent.name == name
 
 

@@ -1,14 +1,13 @@
-"""Figure 2 of the paper: the tilted densities, what Algorithm 2 samples instead, and the drawing."""
+"""Figure 2 of the paper: the tilted densities, and what Algorithm 2 samples instead."""
 
 import itertools
 import math
 
 import pytest
 import torch
-from matplotlib.image import imread
 
 from freeguide.trainer.diffusion.oracles import GaussianMixture
-from freeguide.trainer.diffusion.theory import compare, draw_figure_2
+from freeguide.trainer.diffusion.theory import compare
 
 SMALL = {"images": 1500, "steps": 64, "side": 121}
 
@@ -49,19 +48,6 @@ def test_algorithm_2_overshoots_the_tilted_density(sweep):
         assert row.sampled.distance > row.tilted.distance + 0.03
         assert row.sampled.log_posterior > row.tilted.log_posterior
         assert row.sampled.trace < row.tilted.trace
-
-
-def test_the_figure_is_a_png_with_both_rows(tmp_path):
-    path = tmp_path / "figure2.png"
-    rows = draw_figure_2(path, (0.0, 4.0), images=50, steps=4)
-    assert [row.w for row in rows] == [0.0, 4.0]
-    pixels = imread(path, format="png")[..., :3]
-    assert pixels.shape[0] > 300
-    assert pixels.shape[1] > 300
-    # Each quarter of the drawing holds a panel with dark blue in it.
-    middle, centre = pixels.shape[0] // 2, pixels.shape[1] // 2
-    for quarter in (pixels[:middle, :centre], pixels[:middle, centre:], pixels[middle:, :centre], pixels[middle:, centre:]):
-        assert ((quarter[..., 2] - quarter[..., 0]) > 0.3).sum() > 50
 
 
 def test_bad_arguments_are_named():
