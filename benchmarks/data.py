@@ -104,7 +104,7 @@ def ours(uri: str, images: int, first: int, decode: bool) -> Batches:
     from freeguide.configs.schema import DataConfig
     from freeguide.data_pipeline.manifest import load_manifest
     from freeguide.data_pipeline.order import Order
-    from freeguide.data_pipeline.store.base import open_store
+    from freeguide.data_pipeline.store.open import open_store
     from freeguide.data_pipeline.stream import Reader
 
     store = open_store(f"{uri}/ours")
@@ -250,7 +250,7 @@ def _cpu() -> float:
 def write_ours(uri: str, images: int) -> None:
     from freeguide.data_pipeline.manifest import Schema
     from freeguide.data_pipeline.shards import Sample, Source, write_shards
-    from freeguide.data_pipeline.store.base import create_bucket, open_store
+    from freeguide.data_pipeline.store.open import create_bucket, open_store
 
     create_bucket("s3://" + uri.split("/")[2])
     source = Source(Schema(SIDE, 3, 10), images, lambda number: Sample(picture(number), number % 10), f"benchmark {images}")

@@ -43,7 +43,7 @@ from freeguide.configs.load import load_config
 from freeguide.configs.schema import Config
 from freeguide.data_pipeline.manifest import Schema
 from freeguide.data_pipeline.shards import Sample, Source, write_shards
-from freeguide.data_pipeline.store.base import open_store
+from freeguide.data_pipeline.store.open import open_store
 from freeguide.data_pipeline.stream import Batch
 from freeguide.trainer.diffusion import objective
 from freeguide.trainer.networks.build import build_network, count_parameters, forward_flops

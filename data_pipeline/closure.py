@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]  # the folder of the rooms
 ROOMS = ("configs", "data_pipeline", "trainer", "cluster")
 NAME = "freeguide"  # the package that they are parts of
 
-# Where the walk ends, and why. What is not named here counts.
+# Where the walk ends, and why: modules, and rooms with all that is in them. What is not named here counts.
 HARMLESS = {
     "freeguide.configs.errors": "the kinds of errors decide no number",
     "freeguide.configs.schema": "options are conditions by their values, see freeguide.cluster.evaluation.conditions",
@@ -23,8 +23,7 @@ HARMLESS = {
     "freeguide.configs.locations": "says where things are",
     "freeguide.data_pipeline.artifact": "what it reads is what was written, or an error",
     "freeguide.data_pipeline.closure": "names the code, and decides nothing that it names",
-    "freeguide.data_pipeline.store.base": "moves bytes, whole or not at all",
-    "freeguide.data_pipeline.store.s3": "moves bytes, whole or not at all",
+    "freeguide.data_pipeline.store": "the room moves bytes, whole or not at all",
     "freeguide.cluster.runtime.session": "places the work; the kind of device is a condition of its own",
 }
 
@@ -53,7 +52,7 @@ def reached(*entries: str, root: Path = ROOT) -> dict[str, str]:
     def definitions(name: str, chain: list[str]) -> Iterator[tuple[str, str]]:
         """The definitions that `chain` (a name, and attributes of it) means, read in the module `name`."""
         here = module(name)
-        if here is None or name in HARMLESS:
+        if here is None or any(f"{name}.".startswith(f"{end}.") for end in HARMLESS):
             return
         if not chain:  # the module itself: whatever it defines may be used
             yield from ((name, own) for own in here.definitions)

@@ -28,7 +28,8 @@ import numpy.typing as npt
 from freeguide.configs.errors import DataError
 from freeguide.configs.untrusted import parse_json, whole
 from freeguide.data_pipeline.artifact import check_seal, read_npy, read_npz, sealed_json, to_npz
-from freeguide.data_pipeline.store.base import MissingObject, Store, checked, open_like
+from freeguide.data_pipeline.store.base import MissingObject, Store, checked
+from freeguide.data_pipeline.store.open import open_like
 from freeguide.data_pipeline.store.unfinished import ended, writer
 from freeguide.data_pipeline.tar import BLOCK
 

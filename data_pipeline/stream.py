@@ -31,8 +31,9 @@ from freeguide.data_pipeline.decode import BadSample, decode_sample
 from freeguide.data_pipeline.fetch import Fetch, Fetcher, Fields, plan
 from freeguide.data_pipeline.manifest import Manifest
 from freeguide.data_pipeline.order import Ints, Order, slots
-from freeguide.data_pipeline.store.base import Cancelled, Store, open_like
+from freeguide.data_pipeline.store.base import Cancelled, Store
 from freeguide.data_pipeline.store.cache import CachedStore
+from freeguide.data_pipeline.store.open import open_like
 
 MIB = 2**20
 DONORS = 16  # donors tried for one position

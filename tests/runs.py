@@ -7,7 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from freeguide.configs.load import load_config
-from freeguide.data_pipeline.store.base import open_store
+from freeguide.data_pipeline.store.open import open_store
 from freeguide.trainer.training import checkpoint
 from freeguide.trainer.training.engine import KINDS
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from freeguide.configs.schema import Config
-from freeguide.data_pipeline.store.base import open_store
+from freeguide.data_pipeline.store.open import open_store
 from freeguide.trainer.diffusion.guidance import Weight, classifier_free, first_guided, interval, weight_at
 from freeguide.trainer.diffusion.randomness import Purpose, bits
 from freeguide.trainer.diffusion.samplers import LOOK_AHEAD, SAMPLERS, State, ancestral, sample

@@ -18,7 +18,8 @@ from freeguide.configs.errors import CheckpointError, DataError
 from freeguide.configs.schema import Config
 from freeguide.configs.untrusted import parse_json
 from freeguide.data_pipeline.artifact import check_seal, fingerprint, get_sealed, read_safetensors, sealed_json, to_safetensors
-from freeguide.data_pipeline.store.base import Store, open_store
+from freeguide.data_pipeline.store.base import Store
+from freeguide.data_pipeline.store.open import open_store
 from freeguide.trainer.training import checkpoint
 from freeguide.trainer.training.ema import sigma_rel_of
 

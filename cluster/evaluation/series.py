@@ -33,7 +33,8 @@ from freeguide.configs.untrusted import JSON_BYTES
 from freeguide.data_pipeline.artifact import fingerprint, to_npz
 from freeguide.data_pipeline.closure import code_version
 from freeguide.data_pipeline.manifest import Manifest
-from freeguide.data_pipeline.store.base import Access, MissingObject, Store, open_store
+from freeguide.data_pipeline.store.base import Access, MissingObject, Store
+from freeguide.data_pipeline.store.open import open_store
 from freeguide.trainer.diffusion.guidance import first_guided
 from freeguide.trainer.sampler import Sampler, guidance_weight, image_labels, sampling_levels, shared_steps
 from freeguide.trainer.training.engine import choose_kernels

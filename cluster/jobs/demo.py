@@ -22,7 +22,9 @@ from freeguide.configs.errors import UserError
 from freeguide.configs.load import PACKAGED, load_config
 from freeguide.configs.loopback import reach_loopback_directly
 from freeguide.configs.secrets import masked
-from freeguide.data_pipeline.store.base import TEMP, MissingObject, Store, create_bucket, open_store
+from freeguide.data_pipeline.store.base import MissingObject, Store
+from freeguide.data_pipeline.store.open import create_bucket, open_store
+from freeguide.data_pipeline.store.unfinished import TEMP
 
 CONFIG = PACKAGED / "digits.yaml"
 COMMANDS = ("prepare", "train", "evaluate")

@@ -14,7 +14,8 @@ from freeguide.configs.schema import Config
 from freeguide.configs.untrusted import JSON_BYTES, parse_json
 from freeguide.data_pipeline.artifact import check_seal
 from freeguide.data_pipeline.manifest import claim, release
-from freeguide.data_pipeline.store.base import MissingObject, Store, open_store
+from freeguide.data_pipeline.store.base import MissingObject, Store
+from freeguide.data_pipeline.store.open import open_store
 from freeguide.trainer.weights import Weights
 
 

@@ -33,7 +33,9 @@ from freeguide.data_pipeline.closure import code_version
 from freeguide.data_pipeline.manifest import NAME, Manifest, Schema, ShardIndex, build_manifest, load_manifest, save_manifest
 from freeguide.data_pipeline.scan import scan
 from freeguide.data_pipeline.shards import Sample, pack_shard
-from freeguide.data_pipeline.store.base import FolderStore, Store, open_store, read_each
+from freeguide.data_pipeline.store.base import Store, read_each
+from freeguide.data_pipeline.store.folder import FolderStore
+from freeguide.data_pipeline.store.open import open_store
 from freeguide.trainer.sampler import image_labels
 from freeguide.trainer.training.engine import choose_kernels
 from freeguide.trainer.training.loop import misguided

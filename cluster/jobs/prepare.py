@@ -18,8 +18,8 @@ from freeguide.data_pipeline.manifest import Manifest, Schema, is_run, save_mixt
 from freeguide.data_pipeline.shards import Plan, Source, write_shards
 from freeguide.data_pipeline.sources.folder import count_of
 from freeguide.data_pipeline.sources.read import open_source, read_class_names
-from freeguide.data_pipeline.store.base import Store, open_like
-from freeguide.data_pipeline.store.open import open_data
+from freeguide.data_pipeline.store.base import Store
+from freeguide.data_pipeline.store.open import open_data, open_like
 
 FEW = 16  # shards that are written before a Ray cluster would have started
 

@@ -48,7 +48,9 @@ from freeguide.data_pipeline.manifest import NAME, load_manifest
 from freeguide.data_pipeline.scan import scan_all
 from freeguide.data_pipeline.sources.folder import File, count_of, find_in, named
 from freeguide.data_pipeline.sources.read import picture
-from freeguide.data_pipeline.store.base import READERS, Access, FolderStore, Store, open_store
+from freeguide.data_pipeline.store.base import READERS, Access, Store
+from freeguide.data_pipeline.store.folder import FolderStore
+from freeguide.data_pipeline.store.open import open_store
 from freeguide.data_pipeline.store.unfinished import unfinished
 from freeguide.trainer.training.engine import choose_kernels
 

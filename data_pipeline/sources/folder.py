@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from freeguide.configs.errors import DataError, visible
-from freeguide.data_pipeline.store.base import FolderStore, Store
+from freeguide.data_pipeline.store.base import Store
+from freeguide.data_pipeline.store.folder import FolderStore
 
 PICTURES = {
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jif", ".jfif", ".mpo", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff",

@@ -1,4 +1,4 @@
-"""The store of a data set: its tars, and what belongs to them, which may stand elsewhere.
+"""Which store a location means; and the store of a data set: its tars, and what belongs to them, which may stand elsewhere.
 
 Tars are often in a bucket or on a disk that one may only read. Then `data.manifest` names a place of one's own for all else: the
 manifest, what evaluators know of the data, what is in the making. Everybody opens the data with `open_data` and never sees the
@@ -12,7 +12,34 @@ from pathlib import Path
 
 from freeguide.configs.locations import locate
 from freeguide.configs.schema import DataConfig
-from freeguide.data_pipeline.store.base import MEMORY, Access, Denied, ObjectInfo, Retry, Store, open_store
+from freeguide.data_pipeline.store.base import MEMORY, Access, Denied, ObjectInfo, Retry, Store
+from freeguide.data_pipeline.store.folder import FolderStore
+
+
+def open_store(uri: str, retry: Retry | None = None, access: Access | None = None) -> Store:
+    """The store at a location of `configs.locations`. Touches nothing yet; see `Store.check`. Raises StoreError."""
+    place = locate(uri)
+    if not place.bucket:
+        return FolderStore(Path(place.path))
+    from freeguide.data_pipeline.store.s3 import S3Store  # boto3 takes long to import, and a folder has no use for it
+
+    return S3Store(place.bucket, place.path, retry or Retry(), access or Access())
+
+
+def open_like(store: Store, uri: str) -> Store:
+    """The store at `uri`, asked as patiently and in the same way as `store`, and counted with it."""
+    found = open_store(uri, getattr(store, "retry", None), getattr(store, "access", None))
+    found.traffic = store.traffic
+    return found
+
+
+def create_bucket(uri: str) -> None:
+    """Make the bucket of `s3://bucket`, for a server of one's own; no error where it exists."""
+    from freeguide.data_pipeline.store.s3 import S3Store
+
+    store = open_store(uri)
+    assert isinstance(store, S3Store)
+    store.create_bucket()
 
 
 def open_data(data: DataConfig, retry: Retry | None = None) -> Store:

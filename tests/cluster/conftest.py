@@ -40,7 +40,7 @@ def s3() -> Iterator[str]:
     """moto's S3 server with the bucket `lab`; its endpoint. Sets AWS_* for this process and its children."""
     from moto.server import ThreadedMotoServer
 
-    from freeguide.data_pipeline.store.base import create_bucket
+    from freeguide.data_pipeline.store.open import create_bucket
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)

@@ -19,7 +19,7 @@ from freeguide.configs.errors import UserError
 from freeguide.configs.load import load_config, sealed, to_yaml
 from freeguide.data_pipeline.manifest import load_manifest
 from freeguide.data_pipeline.scan import scan_all
-from freeguide.data_pipeline.store.base import open_store
+from freeguide.data_pipeline.store.open import open_store
 from freeguide.trainer.training import checkpoint
 from freeguide.trainer.weights import weights_of
 from tests.cluster.untrained import DIGITS, HALF_LIFE, options, write_lab, write_run

@@ -20,7 +20,8 @@ from freeguide.cluster.cli import main
 from freeguide.cluster.jobs.demo import BUCKET, demo, environment, local_s3
 from freeguide.configs.errors import UserError
 from freeguide.configs.loopback import reach_loopback_directly
-from freeguide.data_pipeline.store.base import TEMP, open_store
+from freeguide.data_pipeline.store.open import open_store
+from freeguide.data_pipeline.store.unfinished import TEMP
 
 ROOT = Path(__file__).parents[2]
 TINY = [
@@ -169,7 +170,7 @@ def test_both_names_of_the_exceptions_keep_what_they_have() -> None:
 
 def test_a_store_on_loopback_is_reached_past_a_proxy_in_any_process(s3: str, proxy, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     """A worker of a cluster that somebody else started has not been through the command line."""
-    code = "from freeguide.data_pipeline.store.base import open_store; open_store('s3://lab').put('past-a-proxy', b'1')"
+    code = "from freeguide.data_pipeline.store.open import open_store; open_store('s3://lab').put('past-a-proxy', b'1')"
     told = {name: value for name, value in os.environ.items() if name.lower() != "no_proxy"} | dict.fromkeys(PROXIES, proxy[0])
     subprocess.run([sys.executable, "-c", code], env=told | {"PYTHONPATH": str(ROOT)}, check=True, timeout=60)
     assert open_store("s3://lab").get("past-a-proxy") == b"1"

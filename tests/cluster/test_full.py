@@ -14,7 +14,7 @@ from freeguide.cluster.jobs.evaluate import evaluate
 from freeguide.cluster.jobs.generate import generate
 from freeguide.data_pipeline.manifest import load_manifest
 from freeguide.data_pipeline.scan import scan_all
-from freeguide.data_pipeline.store.base import open_store
+from freeguide.data_pipeline.store.open import open_store
 from tests.cluster.untrained import DIGITS, options, small, write_run
 
 ROOT = Path(__file__).parents[2]

@@ -31,7 +31,8 @@ from freeguide.configs.schema import Config, DataConfig
 from freeguide.data_pipeline.manifest import NAME, Schema, ShardIndex, build_manifest, load_manifest, save_manifest
 from freeguide.data_pipeline.scan import scan_all
 from freeguide.data_pipeline.shards import Sample, Source, pack_shard, write_shards
-from freeguide.data_pipeline.store.base import Retry, Store, open_store
+from freeguide.data_pipeline.store.base import Retry, Store
+from freeguide.data_pipeline.store.open import open_store
 from freeguide.data_pipeline.store.s3 import S3Store
 from freeguide.trainer.sampler import Sampler, image_labels
 from freeguide.trainer.training import checkpoint

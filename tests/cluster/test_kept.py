@@ -17,7 +17,9 @@ from freeguide.cluster.jobs.evaluate import evaluate, fetch_report
 from freeguide.cluster.jobs.generate import generate
 from freeguide.configs.errors import CheckpointError, ConfigError, DataError, UserError
 from freeguide.configs.schema import Config
-from freeguide.data_pipeline.store.base import Denied, FolderStore, Store, open_store
+from freeguide.data_pipeline.store.base import Denied, Store
+from freeguide.data_pipeline.store.folder import FolderStore
+from freeguide.data_pipeline.store.open import open_store
 from freeguide.trainer.weights import weights_of
 from tests.cluster.untrained import small, write_run
 

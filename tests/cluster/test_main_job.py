@@ -20,7 +20,8 @@ from freeguide.cluster.evaluation.rows import from_json
 from freeguide.configs.load import load_config
 from freeguide.data_pipeline.closure import NAME, ROOMS
 from freeguide.data_pipeline.manifest import load_manifest
-from freeguide.data_pipeline.store.base import Store, open_store
+from freeguide.data_pipeline.store.base import Store
+from freeguide.data_pipeline.store.open import open_store
 from freeguide.trainer.training import checkpoint
 from tests.cluster.conftest import started_head
 

@@ -24,8 +24,8 @@ from freeguide.data_pipeline.scan import scan_all
 from freeguide.data_pipeline.shards import write_shards
 from freeguide.data_pipeline.sources import read as sources
 from freeguide.data_pipeline.sources.read import open_source, read_class_names
-from freeguide.data_pipeline.store.base import Access, Store, create_bucket, open_store
-from freeguide.data_pipeline.store.open import access_to
+from freeguide.data_pipeline.store.base import Access, Store
+from freeguide.data_pipeline.store.open import access_to, create_bucket, open_store
 from freeguide.data_pipeline.store.s3 import S3Store
 from tests.data_pipeline.conftest import write_noise
 

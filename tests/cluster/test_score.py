@@ -27,7 +27,8 @@ from freeguide.data_pipeline.decode import encode_png
 from freeguide.data_pipeline.manifest import Schema, build_manifest, save_manifest
 from freeguide.data_pipeline.shards import Sample, pack_shard
 from freeguide.data_pipeline.sources.read import image_folder
-from freeguide.data_pipeline.store.base import READERS, open_store
+from freeguide.data_pipeline.store.base import READERS
+from freeguide.data_pipeline.store.open import open_store
 
 N = 240
 LABELS = np.arange(N, dtype=np.int64) % 2

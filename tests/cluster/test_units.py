@@ -21,7 +21,8 @@ from freeguide.cluster.evaluation.units import Unit
 from freeguide.cluster.runtime.session import Resources
 from freeguide.configs.errors import DataError, UserError
 from freeguide.configs.load import load_config
-from freeguide.data_pipeline.store.base import Store, open_store
+from freeguide.data_pipeline.store.base import Store
+from freeguide.data_pipeline.store.open import open_store
 
 ROOT = Path(__file__).parents[2]
 ONCE = SimpleNamespace(begin=SimpleNamespace(remote=lambda number: 1))  # no unit was begun before

@@ -15,7 +15,8 @@ from freeguide.data_pipeline.manifest import load_manifest
 from freeguide.data_pipeline.scan import scan_all
 from freeguide.data_pipeline.shards import write_shards
 from freeguide.data_pipeline.sources.read import digits
-from freeguide.data_pipeline.store.base import Store, open_store
+from freeguide.data_pipeline.store.base import Store
+from freeguide.data_pipeline.store.open import open_store
 from freeguide.trainer.networks.build import build_network
 from freeguide.trainer.training.checkpoint import EMA, FORMAT, folder_of
 

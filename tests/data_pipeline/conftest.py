@@ -15,7 +15,8 @@ from freeguide.configs.schema import DataConfig
 from freeguide.data_pipeline.fetch import Fetcher
 from freeguide.data_pipeline.manifest import Manifest, Schema, build_manifest, save_manifest
 from freeguide.data_pipeline.shards import Sample, Source, pack_shard, write_shards
-from freeguide.data_pipeline.store.base import Store, create_bucket, open_store
+from freeguide.data_pipeline.store.base import Store
+from freeguide.data_pipeline.store.open import create_bucket, open_store
 
 KEYS = {
     "AWS_ACCESS_KEY_ID": "test",
@@ -113,6 +114,6 @@ def no_hedges(monkeypatch: pytest.MonkeyPatch) -> None:
 def killed_while_writing(code: str, kills: int) -> None:
     """Runs the lines in as many processes, each of which kills itself when it would give a finished file its name."""
     dies = "os.replace = os.link = lambda *_: os.kill(os.getpid(), 9)\n"
-    lines = "import os\nfrom pathlib import Path\nfrom freeguide.data_pipeline.store.base import open_store\n" + dies + code
+    lines = "import os\nfrom pathlib import Path\nfrom freeguide.data_pipeline.store.open import open_store\n" + dies + code
     started = [subprocess.Popen([sys.executable, "-c", lines]) for _ in range(kills)]
     assert [process.wait(timeout=120) for process in started] == [-9] * kills

@@ -11,7 +11,8 @@ import botocore.exceptions
 import pytest
 
 from freeguide.configs.errors import StoreError
-from freeguide.data_pipeline.store.base import Access, Denied, MissingObject, Retry, open_store
+from freeguide.data_pipeline.store.base import Access, Denied, MissingObject, Retry
+from freeguide.data_pipeline.store.open import open_store
 from freeguide.data_pipeline.store.s3 import UPLOADS, S3Store
 from tests.data_pipeline.conftest import KEYS, s3_uri
 
@@ -419,6 +420,6 @@ def test_a_folder_without_links_creates_all_the_same(tmp_path: Path, monkeypatch
     def no_links(*_: object) -> None:
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr("freeguide.data_pipeline.store.base.os.link", no_links)
+    monkeypatch.setattr("freeguide.data_pipeline.store.folder.os.link", no_links)
     store = open_store(str(tmp_path))
     assert [store.create("k", b"first"), store.create("k", b"second")] == [b"first", b"first"]

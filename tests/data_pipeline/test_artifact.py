@@ -23,7 +23,7 @@ from freeguide.data_pipeline.artifact import (
     to_npz,
     to_safetensors,
 )
-from freeguide.data_pipeline.store.base import open_store
+from freeguide.data_pipeline.store.open import open_store
 
 ARRAYS = {
     "mu": np.arange(5.0),

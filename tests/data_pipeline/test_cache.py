@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from freeguide.data_pipeline.order import Order
-from freeguide.data_pipeline.store.base import ChangedObject, Store, open_store
+from freeguide.data_pipeline.store.base import ChangedObject, Store
 from freeguide.data_pipeline.store.cache import CachedStore
+from freeguide.data_pipeline.store.open import open_store
 from freeguide.data_pipeline.stream import Reader
 from tests.data_pipeline.conftest import data_config, killed_while_writing, write_noise
 

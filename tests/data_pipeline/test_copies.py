@@ -10,7 +10,8 @@ from freeguide.data_pipeline.index import index_shards
 from freeguide.data_pipeline.manifest import Manifest, load_manifest, save_manifest
 from freeguide.data_pipeline.order import Order
 from freeguide.data_pipeline.shards import write_shards
-from freeguide.data_pipeline.store.base import ChangedObject, Store, open_store
+from freeguide.data_pipeline.store.base import ChangedObject, Store
+from freeguide.data_pipeline.store.open import open_store
 from freeguide.data_pipeline.stream import Batch, Reader
 from tests.data_pipeline.conftest import data_config, noise_source, s3_uri, write_noise
 

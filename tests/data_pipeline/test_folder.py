@@ -19,7 +19,7 @@ from freeguide.data_pipeline.shards import Plan, write_shards
 from freeguide.data_pipeline.sources import folder
 from freeguide.data_pipeline.sources.folder import is_dropping
 from freeguide.data_pipeline.sources.read import image_folder
-from freeguide.data_pipeline.store.base import open_store
+from freeguide.data_pipeline.store.open import open_store
 
 CONFIG = Path(__file__).parents[2] / "configs" / "image_folder.yaml"
 

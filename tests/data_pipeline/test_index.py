@@ -20,7 +20,8 @@ from freeguide.data_pipeline.order import Order
 from freeguide.data_pipeline.scan import scan
 from freeguide.data_pipeline.shards import write_shards
 from freeguide.data_pipeline.sources.read import open_source
-from freeguide.data_pipeline.store.base import Store, open_store
+from freeguide.data_pipeline.store.base import Store
+from freeguide.data_pipeline.store.open import open_store
 from freeguide.data_pipeline.stream import Reader
 from tests.data_pipeline.conftest import data_config, item_of, noise_source
 from tests.data_pipeline.tars import make_tar, pairs, special_tar

@@ -19,7 +19,7 @@ from freeguide.data_pipeline.order import Order
 from freeguide.data_pipeline.scan import scan_all
 from freeguide.data_pipeline.shards import Plan, Sample, Source, pack_shard, write_shards
 from freeguide.data_pipeline.sources.read import open_source
-from freeguide.data_pipeline.store.base import open_store
+from freeguide.data_pipeline.store.open import open_store
 from freeguide.data_pipeline.stream import Reader
 from tests.data_pipeline.conftest import data_config
 from tests.data_pipeline.tars import make_tar

@@ -21,7 +21,7 @@ from freeguide.data_pipeline.index import index_shards
 from freeguide.data_pipeline.manifest import Schema, load_manifest
 from freeguide.data_pipeline.scan import scan_all
 from freeguide.data_pipeline.sources.folder import find_in, named
-from freeguide.data_pipeline.store.base import open_store
+from freeguide.data_pipeline.store.open import open_store
 
 CONFIG = Path(__file__).parents[2] / "configs" / "image_folder.yaml"
 SIZE = 8

@@ -21,7 +21,8 @@ from freeguide.data_pipeline.decode import BadSample
 from freeguide.data_pipeline.index import index_shards
 from freeguide.data_pipeline.manifest import ShardIndex, build_manifest, choose_chunk, combine_crcs, load_manifest, save_manifest
 from freeguide.data_pipeline.shards import Plan, Sample, Source, index_tar, pack_shard, write_shards
-from freeguide.data_pipeline.store.base import Store, open_store
+from freeguide.data_pipeline.store.base import Store
+from freeguide.data_pipeline.store.open import open_store
 from tests.data_pipeline.conftest import noise_source, write_noise
 
 

@@ -20,7 +20,7 @@ from freeguide.data_pipeline.index import index_shards
 from freeguide.data_pipeline.manifest import Schema
 from freeguide.data_pipeline.shards import Source
 from freeguide.data_pipeline.sources.read import digits, idx, image_folder, open_source, parquet, tars
-from freeguide.data_pipeline.store.base import open_store
+from freeguide.data_pipeline.store.open import open_store
 from tests.data_pipeline.conftest import data_config
 from tests.data_pipeline.tars import make_tar, png
 

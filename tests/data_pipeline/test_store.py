@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 
 from freeguide.configs.errors import StoreError
-from freeguide.data_pipeline.store.base import ChangedObject, FolderStore, MissingObject, Retry, Store, open_store
+from freeguide.data_pipeline.store.base import ChangedObject, MissingObject, Retry, Store
+from freeguide.data_pipeline.store.folder import FolderStore
+from freeguide.data_pipeline.store.open import open_store
 from freeguide.data_pipeline.store.unfinished import TEMP
 from tests.data_pipeline.conftest import s3_uri
 
@@ -343,7 +345,7 @@ def _elsewhere(bucket: str, retry: Retry) -> set[tuple[object, ...]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
         store = open_store(f"s3://{bucket}/x", retry)
-        return {(*store._where(), bucket)}  # type: ignore[attr-defined]
+        return {(store._terms(), bucket)}  # type: ignore[attr-defined]
 
 
 def test_nobody_listens_at_the_endpoint(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,9 @@ from freeguide.configs.errors import ConfigError, DataError
 from freeguide.data_pipeline.fetch import plan
 from freeguide.data_pipeline.manifest import Manifest
 from freeguide.data_pipeline.order import Order, slots
-from freeguide.data_pipeline.store.base import Cancelled, FolderStore, Store, open_store
+from freeguide.data_pipeline.store.base import Cancelled, Store
+from freeguide.data_pipeline.store.folder import FolderStore
+from freeguide.data_pipeline.store.open import open_store
 from freeguide.data_pipeline.stream import Batch, Reader
 from tests.data_pipeline.conftest import data_config, item_of, noise_source, write_noise
 
@@ -128,7 +130,7 @@ import hashlib, sys
 from freeguide.configs.schema import DataConfig
 from freeguide.data_pipeline.manifest import load_manifest
 from freeguide.data_pipeline.order import Order
-from freeguide.data_pipeline.store.base import open_store
+from freeguide.data_pipeline.store.open import open_store
 from freeguide.data_pipeline.stream import Reader
 
 store, start = open_store(sys.argv[1]), int(sys.argv[2])

@@ -13,7 +13,8 @@ from freeguide.data_pipeline.index import index_shards
 from freeguide.data_pipeline.manifest import BEGUN, Manifest, claim, load_manifest, save_mixture
 from freeguide.data_pipeline.scan import scan
 from freeguide.data_pipeline.shards import Sample, Source, write_shards
-from freeguide.data_pipeline.store.base import Store, open_store
+from freeguide.data_pipeline.store.base import Store
+from freeguide.data_pipeline.store.open import open_store
 from freeguide.data_pipeline.store.unfinished import writer
 from tests.data_pipeline.conftest import noise_source, write_noise
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from freeguide.data_pipeline.store import unfinished as files
-from freeguide.data_pipeline.store.base import FolderStore
+from freeguide.data_pipeline.store.folder import FolderStore
 from freeguide.data_pipeline.store.unfinished import LEFT_S, TEMP, ended, sweep, unfinished, writer
 from tests.data_pipeline.conftest import killed_while_writing
 

@@ -15,7 +15,7 @@ from freeguide.data_pipeline.index import index_shards
 from freeguide.data_pipeline.manifest import Schema, load_manifest
 from freeguide.data_pipeline.order import Order
 from freeguide.data_pipeline.scan import scan
-from freeguide.data_pipeline.store.base import open_store
+from freeguide.data_pipeline.store.open import open_store
 from freeguide.data_pipeline.stream import Reader
 from freeguide.data_pipeline.whole import _markers
 from tests.data_pipeline.conftest import data_config

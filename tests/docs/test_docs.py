@@ -26,7 +26,7 @@ from freeguide.cluster.cli import _parse, _parser
 from freeguide.configs.errors import UserError
 from freeguide.configs.load import load_config
 from freeguide.configs.schema import options
-from freeguide.data_pipeline.store.base import create_bucket, open_store
+from freeguide.data_pipeline.store.open import create_bucket, open_store
 from tests.cluster.conftest import s3, started_head  # noqa: F401  # a fixture
 from tests.docs.printed import LANGUAGES, PAGES, ROOT, Block, Command, blocks, commands, printed, spans
 

@@ -19,7 +19,7 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from freeguide.configs.load import load_config
-from freeguide.data_pipeline.store.base import open_store
+from freeguide.data_pipeline.store.open import open_store
 from freeguide.trainer.training import checkpoint
 from freeguide.trainer.training.failures import TERMINATED
 from tests.faults.conftest import EVERY, PATIENCE, ROOT, Ranks, ended, output, saved, wait_for

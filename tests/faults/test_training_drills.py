@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from freeguide.configs.load import load_config
-from freeguide.data_pipeline.store.base import create_bucket, open_store
+from freeguide.data_pipeline.store.open import create_bucket, open_store
 from freeguide.trainer.training import checkpoint
 from freeguide.trainer.training.engine import _import_deepspeed
 from freeguide.trainer.training.failures import HUNG, SPIKE, TERMINATED

@@ -12,7 +12,7 @@ from freeguide.configs.load import load_config
 from freeguide.configs.schema import Config
 from freeguide.data_pipeline.shards import write_shards
 from freeguide.data_pipeline.sources.read import digits
-from freeguide.data_pipeline.store.base import open_store
+from freeguide.data_pipeline.store.open import open_store
 
 ROOT = Path(__file__).parents[2]
 Launch = Callable[..., list["subprocess.CompletedProcess[str]"]]

@@ -31,7 +31,9 @@ from freeguide.configs.load import load_config
 from freeguide.configs.schema import TrainConfig
 from freeguide.data_pipeline.manifest import load_manifest
 from freeguide.data_pipeline.order import Order
-from freeguide.data_pipeline.store.base import FolderStore, ObjectInfo, open_store
+from freeguide.data_pipeline.store.base import ObjectInfo
+from freeguide.data_pipeline.store.folder import FolderStore
+from freeguide.data_pipeline.store.open import open_store
 from freeguide.trainer.training import checkpoint, loop
 from freeguide.trainer.training.ema import Ema, profiles
 from freeguide.trainer.training.engine import KINDS, Engine, join_process_group
@@ -943,7 +945,7 @@ def test_what_interrupted_saves_left_behind_is_swept_by_the_next(training: Train
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from freeguide.data_pipeline.store.base import FolderStore
+from freeguide.data_pipeline.store.folder import FolderStore
 store = FolderStore(Path(sys.argv[1]))
 sync = os.fsync
 os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL) if os.fstat(file).st_size > 99 else sync(file)

@@ -22,7 +22,7 @@ from freeguide.configs.errors import ConfigError, StoreError, UserError
 from freeguide.configs.load import load_config
 from freeguide.configs.schema import Config, TrainConfig
 from freeguide.data_pipeline.order import Order
-from freeguide.data_pipeline.store.base import FolderStore
+from freeguide.data_pipeline.store.folder import FolderStore
 from freeguide.trainer import __main__ as trainer_main
 from freeguide.trainer.training import checkpoint, loop
 from freeguide.trainer.training.engine import _check_device, join_process_group

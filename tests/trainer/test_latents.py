@@ -12,7 +12,7 @@ from freeguide.configs.errors import CheckpointError
 from freeguide.configs.load import load_config
 from freeguide.data_pipeline.manifest import Schema
 from freeguide.data_pipeline.shards import Sample, Source, write_shards
-from freeguide.data_pipeline.store.base import open_store
+from freeguide.data_pipeline.store.open import open_store
 from freeguide.trainer.training import checkpoint
 from freeguide.trainer.training.loop import preflight
 

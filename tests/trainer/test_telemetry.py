@@ -14,7 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from freeguide.configs.schema import Config, TrainConfig
-from freeguide.data_pipeline.store.base import FolderStore, open_store
+from freeguide.data_pipeline.store.folder import FolderStore
+from freeguide.data_pipeline.store.open import open_store
 from freeguide.trainer.training import telemetry
 from freeguide.trainer.training.telemetry import Telemetry
 

@@ -13,7 +13,7 @@ from freeguide.configs.load import load_config
 from freeguide.configs.schema import TrainConfig
 from freeguide.data_pipeline.manifest import Schema
 from freeguide.data_pipeline.shards import Sample, Source, write_shards
-from freeguide.data_pipeline.store.base import open_store
+from freeguide.data_pipeline.store.open import open_store
 from freeguide.trainer.training import checkpoint
 from freeguide.trainer.training.ema import profiles
 from freeguide.trainer.training.loop import learning_rate

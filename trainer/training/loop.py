@@ -23,8 +23,8 @@ from freeguide.configs.load import sealed, to_yaml
 from freeguide.configs.schema import Config, TrainConfig
 from freeguide.data_pipeline.manifest import NAME, Manifest, load_manifest
 from freeguide.data_pipeline.order import Order
-from freeguide.data_pipeline.store.base import Retry, Store, open_store
-from freeguide.data_pipeline.store.open import open_data
+from freeguide.data_pipeline.store.base import Retry, Store
+from freeguide.data_pipeline.store.open import open_data, open_store
 from freeguide.data_pipeline.stream import Batch, Reader
 from freeguide.trainer.diffusion.objective import training_loss
 from freeguide.trainer.diffusion.randomness import Purpose, uniform

@@ -37,7 +37,8 @@ from torch import Tensor
 from freeguide.configs.errors import CheckpointError, StoreError, UserError, visible
 from freeguide.configs.schema import TrainConfig
 from freeguide.configs.untrusted import JSON_BYTES
-from freeguide.data_pipeline.store.base import FolderStore, MissingObject, Store
+from freeguide.data_pipeline.store.base import MissingObject, Store
+from freeguide.data_pipeline.store.folder import FolderStore
 from freeguide.trainer.training.checkpoint import (
     CHECKPOINTS,
     FORMAT,

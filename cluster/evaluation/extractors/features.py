@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from freeguide.configs.errors import DataError
-from freeguide.data_pipeline.store.base import MEMORY, Access, MissingObject, open_store
+from freeguide.data_pipeline.store.base import MEMORY, Access, MissingObject
+from freeguide.data_pipeline.store.open import open_store
 
 DINOV2 = "dinov2-vitl14"  # what rows call it
 WEIGHTS_BYTES = 2**33  # of published networks: DINOv2 has 1.2 GB

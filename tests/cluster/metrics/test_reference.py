@@ -15,7 +15,7 @@ from freeguide.cluster.evaluation.statistics.moments import from_features, merge
 from freeguide.configs.errors import DataError
 from freeguide.data_pipeline.manifest import Schema, build_manifest
 from freeguide.data_pipeline.shards import Sample, pack_shard
-from freeguide.data_pipeline.store.base import open_store
+from freeguide.data_pipeline.store.open import open_store
 
 
 @dataclass(frozen=True)
