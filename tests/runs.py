@@ -8,15 +8,16 @@ from torch import Tensor
 
 from freeguide.configs.load import load_config
 from freeguide.data_pipeline.store.open import open_store
-from freeguide.trainer.training import checkpoint
-from freeguide.trainer.training.engine import KINDS
+from freeguide.trainer.checkpoints import search
+from freeguide.trainer.checkpoints.manifest import KINDS
+from freeguide.trainer.checkpoints.values import load
 
 
 def state(config: Path, step: int = 0) -> dict[str, Tensor]:
     """Everything that the checkpoint of `step` holds, 0 = the newest: whole parameters by "kind name"."""
     store = open_store(load_config(config).run)
-    found = checkpoint.find(store, step)
-    return {f"{kind} {n}": v for kind in (*KINDS, *found.averages) for n, v in checkpoint.load(store, found, kind).items()}
+    found = search.find(store, step)
+    return {f"{kind} {n}": v for kind in (*KINDS, *found.averages) for n, v in load(store, found, kind).items()}
 
 
 def losses(config: Path) -> dict[int, float]:

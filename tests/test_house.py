@@ -20,8 +20,9 @@ PARTS = {  # so do the parts of a room
     "trainer": [
         "trainer.diffusion",
         "trainer.networks",
-        "trainer.sampler",
+        "trainer.checkpoints",
         "trainer.weights",
+        "trainer.sampler",
         "trainer.training",
         "trainer.__main__",
     ],
@@ -104,6 +105,7 @@ def test_imports_run_one_way_and_heavy_dependencies_stay_at_home(room: str) -> N
         ("trainer/training/loop.py", "from freeguide.cluster.jobs import train"),
         ("trainer/training/loop.py", "def f():\n    import ray.train"),
         ("trainer/sampler.py", "from freeguide.trainer.training.loop import train"),
+        ("trainer/checkpoints/search.py", "from freeguide.trainer.weights import weights_of"),
         ("trainer/diffusion/schedule.py", "from freeguide.trainer.networks import build"),
         ("data_pipeline/order.py", "import boto3"),
         ("cluster/jobs/train.py", "import deepspeed"),

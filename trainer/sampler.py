@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from freeguide.configs.schema import Config
 from freeguide.data_pipeline.store.open import open_store
+from freeguide.trainer.checkpoints.averages import average
+from freeguide.trainer.checkpoints.search import check_shapes, find
 from freeguide.trainer.diffusion.guidance import Weight, classifier_free, first_guided, interval, weight_at
 from freeguide.trainer.diffusion.randomness import Purpose, bits
 from freeguide.trainer.diffusion.samplers import LOOK_AHEAD, SAMPLERS, State, ancestral, sample
 from freeguide.trainer.diffusion.schedule import SCHEDULES, Schedule, alpha_sigma, levels, posterior
 from freeguide.trainer.networks.build import build_network
-from freeguide.trainer.training import checkpoint
 
 _log = logging.getLogger("freeguide.sampler")
 _ROUNDING = 2.0**-9  # of bf16, relative
@@ -47,9 +48,9 @@ class Sampler:
     def from_run(config: Config, step: int = 0, device: torch.device | None = None) -> "Sampler":
         """Load the weights `sampling.ema` of checkpoint `step`, 0 for the newest. Raises CheckpointError if there are none."""
         store, network = open_store(config.run), _network(config)
-        found = checkpoint.find(store, step)
-        checkpoint.check_shapes(store, found, {name: tuple(p.shape) for name, p in network.named_parameters()})
-        weights = checkpoint.average(store, found, config.sampling.ema, config.sampling.lost_snapshots)
+        found = find(store, step)
+        check_shapes(store.uri, found.shapes, {name: tuple(p.shape) for name, p in network.named_parameters()})
+        weights = average(store, found, config.sampling.ema, config.sampling.lost_snapshots)
         return Sampler._of(config, network, weights, device)
 
     @staticmethod

@@ -20,8 +20,9 @@ from freeguide.configs.untrusted import parse_json
 from freeguide.data_pipeline.artifact import check_seal, fingerprint, get_sealed, read_safetensors, sealed_json, to_safetensors
 from freeguide.data_pipeline.store.base import Store
 from freeguide.data_pipeline.store.open import open_store
-from freeguide.trainer.training import checkpoint
-from freeguide.trainer.training.ema import sigma_rel_of
+from freeguide.trainer.checkpoints.averages import average, recipe
+from freeguide.trainer.checkpoints.profiles import sigma_rel_of
+from freeguide.trainer.checkpoints.search import find
 
 _AGAIN = "delete it and sample a checkpoint that is still there"
 KEY = re.compile(r"weights/step-(\d{8,})-[\w.]+-[0-9a-f]{12}\.safetensors")
@@ -38,7 +39,7 @@ class Weights:
     of: tuple[str, ...]
     data: str  # fingerprint of the data that they were trained on
     lost: bool = False  # whether they may be made without the snapshots that are lost
-    distance: float = 0.0  # of a reconstructed average to the profile that its name says, see `trainer.training.checkpoint.Recipe`
+    distance: float = 0.0  # of a reconstructed average to the profile that its name says, see `trainer.checkpoints.averages.Recipe`
 
     @property
     def key(self) -> str:
@@ -79,10 +80,10 @@ class Weights:
         return made
 
     def _average(self, run: Store) -> dict[str, Tensor]:
-        found = checkpoint.find(run, self.step)
-        if checkpoint.recipe(run, found, self.ema, self.lost).of != self.of:
+        found = find(run, self.step)
+        if recipe(run, found, self.ema, self.lost).of != self.of:
             raise CheckpointError(f"{self.run}: the checkpoint of step {self.step} has been replaced meanwhile; start again")
-        return checkpoint.average(run, found, self.ema, self.lost)
+        return average(run, found, self.ema, self.lost)
 
 
 def weights_of(config: Config) -> Weights:
@@ -90,26 +91,26 @@ def weights_of(config: Config) -> Weights:
 
     Raises CheckpointError where there are none.
     """
-    run, step, average = open_store(config.run), config.sampling.checkpoint, config.sampling.ema
+    run, step, name = open_store(config.run), config.sampling.checkpoint, config.sampling.ema
     try:
-        found = checkpoint.find(run, step)
+        found = find(run, step)
     except CheckpointError:
-        there = {info.key for info in run.list("weights/") if step and info.key.startswith(_prefix(step, average))}
-        kept = sorted({key.rpartition(".")[0] for key in there})
-        if len(kept) != 1:
+        there = {info.key for info in run.list("weights/") if step and info.key.startswith(_prefix(step, name))}
+        stems = sorted({key.rpartition(".")[0] for key in there})
+        if len(stems) != 1:
             raise
-        facts = _read_facts(run, f"{kept[0]}.safetensors", there)
+        facts = _read_facts(run, f"{stems[0]}.safetensors", there)
         of, distance = tuple(map(str, facts.get("of", ()))), facts.get("distance", 0.0)
         distance = float(distance) if isinstance(distance, int | float) else 0.0
-        return Weights(config.run, step, average, of, str(facts.get("data", "")), distance=distance)
-    if average not in (*found.averages, "master") and not sigma_rel_of(average):
+        return Weights(config.run, step, name, of, str(facts.get("data", "")), distance=distance)
+    if name not in (*found.averages, "master") and not sigma_rel_of(name):
         raise CheckpointError(
-            f"{config.run}: the checkpoint of step {found.step} holds no average {average}; set sampling.ema to one of "
+            f"{config.run}: the checkpoint of step {found.step} holds no average {name}; set sampling.ema to one of "
             f"{', '.join([*found.averages, 'master'])}"
         )
     data = found.identity.get("data.fingerprint", "")
-    made = checkpoint.recipe(run, found, average, config.sampling.lost_snapshots)
-    return Weights(config.run, found.step, average, made.of, data, config.sampling.lost_snapshots, made.distance)
+    made = recipe(run, found, name, config.sampling.lost_snapshots)
+    return Weights(config.run, found.step, name, made.of, data, config.sampling.lost_snapshots, made.distance)
 
 
 def _facts_of(key: str) -> str:

@@ -16,9 +16,9 @@ from freeguide.data_pipeline.manifest import load_manifest
 from freeguide.data_pipeline.order import Order
 from freeguide.data_pipeline.store.base import Retry
 from freeguide.data_pipeline.store.open import open_data, open_store
+from freeguide.trainer.checkpoints import search
 from freeguide.trainer.networks.build import build_network, count_parameters, forward_flops
 from freeguide.trainer.sampler import sweep_evaluations
-from freeguide.trainer.training import checkpoint
 from freeguide.trainer.training.devices import REFERENCE, cpu_flops, peak_flops, peak_of
 from freeguide.trainer.training.loop import fitted, misfits, misguided
 
@@ -133,7 +133,7 @@ def inspect_run(uri: str) -> None:
     """Print where the run at `uri` stands. Raises UserError if there is none."""
     store = open_store(uri)
     store.check(write=False)
-    state = checkpoint.describe(store)
+    state = search.describe(store)
     if not state["checkpoints"] and not state["damaged"]:
         raise CheckpointError(f"{uri}: no run stands here; give a config file, or the URI that a config calls `run`")
     width = max(map(len, state))

@@ -20,7 +20,9 @@ from freeguide.configs.load import load_config, sealed, to_yaml
 from freeguide.data_pipeline.manifest import load_manifest
 from freeguide.data_pipeline.scan import scan_all
 from freeguide.data_pipeline.store.open import open_store
-from freeguide.trainer.training import checkpoint
+from freeguide.trainer.checkpoints import search
+from freeguide.trainer.checkpoints.manifest import checksummed, folder_of
+from freeguide.trainer.checkpoints.values import load
 from freeguide.trainer.weights import weights_of
 from tests.cluster.untrained import DIGITS, HALF_LIFE, options, write_lab, write_run
 
@@ -40,8 +42,8 @@ class Place:
         self.config = load_config(DIGITS, self.options, "evaluate")
         store = write_run(self.config)
         store.put("config.yaml", sealed(to_yaml(self.config)).encode())
-        key = f"{checkpoint.folder_of(8)}/manifest.json"
-        store.put(key, checkpoint.sealed(json.loads(store.get(key))))  # as trainings write them now
+        key = f"{folder_of(8)}/manifest.json"
+        store.put(key, checksummed(json.loads(store.get(key))))  # as trainings write them now
         evaluate(self.config)
         generate(self.config)
         export(self.config)
@@ -79,8 +81,8 @@ def kept_values_of(place: Place) -> object:
 
 def trained_values_of(place: Place) -> object:
     place.without("/weights/")
-    found = checkpoint.find(store := open_store(str(place.run)))
-    return [bytes_of(weights_of(place.config).read()), *(bytes_of(checkpoint.load(store, found, kind)) for kind in STORED)]
+    found = search.find(store := open_store(str(place.run)))
+    return [bytes_of(weights_of(place.config).read()), *(bytes_of(load(store, found, kind)) for kind in STORED)]
 
 
 def rows_of(place: Place) -> object:

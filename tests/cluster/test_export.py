@@ -16,7 +16,7 @@ from freeguide.configs.load import from_yaml, load_config
 from freeguide.data_pipeline.manifest import Schema
 from freeguide.data_pipeline.shards import Sample, Source, write_shards
 from freeguide.data_pipeline.store.open import open_store
-from freeguide.trainer.training import checkpoint
+from freeguide.trainer.checkpoints import averages, search
 from tests.cluster.untrained import DIGITS, write_run
 
 
@@ -30,7 +30,7 @@ def test_the_card_and_the_weights_are_those_of_the_run(tmp_path: Path) -> None:
     with safetensors.safe_open(path, "pt") as file:
         facts = json.loads(file.metadata()["freeguide"])
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    expected = checkpoint.average(run, checkpoint.find(run), "ema")
+    expected = averages.average(run, search.find(run), "ema")
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in weights)
     assert (from_yaml(facts["config"]).diffusion.p_uncond, facts["step"]) == (0.2, 8)

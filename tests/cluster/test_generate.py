@@ -34,8 +34,8 @@ from freeguide.data_pipeline.shards import Sample, Source, pack_shard, write_sha
 from freeguide.data_pipeline.store.base import Retry, Store
 from freeguide.data_pipeline.store.open import open_store
 from freeguide.data_pipeline.store.s3 import S3Store
+from freeguide.trainer.checkpoints import search
 from freeguide.trainer.sampler import Sampler, image_labels
-from freeguide.trainer.training import checkpoint
 from freeguide.trainer.weights import Weights
 from tests.cluster.untrained import write_run
 
@@ -67,7 +67,7 @@ def test_image_i_is_made_from_its_number_and_the_set_says_of_what(config: Config
     assert [shard.samples for shard in manifest.shards] == [4, 4, 2]
     said = json.loads(manifest.source)
     assert (said["generate"]["w"], said["sampling"]["seed"], said["step"]) == (0.5, 0, 8)
-    assert (said["run"], said["sampling"]["checkpoint"]) == (config.run, [checkpoint.find(open_store(config.run)).sha256])
+    assert (said["run"], said["sampling"]["checkpoint"]) == (config.run, [search.find(open_store(config.run)).sha256])
     files = sorted(str(Path(store.uri, shard.key)) for shard in manifest.shards)
     read = list(webdataset.WebDataset(files, shardshuffle=False).decode("l8"))
     assert [int(sample["__key__"]) for sample in read] == list(range(10))

@@ -22,7 +22,8 @@ from freeguide.data_pipeline.closure import NAME, ROOMS
 from freeguide.data_pipeline.manifest import load_manifest
 from freeguide.data_pipeline.store.base import Store
 from freeguide.data_pipeline.store.open import open_store
-from freeguide.trainer.training import checkpoint
+from freeguide.trainer.checkpoints import search
+from freeguide.trainer.checkpoints.values import load
 from tests.cluster.conftest import started_head
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +63,7 @@ def test_the_whole_job_runs_and_nothing_is_done_twice(freeguide, ray_head, tmp_p
     run = open_store("s3://lab/runs/small")
 
     assert "trained to step 8" in ok("train")
-    found = checkpoint.find(run)
+    found = search.find(run)
     files = {key.rsplit("-", 1)[0] for key in found.files}
     assert (found.step, files) == (8, {f"{Path(found.key).parent}/rank-{r:05d}" for r in range(2)})
     assert_tensorboard_shows_the_run(run, tmp_path / "events")
@@ -71,7 +72,7 @@ def test_the_whole_job_runs_and_nothing_is_done_twice(freeguide, ray_head, tmp_p
     assert {info.key: info.etag for info in run.list()} == before
 
     assert "resuming from step 8 of 10" in ok("train", "train.steps=10", "cluster.workers=1", "train.zero_stage=1")
-    assert checkpoint.find(run).step == 10
+    assert search.find(run).step == 10
 
     state = freeguide("inspect", "s3://lab/runs/small")
     assert state.returncode == 0, state.stderr
@@ -98,7 +99,7 @@ def test_the_whole_job_runs_and_nothing_is_done_twice(freeguide, ray_head, tmp_p
     assert {name for name in files if files[name] != again[name]} <= {"times.json"}
 
     exported = safetensors.torch.load(open_store("s3://lab").get(ok("export").strip().rsplit("s3://lab/", 1)[1]))
-    averaged = checkpoint.load(run, checkpoint.find(run))
+    averaged = load(run, search.find(run))
     assert exported.keys() == averaged.keys()
     assert all(torch.equal(exported[name], averaged[name]) for name in averaged)
     card = next(run.get(info.key).decode() for info in run.list("export/") if info.key.endswith(".md"))
@@ -123,7 +124,7 @@ def test_the_whole_job_runs_and_nothing_is_done_twice(freeguide, ray_head, tmp_p
 
     submitted = ok("train", "run=s3://lab/runs/submitted", "--submit", dashboard, RAY_ADDRESS="")
     assert "trained to step 8" in submitted
-    assert checkpoint.find(open_store("s3://lab/runs/submitted")).step == 8
+    assert search.find(open_store("s3://lab/runs/submitted")).step == 8
     shutil.rmtree(tmp_path / "runs")
     measured = ok("evaluate", "run=s3://lab/runs/submitted", "evaluate.w=[0]", "--submit", dashboard, RAY_ADDRESS="")
     assert "report: runs/digits/index.html" in measured.splitlines()[-1]

@@ -17,8 +17,9 @@ from freeguide.data_pipeline.shards import write_shards
 from freeguide.data_pipeline.sources.read import digits
 from freeguide.data_pipeline.store.base import Store
 from freeguide.data_pipeline.store.open import open_store
+from freeguide.trainer.checkpoints.manifest import FORMAT, folder_of
+from freeguide.trainer.checkpoints.values import EMA
 from freeguide.trainer.networks.build import build_network
-from freeguide.trainer.training.checkpoint import EMA, FORMAT, folder_of
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
 HALF_LIFE = "half_life_50"  # a second average that the checkpoints hold

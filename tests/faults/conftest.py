@@ -15,7 +15,7 @@ from freeguide.configs.load import load_config
 from freeguide.data_pipeline.shards import write_shards
 from freeguide.data_pipeline.sources.read import digits
 from freeguide.data_pipeline.store.open import open_store
-from freeguide.trainer.training import checkpoint
+from freeguide.trainer.checkpoints import search
 
 ROOT = Path(__file__).parents[2]
 STEPS, EVERY, BATCH = 120, 20, 12
@@ -89,7 +89,7 @@ def output(path: Path, rank: int = 0) -> str:
 
 
 def saved(path: Path) -> list[int]:
-    return checkpoint.describe(open_store(load_config(path).run))["checkpoints"]  # type: ignore[no-any-return]
+    return search.describe(open_store(load_config(path).run))["checkpoints"]  # type: ignore[no-any-return]
 
 
 def wait_for(condition: Callable[[], object], ranks: Ranks = ()) -> float:  # type: ignore[assignment]

@@ -20,7 +20,7 @@ from ray.cluster_utils import Cluster
 
 from freeguide.configs.load import load_config
 from freeguide.data_pipeline.store.open import open_store
-from freeguide.trainer.training import checkpoint
+from freeguide.trainer.checkpoints import search
 from freeguide.trainer.training.failures import TERMINATED
 from tests.faults.conftest import EVERY, PATIENCE, ROOT, Ranks, ended, output, saved, wait_for
 from tests.runs import assert_same_bits, losses, state
@@ -55,7 +55,7 @@ def left(path: Path) -> list[int]:
 
 
 def world_size(path: Path) -> int:
-    return int(checkpoint.find(open_store(load_config(path).run)).world_size)
+    return int(search.find(open_store(load_config(path).run)).world_size)
 
 
 @pytest.mark.parametrize("victim", ["worker", "driver"])

@@ -22,7 +22,8 @@ import torch
 
 from freeguide.configs.load import load_config
 from freeguide.data_pipeline.store.open import create_bucket, open_store
-from freeguide.trainer.training import checkpoint
+from freeguide.trainer.checkpoints import search
+from freeguide.trainer.checkpoints.manifest import Checkpoint
 from freeguide.trainer.training.engine import _import_deepspeed
 from freeguide.trainer.training.failures import HUNG, SPIKE, TERMINATED
 from tests.faults.conftest import BATCH, EVERY, PATIENCE, ROOT, Ranks, ended, output, saved, wait_for
@@ -236,8 +237,8 @@ def incidents(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def found(path: Path) -> checkpoint.Checkpoint:
-    return checkpoint.find(open_store(load_config(path).run))
+def found(path: Path) -> Checkpoint:
+    return search.find(open_store(load_config(path).run))
 
 
 def test_a_batch_that_is_not_a_number_moves_nothing_and_a_loss_that_jumps_is_named(

@@ -34,10 +34,15 @@ from freeguide.data_pipeline.order import Order
 from freeguide.data_pipeline.store.base import ObjectInfo
 from freeguide.data_pipeline.store.folder import FolderStore
 from freeguide.data_pipeline.store.open import open_store
-from freeguide.trainer.training import checkpoint, loop
-from freeguide.trainer.training.ema import Ema, profiles
-from freeguide.trainer.training.engine import KINDS, Engine, join_process_group
+from freeguide.trainer.checkpoints import averages, search
+from freeguide.trainer.checkpoints.manifest import KINDS, SNAPSHOTS, Checkpoint, checksummed, read_manifest
+from freeguide.trainer.checkpoints.profiles import profiles
+from freeguide.trainer.checkpoints.values import load
+from freeguide.trainer.training import loop
+from freeguide.trainer.training.ema import Ema
+from freeguide.trainer.training.engine import Engine, join_process_group
 from freeguide.trainer.training.loop import run_identity
+from freeguide.trainer.training.resume import resume
 from freeguide.trainer.training.writer import Writer
 
 ROOT = Path(__file__).parents[2]
@@ -97,7 +102,7 @@ class Training:
         return {name: values.clone() for name, values in held.items()}
 
     def resume(self) -> int:
-        found = checkpoint.resume(self.store, self.engine, self.ema, IDENTITY)
+        found = resume(self.store, self.engine, self.ema, IDENTITY)
         self._begin(found.step if found else 0)
         return self.step
 
@@ -125,7 +130,7 @@ def test_every_value_and_counter_comes_back_to_the_bit(training: Training) -> No
     training.move()
     training.engine.loaded(0, {})
     assert not same(saved, training.state())
-    found = checkpoint.resume(training.store, training.engine, training.ema, IDENTITY)
+    found = resume(training.store, training.engine, training.ema, IDENTITY)
     assert found is not None
     assert same(saved, training.state())
     assert (found.step, found.bad_steps, found.undone, training.engine.counters()["adam_steps"]) == (3, [2], 1, 17)
@@ -136,14 +141,14 @@ def test_a_run_can_go_back_before_a_step_and_what_came_after_exists_no_more(trai
         training.save()
     good = training.state()
     training.save()
-    assert checkpoint.resume(training.store, training.engine, training.ema, IDENTITY, before=2) is None  # two are kept
-    found = checkpoint.resume(training.store, training.engine, training.ema, IDENTITY, before=3)
+    assert resume(training.store, training.engine, training.ema, IDENTITY, before=2) is None  # two are kept
+    found = resume(training.store, training.engine, training.ema, IDENTITY, before=3)
     assert found is not None
     assert found.step == 2
     assert same(good, training.state())
     training.writer.discard(after=2)
-    assert checkpoint.find(training.store).step == 2
-    assert [snapshot.step for snapshot in checkpoint.newest(training.store, checkpoint.SNAPSHOTS)] == [2, 1]
+    assert search.find(training.store).step == 2
+    assert [snapshot.step for snapshot in search.newest(training.store, SNAPSHOTS)] == [2, 1]
     assert not [info.key for info in training.store.list() if "step-00000003" in info.key]
 
 
@@ -284,7 +289,7 @@ def test_checkpoints_behind_a_link_are_gone_on_from_and_kept(training: Training,
     assert training.resume() == 2
     assert same(saved, training.state())
     training.save()
-    assert [found.step for found in checkpoint.newest(training.store)] == [3, 2]
+    assert [found.step for found in search.newest(training.store)] == [3, 2]
     assert len(list((tmp_path / "large disk checkpoints").glob("*/*"))) == 4
     assert len(list((tmp_path / "large disk snapshots").glob("*/*"))) == 6
 
@@ -308,7 +313,7 @@ def test_a_run_whose_checkpoints_cannot_be_listed_does_not_begin_anew(
 
         monkeypatch.setattr(os, "scandir", denied)
     before = training.state()
-    for look in (training.resume, lambda: next(checkpoint.candidates(training.store)), lambda: checkpoint.find(training.store)):
+    for look in (training.resume, lambda: next(search.candidates(training.store)), lambda: search.find(training.store)):
         with pytest.raises(StoreError, match=r"checkpoints (is a link to nothing|cannot be used)"):
             look()
     assert same(before, training.state())
@@ -350,15 +355,15 @@ def test_a_copy_of_a_checkpoint_changes_nothing(
     with caplog.at_level(logging.WARNING):
         assert training.resume() == 5
     assert same(saved, training.state())
-    assert [found.step for found in checkpoint.newest(training.store)] == [5, 4]
-    assert checkpoint.describe(training.store)["damaged"] == []
+    assert [found.step for found in search.newest(training.store)] == [5, 4]
+    assert search.describe(training.store)["damaged"] == []
     for _ in range(6):
         training.save()
     training.save(19)  # beyond every name
-    assert [found.step for found in checkpoint.newest(training.store)] == [30, 11, 10]
+    assert [found.step for found in search.newest(training.store)] == [30, 11, 10]
     training.writer.discard(after=10)
     assert not caplog.records
-    assert [c.step for c in checkpoint.newest(training.store)] == [10]
+    assert [c.step for c in search.newest(training.store)] == [10]
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
 
 
@@ -385,7 +390,7 @@ def test_steps_of_nine_digits_are_newer_than_those_of_eight(training: Training) 
     training._begin(99_999_999)
     training.save()
     training.save()
-    assert [c.step for c in checkpoint.newest(training.store)] == [100_000_001, 100_000_000]
+    assert [c.step for c in search.newest(training.store)] == [100_000_001, 100_000_000]
     training.step = training.step
     assert training.resume() == 100_000_001
 
@@ -424,7 +429,7 @@ def test_lost_snapshots_cost_the_averages_and_not_the_training_state(
     assert "delete" not in str(raised.value)
     training.move()
     with caplog.at_level(logging.WARNING):
-        found = checkpoint.resume(training.store, training.engine, training.ema, IDENTITY, drop=True)
+        found = resume(training.store, training.engine, training.ema, IDENTITY, drop=True)
     assert found is not None
     assert found.step == 6
     assert "step 6 goes on without the averages sigma_rel_0.05, sigma_rel_0.1" in caplog.text
@@ -435,7 +440,7 @@ def test_lost_snapshots_cost_the_averages_and_not_the_training_state(
     with pytest.raises(CheckpointError, match=r"sigma_rel_0\.05 was not kept up to step 7"):
         Training(training.engine, training.store).resume()
     again = Training(training.engine, training.store)
-    found = checkpoint.resume(again.store, again.engine, again.ema, IDENTITY, drop=True)
+    found = resume(again.store, again.engine, again.ema, IDENTITY, drop=True)
     assert (found and found.step, list(again.ema.values)) == (7, ["ema", "half_life_40"])
 
 
@@ -445,9 +450,9 @@ def test_preflight_finds_lost_averages(training: Training) -> None:
     emptied(training.store.folder)
     names = [p.name for p in training.ema.profiles]
     with pytest.raises(CheckpointError, match=r"train\.lost_averages=drop"):
-        next(checkpoint.candidates(training.store, names))
-    assert next(checkpoint.candidates(training.store, names, drop=True)).step == 2
-    assert next(checkpoint.candidates(training.store, ["ema"])).step == 2
+        next(search.candidates(training.store, names))
+    assert next(search.candidates(training.store, names, drop=True)).step == 2
+    assert next(search.candidates(training.store, ["ema"])).step == 2
 
 
 def test_an_average_that_is_not_kept_any_more_may_be_lost(training: Training) -> None:
@@ -459,12 +464,12 @@ def test_an_average_that_is_not_kept_any_more_may_be_lost(training: Training) ->
 
 def test_weights_are_read_although_other_averages_are_lost(training: Training) -> None:
     training.save()
-    ema = checkpoint.average(training.store, checkpoint.find(training.store), "ema")
+    ema = averages.average(training.store, search.find(training.store), "ema")
     emptied(training.store.folder)
-    found = checkpoint.find(training.store)
-    assert same(checkpoint.average(training.store, found, "ema"), ema)
+    found = search.find(training.store)
+    assert same(averages.average(training.store, found, "ema"), ema)
     assert found.averages == ["ema", "half_life_40"]
-    assert "sigma_rel_0.1" in checkpoint.describe(training.store)["lost"]
+    assert "sigma_rel_0.1" in search.describe(training.store)["lost"]
 
 
 @pytest.mark.parametrize("damage", [truncated, flipped, missing])
@@ -513,11 +518,11 @@ def test_a_hostile_manifest_is_one_sentence_and_allocates_nothing(
     manifest = json.loads(training.store.get(key))
     del manifest["sha256"]
     change(manifest)
-    training.store.put(key, checkpoint.sealed(manifest))
+    training.store.put(key, checksummed(manifest))
     tracemalloc.start()
     try:
         with pytest.raises(CheckpointError) as raised:
-            checkpoint.load(training.store, checkpoint.read_manifest(training.store, key), "master")
+            load(training.store, read_manifest(training.store, key), "master")
         assert tracemalloc.get_traced_memory()[1] < 5 * 2**20
     finally:
         tracemalloc.stop()
@@ -531,7 +536,7 @@ def test_a_hostile_manifest_is_one_sentence_and_allocates_nothing(
 def test_a_hostile_text_for_a_manifest_is_one_sentence(training: Training, text: str) -> None:
     training.store.put("checkpoints/step-00000001/manifest.json", text.encode())
     with pytest.raises(CheckpointError, match="damaged checkpoint manifest"):
-        checkpoint.read_manifest(training.store, "checkpoints/step-00000001/manifest.json")
+        read_manifest(training.store, "checkpoints/step-00000001/manifest.json")
 
 
 def test_a_manifest_of_any_size_is_not_read(training: Training) -> None:
@@ -540,7 +545,7 @@ def test_a_manifest_of_any_size_is_not_read(training: Training) -> None:
     with open(path, "wb") as file:
         file.truncate(2**40)  # a hole
     with pytest.raises(CheckpointError, match=r"it has 1,099,511,627,776 bytes"):
-        checkpoint.read_manifest(training.store, "checkpoints/step-00000001/manifest.json")
+        read_manifest(training.store, "checkpoints/step-00000001/manifest.json")
 
 
 def test_a_note_of_a_rank_that_is_damaged_makes_no_checkpoint(engine: Engine, tmp_path: Path) -> None:
@@ -573,7 +578,7 @@ def test_an_unknown_format_is_named(training: Training) -> None:
     training.save()
     edited(lambda content: content.update(format=99))(Path(), training.store.folder / "checkpoints/step-00000001/manifest.json")
     with pytest.raises(CheckpointError, match="format 99"):
-        checkpoint.read_manifest(training.store, "checkpoints/step-00000001/manifest.json")
+        read_manifest(training.store, "checkpoints/step-00000001/manifest.json")
 
 
 def test_a_manifest_without_a_checksum_is_readable(training: Training) -> None:
@@ -592,16 +597,16 @@ def test_another_identity_is_refused_by_name(training: Training) -> None:
     training.save()
     before = training.state()
     with pytest.raises(CheckpointError, match=r"seed=0, now it is 1"):
-        checkpoint.resume(training.store, training.engine, training.ema, IDENTITY | {"seed": 1})
+        resume(training.store, training.engine, training.ema, IDENTITY | {"seed": 1})
     assert same(before, training.state())
 
 
 def test_data_that_lost_or_found_the_names_of_their_classes_are_the_same(training: Training) -> None:
     training.save()
-    found = checkpoint.find(training.store)
+    found = search.find(training.store)
 
     def checked(then: dict[str, str], now: dict[str, str]) -> None:
-        checkpoint.check_identity(training.store, dataclasses.replace(found, identity=then), now)
+        search.check_identity(training.store, dataclasses.replace(found, identity=then), now)
 
     named, bare, other = ({"data.fingerprint": fingerprint, "data.content": content} for fingerprint, content in ("nc", "cc", "od"))
     for then, now in ((named, bare), (bare, named), ({"data.fingerprint": "c"}, named), ({"data.fingerprint": "n"}, named)):
@@ -618,15 +623,15 @@ def test_another_decay_of_the_average_is_refused_by_name(training: Training, tin
         return run_identity(config, manifest, Order.choose(manifest, config.train.global_batch, config.seed))
 
     training.save()
-    found = dataclasses.replace(checkpoint.find(training.store), identity=identity(0.9))
-    checkpoint.check_identity(training.store, found, identity(0.9))
+    found = dataclasses.replace(search.find(training.store), identity=identity(0.9))
+    search.check_identity(training.store, found, identity(0.9))
     with pytest.raises(CheckpointError, match=r"train\.ema_decay=0\.9, now it is 0\.99; put it back or name another run=URI"):
-        checkpoint.check_identity(training.store, found, identity(0.99))
+        search.check_identity(training.store, found, identity(0.99))
 
 
 def test_a_run_from_before_its_decay_was_recorded_goes_on(training: Training) -> None:
     training.save()
-    assert checkpoint.resume(training.store, training.engine, training.ema, IDENTITY | {"train.ema_decay": 0.9}) is not None
+    assert resume(training.store, training.engine, training.ema, IDENTITY | {"train.ema_decay": 0.9}) is not None
 
 
 def test_a_run_keeps_the_rounds_of_its_order(engine: Engine, tiny: Callable[..., Path]) -> None:
@@ -644,13 +649,13 @@ def test_a_run_keeps_the_rounds_of_its_order(engine: Engine, tiny: Callable[...,
 
     assert assembled(save=1) == (0, 8, 8)
     assert assembled() == (1, 8, 8)
-    (key,) = checkpoint.manifests(store)
+    (key,) = search.manifests(store)
     old = json.loads(store.get(key))
     del old["sha256"], old["identity"]["order.rounds"]
-    store.put(key, checkpoint.sealed(old))
+    store.put(key, checksummed(old))
     loop.preflight(config)
     assert assembled(save=2) == (1, 4, 4)
-    assert checkpoint.find(store, 2).identity["order.rounds"] == 4
+    assert search.find(store, 2).identity["order.rounds"] == 4
     assert assembled() == (2, 4, 4)
 
 
@@ -659,7 +664,7 @@ def test_another_network_is_refused_by_the_name_of_its_parameter(training: Train
     other = copy.copy(training.engine)
     other.shapes = training.engine.shapes | {"1.weight": (2, 6)}
     with pytest.raises(CheckpointError, match=r"1\.weight has shape \(2, 5\) in the checkpoint and \(2, 6\)"):
-        checkpoint.resume(training.store, other, training.ema, IDENTITY)
+        resume(training.store, other, training.ema, IDENTITY)
 
 
 def test_an_average_cannot_begin_in_the_middle_of_a_run_but_one_may_end(engine: Engine, tmp_path: Path) -> None:
@@ -803,13 +808,13 @@ def test_a_training_that_is_taken_over_while_it_publishes_deletes_nothing(engine
     training.save()
     with pytest.raises(CheckpointError, match=TAKEN):
         training.save()
-    assert [found.step for found in checkpoint.newest(training.store)] == [3, 2, 1]
+    assert [found.step for found in search.newest(training.store)] == [3, 2, 1]
 
 
 def test_a_run_whose_claim_was_deleted_goes_on(training: Training) -> None:
     training.store.delete("writer.txt")
     training.save()
-    assert checkpoint.find(training.store).step == 1
+    assert search.find(training.store).step == 1
 
 
 @torch.no_grad()
@@ -822,7 +827,7 @@ def test_the_same_training_writes_the_same_manifest(engine: Engine, tmp_path: Pa
             live.copy_(values)
         training = Training(engine, FolderStore(tmp_path / run))
         training.save()
-        manifests.append(checkpoint.find(training.store).sha256)
+        manifests.append(search.find(training.store).sha256)
     assert manifests[0] == manifests[1]
 
 
@@ -835,7 +840,7 @@ def test_all_ranks_of_a_training_whose_run_is_taken_over_end_with_the_sentence(
     ended: list[Any] = []
     ranks = threading.Thread(target=lambda: ended.extend(launch(2, path, check=False)))
     ranks.start()
-    while not checkpoint.describe(store)["checkpoints"]:
+    while not search.describe(store)["checkpoints"]:
         assert ranks.is_alive()
         ranks.join(0.1)
     store.put("writer.txt", b"another: process 1 on a node")
@@ -881,10 +886,10 @@ def test_the_boundary_after_the_upload_publishes(training: Training) -> None:
     training.writer.start(1, [])
     training.writer._join()
     assert training.writer.uploaded == 1
-    assert checkpoint.manifests(training.store) == []
+    assert search.manifests(training.store) == []
     training.writer.boundary(1, failed=False)
     training.writer._join()
-    assert checkpoint.find(training.store).step == 1
+    assert search.find(training.store).step == 1
 
 
 def test_a_failed_save_is_reported_at_the_next_boundary(engine: Engine, tmp_path: Path) -> None:
@@ -906,7 +911,7 @@ def test_the_newest_and_every_nth_checkpoint_stay(engine: Engine, tmp_path: Path
     training = Training(engine, FolderStore(tmp_path), train)
     for _ in range(9):
         training.save()
-    assert sorted(c.step for c in checkpoint.newest(training.store)) == [4, 8, 9]
+    assert sorted(c.step for c in search.newest(training.store)) == [4, 8, 9]
     for step in (4, 8, 9):
         folder = tmp_path / f"checkpoints/step-{step:08d}"
         assert set(folder.iterdir()) == {folder / "manifest.json", rank_file(folder)}
@@ -919,8 +924,8 @@ def test_checkpoints_saved_on_notice_displace_no_regular_one(engine: Engine, tmp
     for _ in range(5):
         training.save()
     training.save(3)
-    assert [c.step for c in checkpoint.newest(training.store)] == [8, 5, 3]
-    found = checkpoint.resume(training.store, training.engine, training.ema, IDENTITY, before=8, every=3)
+    assert [c.step for c in search.newest(training.store)] == [8, 5, 3]
+    found = resume(training.store, training.engine, training.ema, IDENTITY, before=8, every=3)
     assert found is not None
     assert found.step == 3
 
@@ -986,7 +991,7 @@ def test_a_limit_on_checkpoints_holds_after_any_number_of_kills(engine: Engine, 
     store.allowed = 999
     training.resume()
     training.save()
-    assert [found.step for found in checkpoint.newest(store)] == [7, 6]
+    assert [found.step for found in search.newest(store)] == [7, 6]
     assert len(store.list("checkpoints/")) == 4
     assert len(store.list("snapshots/")) == 14
 
@@ -1005,7 +1010,7 @@ def test_damaged_checkpoints_of_later_steps_cost_no_good_one_and_stay_until_thei
     assert training.resume() == 90
 
     def standing() -> tuple[list[int], int]:
-        state = checkpoint.describe(store)
+        state = search.describe(store)
         return state["checkpoints"], len(state["damaged"])
 
     training.save(5)
@@ -1039,20 +1044,20 @@ def test_old_checkpoints_that_cannot_be_deleted_are_a_warning_and_go_with_the_ne
             training.save()
     assert "may not be deleted" in caplog.text
     assert "the next save" in caplog.text
-    assert [found.step for found in checkpoint.newest(store)] == [3, 2, 1]
+    assert [found.step for found in search.newest(store)] == [3, 2, 1]
     store.allowed = 99
     training.save()
-    assert [found.step for found in checkpoint.newest(store)] == [4, 3]
+    assert [found.step for found in search.newest(store)] == [4, 3]
     assert {path.parent.name for path in (tmp_path / "checkpoints").rglob("*.*")} == {"step-00000003", "step-00000004"}
     assert not list(tmp_path.rglob("rank-*.json"))
 
 
 def test_describe_tells_where_a_run_stands(training: Training) -> None:
-    assert checkpoint.describe(training.store) == {"run": training.store.uri, "checkpoints": [], "damaged": []}
+    assert search.describe(training.store) == {"run": training.store.uri, "checkpoints": [], "damaged": []}
     for _ in range(3):
         training.save()
     garbage(Path(), training.store.folder / "checkpoints/step-00000003/manifest.json")
-    state = checkpoint.describe(training.store)
+    state = search.describe(training.store)
     assert (state["checkpoints"], state["step"], state["world_size"], state["zero_stage"]) == ([2], 2, 1, 0)
     assert "step-00000003" in state["damaged"][0]
     assert state["averages"] == ["ema", "half_life_40", "sigma_rel_0.05", "sigma_rel_0.1"]
@@ -1068,7 +1073,7 @@ def test_deleting_that_is_interrupted_leaves_no_damaged_checkpoint(engine: Engin
     training.save()
     store.allowed = k  # of a manifest, a file and a note
     training.save()
-    state = checkpoint.describe(store)
+    state = search.describe(store)
     assert (state["checkpoints"], state["damaged"]) == ([2, 3] if k else [1, 2, 3], [])
 
 
@@ -1109,27 +1114,27 @@ def test_a_checkpoint_that_the_training_deletes_while_it_is_looked_at_is_no_dama
     """Another process reads a run that goes on: `inspect`, or `evaluate` at its newest checkpoint."""
     outrun.call = call
     with caplog.at_level(logging.WARNING):
-        assert [found.step for found in checkpoint.newest(outrun)] == [3]
+        assert [found.step for found in search.newest(outrun)] == [3]
     assert not caplog.records
 
 
 @pytest.mark.parametrize("call", ["get", "list"])
 def test_describe_passes_over_a_checkpoint_that_the_training_deletes(outrun: Outrun, call: str) -> None:
     outrun.call = call
-    state = checkpoint.describe(outrun)
+    state = search.describe(outrun)
     assert (state["checkpoints"], state["damaged"]) == ([3], [])
 
 
 def test_weights_that_the_training_deletes_while_they_are_read_say_so(outrun: Outrun) -> None:
-    found = checkpoint.find(outrun, 2)
+    found = search.find(outrun, 2)
     outrun.call = "get_range"
     with pytest.raises(CheckpointError, match=r"step-00000002/manifest.json: deleted while it was read.*train.keep_every"):
-        checkpoint.load(outrun, found)
+        load(outrun, found)
 
 
 def test_a_step_without_a_checkpoint_is_refused_with_those_there_are(outrun: Outrun) -> None:
     with pytest.raises(CheckpointError, match=r"no whole checkpoint of step 1, only of 2, 3; .*train.keep_every"):
-        checkpoint.find(outrun, 1)
+        search.find(outrun, 1)
 
 
 class Replaced(FolderStore):
@@ -1151,15 +1156,15 @@ def replaced(training: Training) -> Replaced:
     return Replaced(folder)
 
 
-@pytest.mark.parametrize("read", [checkpoint.find, lambda store: next(checkpoint.candidates(store))])
+@pytest.mark.parametrize("read", [search.find, lambda store: next(search.candidates(store))])
 def test_a_newer_checkpoint_is_found_where_all_that_were_listed_have_gone(
-    replaced: Replaced, read: Callable[[FolderStore], checkpoint.Checkpoint]
+    replaced: Replaced, read: Callable[[FolderStore], Checkpoint]
 ) -> None:
     assert read(replaced).step == 2
 
 
 def test_describe_tells_of_the_newer_checkpoint_where_all_that_were_listed_have_gone(replaced: Replaced) -> None:
-    state = checkpoint.describe(replaced)
+    state = search.describe(replaced)
     assert (state["checkpoints"], state["step"], state["damaged"]) == ([2], 2, [])
 
 
@@ -1176,13 +1181,13 @@ class Stale(FolderStore):
 
 def test_a_reader_that_is_outrun_again_and_again_says_so(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"deleted before they could be read.*train.keep_checkpoints"):
-        checkpoint.find(Stale(tmp_path))
+        search.find(Stale(tmp_path))
 
 
 def test_a_listing_that_names_what_has_long_gone_is_no_checkpoint(tmp_path: Path) -> None:
     store = Stale(tmp_path)
     store.names = 1
-    assert checkpoint.describe(store)["checkpoints"] == []
+    assert search.describe(store)["checkpoints"] == []
 
 
 # --- averages after training ---
@@ -1199,17 +1204,17 @@ def test_any_power_function_average_follows_from_the_snapshots(training: Trainin
             exact += (1 - wanted.kept(training.step)) * (weights - exact)
         training.writer.start(training.step, [])
         training.writer.finish()
-    found = checkpoint.find(training.store)
-    got = checkpoint.average(training.store, found, "sigma_rel_0.07")["0.weight"].view(-1).double().numpy()
-    stored = checkpoint.average(training.store, found, "sigma_rel_0.1")["0.weight"].view(-1).double().numpy()
+    found = search.find(training.store)
+    got = averages.average(training.store, found, "sigma_rel_0.07")["0.weight"].view(-1).double().numpy()
+    stored = averages.average(training.store, found, "sigma_rel_0.1")["0.weight"].view(-1).double().numpy()
     error = np.abs(got - exact).max() / np.abs(stored - exact).max()
     assert error < 1e-3, error  # of the distance to its neighbour: what is left are the 200 steps, where profiles are continuous
 
 
-def many_snapshots(training: Training) -> checkpoint.Checkpoint:
+def many_snapshots(training: Training) -> Checkpoint:
     for _ in range(12):
         training.save(10)
-    return checkpoint.find(training.store)
+    return search.find(training.store)
 
 
 def whole_step(folder: Path) -> None:
@@ -1240,7 +1245,7 @@ def test_a_lost_snapshot_is_named_with_what_it_costs_and_takes_an_option_to_go_o
 ) -> None:
     found = many_snapshots(training)
     name = "sigma_rel_0.2"
-    with_all = checkpoint.recipe(training.store, found, name)
+    with_all = averages.recipe(training.store, found, name)
     assert len(with_all.of) == 13
     for step in (40, 50, 60):
         loss(training.store.folder / f"snapshots/step-{step:08d}")
@@ -1248,17 +1253,17 @@ def test_a_lost_snapshot_is_named_with_what_it_costs_and_takes_an_option_to_go_o
         r"sigma_rel_0\.2 of step 120 needs 12 snapshots, and those of steps 40, 50, 60 are lost \(.*; made of the rest, its profile"
     )
     with pytest.raises(CheckpointError, match=said) as raised:
-        checkpoint.average(training.store, found, name)
+        averages.average(training.store, found, name)
     assert "sampling.lost_snapshots=true" in str(raised.value)
     assert f"instead of {with_all.distance:.1e}" in str(raised.value)
     with caplog.at_level(logging.WARNING):
-        made = checkpoint.recipe(training.store, found, name, lost=True)
+        made = averages.recipe(training.store, found, name, lost=True)
     assert made.distance > 3 * with_all.distance
     assert f"would be {made.distance:.1e} of itself away" in str(raised.value)
     assert f"without the lost snapshots of steps 40, 50, 60, its profile met to {made.distance:.1e}" in caplog.text
     assert len(made.of) == 10
     assert set(made.of) < set(with_all.of)
-    weights = checkpoint.average(training.store, found, name, lost=True)
+    weights = averages.average(training.store, found, name, lost=True)
     assert all(torch.isfinite(values).all() for values in weights.values())
 
 
@@ -1266,11 +1271,11 @@ def test_a_stored_power_average_that_is_lost_is_made_of_others_only_if_that_is_a
     found = many_snapshots(training)
     its_last_byte(training.store.folder / "snapshots/step-00000120")
     with pytest.raises(CheckpointError, match=r"sigma_rel_0\.1 of step 120 needs 12 snapshots, and those of steps 120 are lost"):
-        checkpoint.average(training.store, found, "sigma_rel_0.1")
-    assert checkpoint.recipe(training.store, found, "sigma_rel_0.1", lost=True).distance > 0
+        averages.average(training.store, found, "sigma_rel_0.1")
+    assert averages.recipe(training.store, found, "sigma_rel_0.1", lost=True).distance > 0
     emptied(training.store.folder)
     with pytest.raises(CheckpointError, match=r"nothing is left to make it of: restore them from a copy$"):
-        checkpoint.average(training.store, checkpoint.find(training.store), "sigma_rel_0.1", lost=True)
+        averages.average(training.store, search.find(training.store), "sigma_rel_0.1", lost=True)
 
 
 def test_a_resumed_run_knows_the_snapshots_of_its_past_and_an_undone_one_is_none_of_them(training: Training) -> None:
@@ -1278,30 +1283,30 @@ def test_a_resumed_run_knows_the_snapshots_of_its_past_and_an_undone_one_is_none
         training.save()
     training.resume()
     training.writer = Writer(
-        training.store, training.engine, training.ema, IDENTITY, TRAIN, 3, checkpoint.find(training.store).snapshots
+        training.store, training.engine, training.ema, IDENTITY, TRAIN, 3, search.find(training.store).snapshots
     )
     training.writer.claim()
     training.save()
-    assert checkpoint.find(training.store).snapshots == (1, 2, 3, 4)
+    assert search.find(training.store).snapshots == (1, 2, 3, 4)
     training.writer.discard(after=3)
     training.save()
-    assert checkpoint.find(training.store).snapshots == (1, 2, 3, 5)
+    assert search.find(training.store).snapshots == (1, 2, 3, 5)
 
 
 def test_snapshots_of_checkpoints_that_do_not_list_them_are_those_that_are_there(training: Training) -> None:
     found = many_snapshots(training)
     old = json.loads(training.store.get(found.key))
     del old["sha256"], old["snapshots"]
-    training.store.put(found.key, checkpoint.sealed(old))
-    found = checkpoint.find(training.store)
+    training.store.put(found.key, checksummed(old))
+    found = search.find(training.store)
     assert found.snapshots is None
-    assert len(checkpoint.recipe(training.store, found, "sigma_rel_0.2").of) == 13
+    assert len(averages.recipe(training.store, found, "sigma_rel_0.2").of) == 13
     assert training.resume() == 120
     training.save()
-    assert checkpoint.find(training.store).snapshots == (*range(10, 121, 10), 121)
+    assert search.find(training.store).snapshots == (*range(10, 121, 10), 121)
 
 
 def test_an_average_that_was_not_kept_is_refused_with_those_that_were(training: Training) -> None:
     training.save()
     with pytest.raises(CheckpointError, match=r"no average half_life_7; .* ema, half_life_40, .*master"):
-        checkpoint.average(training.store, checkpoint.find(training.store), "half_life_7")
+        averages.average(training.store, search.find(training.store), "half_life_7")

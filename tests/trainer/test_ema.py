@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from freeguide.configs.schema import TrainConfig
-from freeguide.trainer.training.ema import Ema, Profile, power, profile_product, profiles, reconstruction, sigma_rel_of
+from freeguide.trainer.checkpoints.profiles import Profile, power, profile_product, profiles, reconstruction, sigma_rel_of
+from freeguide.trainer.training.ema import Ema
 from freeguide.trainer.training.engine import Fragment
 
 UPDATES = 60

@@ -24,7 +24,8 @@ from freeguide.configs.schema import Config, TrainConfig
 from freeguide.data_pipeline.order import Order
 from freeguide.data_pipeline.store.folder import FolderStore
 from freeguide.trainer import __main__ as trainer_main
-from freeguide.trainer.training import checkpoint, loop
+from freeguide.trainer.checkpoints import search
+from freeguide.trainer.training import loop
 from freeguide.trainer.training.engine import _check_device, join_process_group
 from freeguide.trainer.training.failures import HUNG, TERMINATED, Agreement, Incidents, Terminated, limit_collectives
 from freeguide.trainer.training.telemetry import Interval, Stopwatch
@@ -96,7 +97,7 @@ def test_python_m_trainer_saves_and_leaves_as_it_is_asked_to(
             os.killpg(started.pid, signal.SIGKILL)
     said = (tmp_path / "log").read_text()
     assert "asked to end: saved at step" in said, said
-    found = checkpoint.find(FolderStore(tmp_path / "run"))
+    found = search.find(FolderStore(tmp_path / "run"))
     assert f"asked to end: saved at step {found.step};" in said
     if not ranks:
         assert ended == code

@@ -13,7 +13,8 @@ from freeguide.configs.load import load_config
 from freeguide.data_pipeline.manifest import Schema
 from freeguide.data_pipeline.shards import Sample, Source, write_shards
 from freeguide.data_pipeline.store.open import open_store
-from freeguide.trainer.training import checkpoint
+from freeguide.trainer.checkpoints import search
+from freeguide.trainer.checkpoints.values import load
 from freeguide.trainer.training.loop import preflight
 
 
@@ -49,9 +50,9 @@ def test_a_run_on_latents_trains_resumes_with_another_cache(
     launch(1, straight, begun, resumed)
     ends = [open_store(load_config(path).run) for path in (straight, resumed)]
     for kind in ("master", "ema"):
-        first, second = (checkpoint.load(store, checkpoint.find(store, 6), kind) for store in ends)
+        first, second = (load(store, search.find(store, 6), kind) for store in ends)
         assert all(torch.equal(first[name], second[name]) for name in first)
-    early = checkpoint.load(ends[1], checkpoint.find(ends[1], 3), "master")
+    early = load(ends[1], search.find(ends[1], 3), "master")
     moved = [name for name in first if not torch.equal(early[name], first[name])]
     assert len(moved) == len(first)
     assert all(torch.isfinite(values).all() for values in first.values())

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -154,9 +155,9 @@ def test_bf16_without_clipping_is_warned_of_once_and_in_one_sentence(
 ) -> None:
     from freeguide.trainer import sampler as module
 
-    monkeypatch.setattr(module.checkpoint, "find", lambda *_: None)
-    monkeypatch.setattr(module.checkpoint, "check_shapes", lambda *_: None)
-    monkeypatch.setattr(module.checkpoint, "average", lambda *_: {})
+    monkeypatch.setattr(module, "find", lambda *_: Mock())
+    monkeypatch.setattr(module, "check_shapes", lambda *_: None)
+    monkeypatch.setattr(module, "average", lambda *_: {})
     bf16 = ["sampling.precision=bf16", "sampling.clip=false", "run=/nowhere"]
     with caplog.at_level(logging.WARNING):
         module.Sampler.from_run(load_config(DIGITS, bf16, "evaluate"))

@@ -14,8 +14,9 @@ from freeguide.configs.schema import TrainConfig
 from freeguide.data_pipeline.manifest import Schema
 from freeguide.data_pipeline.shards import Sample, Source, write_shards
 from freeguide.data_pipeline.store.open import open_store
-from freeguide.trainer.training import checkpoint
-from freeguide.trainer.training.ema import profiles
+from freeguide.trainer.checkpoints import search
+from freeguide.trainer.checkpoints.profiles import profiles
+from freeguide.trainer.checkpoints.values import load
 from freeguide.trainer.training.loop import learning_rate
 from tests.runs import assert_same_bits, losses, state
 
@@ -99,16 +100,16 @@ def test_every_average_follows_the_fp32_weights_to_the_bit(runs: dict[str, Path]
     """The averages of the ranks' fragments are those of the gathered weights, at every stage."""
     config = load_config(runs[f"{stage}-{precision}"])
     store = open_store(config.run)
-    followed = {p: checkpoint.load(store, checkpoint.find(store, 1), p.name) for p in profiles(config.train)}
+    followed = {p: load(store, search.find(store, 1), p.name) for p in profiles(config.train)}
     assert [p.name for p in followed] == ["ema", "half_life_24", "sigma_rel_0.1"]
     for step in range(1, 7):
-        found = checkpoint.find(store, step)
-        weights = checkpoint.load(store, found, "master")
+        found = search.find(store, step)
+        weights = load(store, found, "master")
         for profile, average in followed.items():
             if step > 1:
                 for name, values in average.items():
                     values.lerp_(weights[name], 1 - profile.kept(step))
-                assert_same_bits(checkpoint.load(store, found, profile.name), average)
+                assert_same_bits(load(store, found, profile.name), average)
             # Exponential averages begin with the untrained weights, power functions give those no weight.
             begun = [torch.equal(average[name], weights[name]) for name in average]
             assert all(begun) if step == 1 and profile.sigma_rel else not all(begun)

@@ -2,7 +2,7 @@
 
 ZeRO splits the fp32 state over the ranks in a way that depends on its stage. `Fragment` says the same thing for every stage:
 "these values of this parameter, flattened, are mine". The moving average (`trainer.training.ema`) and the checkpoints
-(`trainer.training.checkpoint`) are written in fragments only, so neither knows of stages.
+(`trainer.checkpoints`) are written in fragments only, so neither knows of stages.
 """
 
 import logging
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from freeguide.configs.checks import share_checks
 from freeguide.configs.errors import ConfigError
 from freeguide.configs.schema import TrainConfig
+from freeguide.trainer.checkpoints.manifest import KINDS
 
-KINDS = ("master", "exp_avg", "exp_avg_sq")  # fp32 weights and AdamW's two moments
 _LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed's DynamicLossScaler
 _BUCKET = 500_000_000  # values that DeepSpeed reduces at once; it makes room for so many, however small the network
 _TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # processes that srun or mpirun has started

@@ -26,15 +26,18 @@ from freeguide.data_pipeline.order import Order
 from freeguide.data_pipeline.store.base import Retry, Store
 from freeguide.data_pipeline.store.open import open_data, open_store
 from freeguide.data_pipeline.stream import Batch, Reader
+from freeguide.trainer.checkpoints.manifest import ROUNDS
+from freeguide.trainer.checkpoints.profiles import profiles
+from freeguide.trainer.checkpoints.search import candidates, check_averages, check_identity
 from freeguide.trainer.diffusion.objective import training_loss
 from freeguide.trainer.diffusion.randomness import Purpose, uniform
 from freeguide.trainer.networks.build import build_network, forward_flops, network_options
 from freeguide.trainer.networks.layers import DropoutKey
 from freeguide.trainer.sampler import Sampler, grid, noise_schedule
-from freeguide.trainer.training import checkpoint
-from freeguide.trainer.training.ema import Ema, profiles
+from freeguide.trainer.training.ema import Ema
 from freeguide.trainer.training.engine import Engine, choose_kernels, join_process_group
 from freeguide.trainer.training.failures import TERMINATED, Agreement, Incidents, Terminated, Watchdog, limit_collectives
+from freeguide.trainer.training.resume import resume
 from freeguide.trainer.training.telemetry import Stopwatch, Telemetry, say
 from freeguide.trainer.training.writer import Writer
 
@@ -93,7 +96,7 @@ def assemble(config: Config) -> tuple[Run, int]:
     ema = Ema(engine, profiles(config.train))
     order = Order.choose(manifest, config.train.global_batch, config.seed)
     drop = config.train.lost_averages == "drop"
-    found = checkpoint.resume(store, engine, ema, run_identity(config, manifest, order), drop=drop)
+    found = resume(store, engine, ema, run_identity(config, manifest, order), drop=drop)
     if found:
         order = order.with_rounds(found.rounds)
     identity = run_identity(config, manifest, order)
@@ -182,7 +185,7 @@ def go_back(run: Run, done: int, first_bad: int) -> None:
     again. Raises UserError where there is no such checkpoint.
     """
     run.writer.finish()
-    found = checkpoint.resume(run.store, run.engine, run.ema, run.identity, first_bad, run.config.train.checkpoint_every)
+    found = resume(run.store, run.engine, run.ema, run.identity, first_bad, run.config.train.checkpoint_every)
     if found is None:
         raise run.incidents.hopeless("and there is no checkpoint before them to go back to")
     for update in range(found.step + 1, done + 1):
@@ -208,13 +211,13 @@ def preflight(config: Config) -> int:
     order = Order.choose(manifest, config.train.global_batch, config.seed)
     forward_flops(config.model, image_size=config.data.image_size, channels=config.data.channels, classes=config.data.classes)
     names, drop = [p.name for p in profiles(config.train)], config.train.lost_averages == "drop"
-    newest = next(checkpoint.candidates(store, names, drop), None)
+    newest = next(candidates(store, names, drop), None)
     if newest is None:
         if config.run != config.data.manifest and store.exists(NAME):
             raise ConfigError(f"run={config.run} holds a data set, and a run needs a place of its own; name another run=URI")
         return 0
-    checkpoint.check_identity(store, newest, run_identity(config, manifest, order))
-    checkpoint.check_averages(store, newest, names, drop)
+    check_identity(store, newest, run_identity(config, manifest, order))
+    check_averages(store, newest, names, drop)
     return newest.step
 
 
@@ -272,7 +275,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 def run_identity(config: Config, manifest: Manifest, order: Order) -> dict[str, Any]:
     """What may not change while a run goes on: network, data and their order, noise, batch, average. Anything else may.
 
-    The names of the other averages say what they are (`trainer.training.ema.profiles`), and those of the classes say nothing that
+    The names of the other averages say what they are (`trainer.checkpoints.profiles`), and those of the classes say nothing that
     trains: data that lost or found them are accepted by their content.
     """
     return {
@@ -284,7 +287,7 @@ def run_identity(config: Config, manifest: Manifest, order: Order) -> dict[str, 
         "train.global_batch": config.train.global_batch,
         "train.ema_decay": config.train.ema_decay,
         "order": order.to_dict(),
-        checkpoint.ROUNDS: order.rounds,
+        ROUNDS: order.rounds,
         **{f"model.{name}": getattr(config.model, name) for name in network_options(config.model)},
         **{f"diffusion.{name}": value for name, value in vars(config.diffusion).items()},
     }

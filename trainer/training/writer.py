@@ -39,21 +39,22 @@ from freeguide.configs.schema import TrainConfig
 from freeguide.configs.untrusted import JSON_BYTES
 from freeguide.data_pipeline.store.base import MissingObject, Store
 from freeguide.data_pipeline.store.folder import FolderStore
-from freeguide.trainer.training.checkpoint import (
+from freeguide.trainer.checkpoints.manifest import (
     CHECKPOINTS,
     FORMAT,
+    KINDS,
     MANIFEST,
     SNAPSHOTS,
-    contents,
+    checksummed,
     folder_of,
     manifest_of,
     read_manifest,
-    sealed,
     stated_step,
-    unsealed,
+    verified,
 )
+from freeguide.trainer.checkpoints.search import contents
 from freeguide.trainer.training.ema import Ema
-from freeguide.trainer.training.engine import KINDS, Engine, Fragment
+from freeguide.trainer.training.engine import Engine, Fragment
 
 CLAIM = "writer.txt"  # in a run: which training has it
 _log = logging.getLogger("freeguide.checkpoint")
@@ -221,7 +222,7 @@ class Writer:
         for file in self._files:
             notes.append(file.note(step, rank))
             self._store.put(notes[-1]["key"], file.data)  # type: ignore[arg-type]  # a bytearray serves as bytes in every store
-        self._store.put(self._note_key(rank), sealed({"files": notes}))
+        self._store.put(self._note_key(rank), checksummed({"files": notes}))
         self.uploaded = step
 
     def _publish(self) -> None:
@@ -243,7 +244,7 @@ class Writer:
         for i, file in reversed(list(enumerate(self._files))):  # the checkpoint last: it lists the files of the snapshot too
             files = [note for rank in notes for note in rank[i:]]
             key = manifest_of(step, file.name)
-            self._store.put(key, sealed(manifest | {"files": files}))
+            self._store.put(key, checksummed(manifest | {"files": files}))
             named |= {key, *(file["key"] for file in files)}
         self._saved.add(step)
         self._snapshots = snapshots
@@ -306,7 +307,7 @@ class Writer:
         """What a rank says of its files."""
         key = self._note_key(rank)
         try:
-            files: list[dict[str, Any]] = unsealed(self._store.get(key, JSON_BYTES))["files"]
+            files: list[dict[str, Any]] = verified(self._store.get(key, JSON_BYTES))["files"]
         except (ValueError, KeyError) as error:
             raise StoreError(f"{self._store.uri}/{key}: is not what rank {rank} wrote ({error}); look at the disk") from error
         return files
