@@ -102,9 +102,9 @@ def cache() -> Path:
 
 def ours(uri: str, images: int, first: int, decode: bool) -> Batches:
     from freeguide.configs.schema import DataConfig
-    from freeguide.data_pipeline.manifest import load_manifest
     from freeguide.data_pipeline.order import Order
     from freeguide.data_pipeline.store.open import open_store
+    from freeguide.data_pipeline.stored import load_manifest
     from freeguide.data_pipeline.stream import Reader
 
     store = open_store(f"{uri}/ours")

@@ -13,6 +13,8 @@ MIB = 2**20
 JSON_BYTES = 64 * MIB
 HEADER_BYTES = 16 * MIB  # of a safetensors file: some 100 000 tensors
 DEPTH = 32  # of lists in lists
+# What taking a parsed JSON text for something raises if it is something else, whatever it is.
+MALFORMED = (ValueError, KeyError, TypeError, IndexError, AttributeError)
 _BEYOND = 2**64  # no count, size, seed or checksum is as large
 _SIZES = {
     "F64": 8,

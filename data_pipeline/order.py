@@ -24,12 +24,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from freeguide.data_pipeline.manifest import Manifest
+from freeguide.data_pipeline.manifest import WHOLE_BYTES, Manifest
 
 Ints = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
 
-WHOLE_BYTES = 64 * 2**20  # a data set up to this size is one window: every worker keeps it in memory
 WINDOWS_BYTES = 256 * 2**20  # of the windows of all streams together: half of what data.cache_mib is by default
 WINDOW_CHUNKS = 8  # G: below it neighbouring batches share chunks and their means correlate
 ROUNDS = 8

@@ -22,23 +22,13 @@ import numpy as np
 import webdataset
 
 from freeguide.configs.errors import DataError, StoreError
-from freeguide.data_pipeline import manifest as manifests
 from freeguide.data_pipeline import tar
+from freeguide.data_pipeline.claim import BEGUN, begun_by, claim, leave, marked, release
+from freeguide.data_pipeline.crc import Uint32s
 from freeguide.data_pipeline.decode import BadSample, Values, encode_npy, encode_png
-from freeguide.data_pipeline.manifest import (
-    Manifest,
-    Schema,
-    ShardIndex,
-    Uint32s,
-    build_manifest,
-    claim,
-    leave,
-    load_manifest,
-    marked,
-    release,
-    save_manifest,
-)
+from freeguide.data_pipeline.manifest import Manifest, Schema, ShardIndex, build_manifest
 from freeguide.data_pipeline.store.base import MissingObject, Store
+from freeguide.data_pipeline.stored import NAME, load_manifest, save_manifest
 
 Progress = Callable[[int, int, tuple[str, ...]], None]  # (shards done, shards in all, images left out of the last one)
 Elsewhere = Callable[["Plan", list[int]], Iterable[int]]  # (plan, missing units) -> units as they get done
@@ -193,13 +183,13 @@ class Plan:
 
         What is left of the making is taken away then.
         """
-        if store.exists(manifests.NAME):
+        if store.exists(NAME):
             manifest = load_manifest(store)
             if manifest.source in {self.identity, self.formerly} - {""}:
                 self._clear(store)
                 return manifest
             raise DataError(f"{store.uri} holds another data set; choose another data.uri, or delete that data set first.")
-        if store.list("shards/") and not store.list(self._part("")) and manifests.begun_by(store) != "prepare":
+        if store.list("shards/") and not store.list(self._part("")) and begun_by(store) != "prepare":
             raise DataError(f"{store.uri} holds shards of something else and no manifest; choose another data.uri or empty it.")
         return None
 
@@ -215,9 +205,7 @@ class Plan:
 
         A shard that this one has too may be written by another process already.
         """
-        others = [
-            info.key for info in store.list("parts/") if info.key != manifests.BEGUN and not info.key.startswith(self._part(""))
-        ]
+        others = [info.key for info in store.list("parts/") if info.key != BEGUN and not info.key.startswith(self._part(""))]
         if others:
             print("replacing a data set that was begun here and not finished", flush=True)
         ours = {f"shards/{unit:06d}.tar" for unit in range(self.units)}

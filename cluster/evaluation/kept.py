@@ -8,7 +8,7 @@ import contextlib
 import re
 
 from freeguide.configs.errors import UserError
-from freeguide.data_pipeline import manifest
+from freeguide.data_pipeline import stored
 from freeguide.data_pipeline.store.base import Store
 from freeguide.trainer.weights import KEY, Weights, kept
 
@@ -47,7 +47,7 @@ def _needed(run: Store) -> set[str] | None:
     needed = set[str]()
     for place, names in _places(run).items():
         if place.startswith("generate/"):
-            finished = manifest.NAME in names
+            finished = stored.NAME in names
         else:
             begun, rows = dict[str, int](), dict[str, int]()
             for name in names:

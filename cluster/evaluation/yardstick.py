@@ -31,10 +31,11 @@ from freeguide.configs.errors import StoreError, UserError
 from freeguide.configs.schema import Config
 from freeguide.data_pipeline.artifact import fingerprint
 from freeguide.data_pipeline.closure import code_version
-from freeguide.data_pipeline.manifest import Manifest, load_manifest
+from freeguide.data_pipeline.manifest import Manifest
 from freeguide.data_pipeline.scan import scan_all
 from freeguide.data_pipeline.store.base import MissingObject, Store
 from freeguide.data_pipeline.store.open import access_to, open_data, open_store
+from freeguide.data_pipeline.stored import load_manifest
 from freeguide.trainer.training.engine import choose_kernels
 from freeguide.trainer.training.loop import fitted
 

@@ -49,9 +49,9 @@ from freeguide.configs.errors import StoreError, counted
 from freeguide.configs.load import screen_images
 from freeguide.configs.schema import Config
 from freeguide.data_pipeline.artifact import fingerprint
-from freeguide.data_pipeline.manifest import load_manifest
 from freeguide.data_pipeline.store.base import MissingObject
 from freeguide.data_pipeline.store.open import access_to, open_data, open_store
+from freeguide.data_pipeline.stored import load_manifest
 from freeguide.trainer.sampler import evaluations, sweep_evaluations
 from freeguide.trainer.training.loop import fitted, misguided
 from freeguide.trainer.training.telemetry import event_file

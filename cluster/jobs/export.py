@@ -13,7 +13,7 @@ from freeguide.configs.load import from_yaml, to_yaml
 from freeguide.configs.schema import Config
 from freeguide.configs.untrusted import JSON_BYTES, parse_json
 from freeguide.data_pipeline.artifact import check_seal
-from freeguide.data_pipeline.manifest import claim, release
+from freeguide.data_pipeline.claim import claim, release
 from freeguide.data_pipeline.store.base import MissingObject, Store
 from freeguide.data_pipeline.store.open import open_store
 from freeguide.trainer.weights import Weights

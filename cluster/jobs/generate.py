@@ -30,12 +30,13 @@ from freeguide.configs.errors import ConfigError, DataError, counted
 from freeguide.configs.schema import Config
 from freeguide.data_pipeline.artifact import fingerprint
 from freeguide.data_pipeline.closure import code_version
-from freeguide.data_pipeline.manifest import NAME, Manifest, Schema, ShardIndex, build_manifest, load_manifest, save_manifest
+from freeguide.data_pipeline.manifest import Manifest, Schema, ShardIndex, build_manifest
 from freeguide.data_pipeline.scan import scan
 from freeguide.data_pipeline.shards import Sample, pack_shard
 from freeguide.data_pipeline.store.base import Store, read_each
 from freeguide.data_pipeline.store.folder import FolderStore
 from freeguide.data_pipeline.store.open import open_store
+from freeguide.data_pipeline.stored import NAME, load_manifest, save_manifest
 from freeguide.trainer.sampler import image_labels
 from freeguide.trainer.training.engine import choose_kernels
 from freeguide.trainer.training.loop import misguided

@@ -12,10 +12,10 @@ from freeguide.configs.load import screen_images, sweep, to_yaml
 from freeguide.configs.locations import check_target
 from freeguide.configs.schema import Config, TrainConfig
 from freeguide.data_pipeline import quality
-from freeguide.data_pipeline.manifest import load_manifest
 from freeguide.data_pipeline.order import Order
 from freeguide.data_pipeline.store.base import Retry
 from freeguide.data_pipeline.store.open import open_data, open_store
+from freeguide.data_pipeline.stored import load_manifest
 from freeguide.trainer.checkpoints import search
 from freeguide.trainer.networks.build import build_network, count_parameters, forward_flops
 from freeguide.trainer.sampler import sweep_evaluations

@@ -14,12 +14,13 @@ from freeguide.cluster.runtime.session import session
 from freeguide.configs.errors import ConfigError, counted, visible
 from freeguide.configs.schema import Config
 from freeguide.data_pipeline.index import index_shards
-from freeguide.data_pipeline.manifest import Manifest, Schema, is_run, save_mixture
+from freeguide.data_pipeline.manifest import Manifest, Schema
 from freeguide.data_pipeline.shards import Plan, Source, write_shards
 from freeguide.data_pipeline.sources.folder import count_of
 from freeguide.data_pipeline.sources.read import open_source, read_class_names
 from freeguide.data_pipeline.store.base import Store
 from freeguide.data_pipeline.store.open import open_data, open_like
+from freeguide.data_pipeline.stored import is_run, save_mixture
 
 FEW = 16  # shards that are written before a Ray cluster would have started
 

@@ -44,7 +44,6 @@ from freeguide.cluster.runtime.session import progress
 from freeguide.configs.errors import ConfigError, DataError
 from freeguide.configs.locations import check_target
 from freeguide.data_pipeline.artifact import read_npz
-from freeguide.data_pipeline.manifest import NAME, load_manifest
 from freeguide.data_pipeline.scan import scan_all
 from freeguide.data_pipeline.sources.folder import File, count_of, find_in, named
 from freeguide.data_pipeline.sources.read import picture
@@ -52,6 +51,7 @@ from freeguide.data_pipeline.store.base import READERS, Access, Store
 from freeguide.data_pipeline.store.folder import FolderStore
 from freeguide.data_pipeline.store.open import open_store
 from freeguide.data_pipeline.store.unfinished import unfinished
+from freeguide.data_pipeline.stored import NAME, load_manifest
 from freeguide.trainer.training.engine import choose_kernels
 
 DEAL = 20220726  # seed of the permutation for images in blocks of one class

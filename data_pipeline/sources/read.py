@@ -39,12 +39,13 @@ from freeguide.data_pipeline.decode import (
     number_of,
 )
 from freeguide.data_pipeline.fetch import Fetch, Fetcher, Fields
-from freeguide.data_pipeline.manifest import Manifest, Schema, load_manifest
+from freeguide.data_pipeline.manifest import Manifest, Schema
 from freeguide.data_pipeline.order import FIRST_ROUNDS, key, permute
 from freeguide.data_pipeline.shards import Sample, Source
 from freeguide.data_pipeline.sources.folder import PICTURES, RAW, File, Found, count_of, find, listed, named, without_pictures
 from freeguide.data_pipeline.store.base import Access, Store
 from freeguide.data_pipeline.store.open import access_to, open_store
+from freeguide.data_pipeline.stored import load_manifest
 
 LATENTS = {".npy"}
 WINDOW_BYTES = 256 * 2**20  # encoded bytes of the blocks among which samples are shuffled, and which a reader holds

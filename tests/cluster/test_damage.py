@@ -17,9 +17,9 @@ from freeguide.cluster.jobs.export import export
 from freeguide.cluster.jobs.generate import generate
 from freeguide.configs.errors import UserError
 from freeguide.configs.load import load_config, sealed, to_yaml
-from freeguide.data_pipeline.manifest import load_manifest
 from freeguide.data_pipeline.scan import scan_all
 from freeguide.data_pipeline.store.open import open_store
+from freeguide.data_pipeline.stored import load_manifest
 from freeguide.trainer.checkpoints import search
 from freeguide.trainer.checkpoints.manifest import checksummed, folder_of
 from freeguide.trainer.checkpoints.values import load

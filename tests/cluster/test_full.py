@@ -12,9 +12,9 @@ from PIL import Image
 from freeguide.cluster.cli import main
 from freeguide.cluster.jobs.evaluate import evaluate
 from freeguide.cluster.jobs.generate import generate
-from freeguide.data_pipeline.manifest import load_manifest
 from freeguide.data_pipeline.scan import scan_all
 from freeguide.data_pipeline.store.open import open_store
+from freeguide.data_pipeline.stored import load_manifest
 from tests.cluster.untrained import DIGITS, options, small, write_run
 
 ROOT = Path(__file__).parents[2]

@@ -28,12 +28,13 @@ from freeguide.cluster.runtime.session import Resources
 from freeguide.configs.errors import CheckpointError, ConfigError, StoreError
 from freeguide.configs.load import load_config, to_yaml
 from freeguide.configs.schema import Config, DataConfig
-from freeguide.data_pipeline.manifest import NAME, Schema, ShardIndex, build_manifest, load_manifest, save_manifest
+from freeguide.data_pipeline.manifest import Schema, ShardIndex, build_manifest
 from freeguide.data_pipeline.scan import scan_all
 from freeguide.data_pipeline.shards import Sample, Source, pack_shard, write_shards
 from freeguide.data_pipeline.store.base import Retry, Store
 from freeguide.data_pipeline.store.open import open_store
 from freeguide.data_pipeline.store.s3 import S3Store
+from freeguide.data_pipeline.stored import NAME, load_manifest, save_manifest
 from freeguide.trainer.checkpoints import search
 from freeguide.trainer.sampler import Sampler, image_labels
 from freeguide.trainer.weights import Weights

@@ -19,9 +19,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from freeguide.cluster.evaluation.rows import from_json
 from freeguide.configs.load import load_config
 from freeguide.data_pipeline.closure import NAME, ROOMS
-from freeguide.data_pipeline.manifest import load_manifest
 from freeguide.data_pipeline.store.base import Store
 from freeguide.data_pipeline.store.open import open_store
+from freeguide.data_pipeline.stored import load_manifest
 from freeguide.trainer.checkpoints import search
 from freeguide.trainer.checkpoints.values import load
 from tests.cluster.conftest import started_head

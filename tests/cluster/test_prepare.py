@@ -19,7 +19,6 @@ from freeguide.configs.errors import DataError
 from freeguide.configs.load import load_config
 from freeguide.configs.schema import Config, DataConfig
 from freeguide.data_pipeline.decode import fit
-from freeguide.data_pipeline.manifest import load_manifest
 from freeguide.data_pipeline.scan import scan_all
 from freeguide.data_pipeline.shards import write_shards
 from freeguide.data_pipeline.sources import read as sources
@@ -27,6 +26,7 @@ from freeguide.data_pipeline.sources.read import open_source, read_class_names
 from freeguide.data_pipeline.store.base import Access, Store
 from freeguide.data_pipeline.store.open import access_to, create_bucket, open_store
 from freeguide.data_pipeline.store.s3 import S3Store
+from freeguide.data_pipeline.stored import load_manifest
 from tests.data_pipeline.conftest import write_noise
 
 ROOT = Path(__file__).parents[2]

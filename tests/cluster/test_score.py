@@ -24,11 +24,12 @@ from freeguide.cluster.jobs import score as scores
 from freeguide.cluster.jobs.score import Samples, command, facts_of, load_reference, load_samples, score, score_samples
 from freeguide.configs.errors import ConfigError, DataError
 from freeguide.data_pipeline.decode import encode_png
-from freeguide.data_pipeline.manifest import Schema, build_manifest, save_manifest
+from freeguide.data_pipeline.manifest import Schema, build_manifest
 from freeguide.data_pipeline.shards import Sample, pack_shard
 from freeguide.data_pipeline.sources.read import image_folder
 from freeguide.data_pipeline.store.base import READERS
 from freeguide.data_pipeline.store.open import open_store
+from freeguide.data_pipeline.stored import save_manifest
 
 N = 240
 LABELS = np.arange(N, dtype=np.int64) % 2

@@ -37,8 +37,8 @@ from freeguide.configs.errors import CheckpointError, ConfigError, DataError, Us
 from freeguide.configs.load import from_yaml, load_config, screen_images, to_yaml
 from freeguide.configs.load import sweep as combinations
 from freeguide.configs.schema import Config, SamplingConfig
-from freeguide.data_pipeline.manifest import load_manifest
 from freeguide.data_pipeline.store.open import open_store
+from freeguide.data_pipeline.stored import load_manifest
 from freeguide.trainer.sampler import Sampler, evaluations, sweep_evaluations
 from freeguide.trainer.weights import Weights, weights_of
 from tests.cluster.untrained import DIGITS, HALF_LIFE, small, write_run

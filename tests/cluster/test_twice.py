@@ -19,11 +19,11 @@ from freeguide.cluster.jobs.export import export
 from freeguide.cluster.jobs.generate import generate
 from freeguide.configs.errors import DataError
 from freeguide.configs.schema import Config
-from freeguide.data_pipeline.manifest import load_manifest
 from freeguide.data_pipeline.scan import scan_all
 from freeguide.data_pipeline.shards import PackedShard, pack_shard
 from freeguide.data_pipeline.store.folder import FolderStore
 from freeguide.data_pipeline.store.open import open_store
+from freeguide.data_pipeline.stored import load_manifest
 from tests.cluster.untrained import small, write_run
 
 BRIEF = ["sampling.steps=2", "sampling.interval=[]", "evaluate.w=[0.5]", "evaluate.images=20", "evaluate.unit=10"]

@@ -35,12 +35,13 @@ from freeguide.configs.errors import ConfigError, DataError, UserError
 from freeguide.configs.load import load_config
 from freeguide.data_pipeline.artifact import fingerprint
 from freeguide.data_pipeline.closure import code_version
-from freeguide.data_pipeline.manifest import Schema, load_manifest
+from freeguide.data_pipeline.manifest import Schema
 from freeguide.data_pipeline.scan import scan_all
 from freeguide.data_pipeline.shards import Sample, Source, write_shards
 from freeguide.data_pipeline.store.base import Denied
 from freeguide.data_pipeline.store.folder import FolderStore
 from freeguide.data_pipeline.store.open import open_store
+from freeguide.data_pipeline.stored import load_manifest
 from freeguide.trainer.sampler import Sampler, image_labels
 from tests.cluster.untrained import SMALL, small, write_lab, write_run
 

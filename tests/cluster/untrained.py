@@ -11,12 +11,12 @@ from freeguide.cluster.evaluation import reference
 from freeguide.cluster.evaluation.extractors import evaluator
 from freeguide.configs.load import load_config, to_yaml
 from freeguide.configs.schema import Config
-from freeguide.data_pipeline.manifest import load_manifest
 from freeguide.data_pipeline.scan import scan_all
 from freeguide.data_pipeline.shards import write_shards
 from freeguide.data_pipeline.sources.read import digits
 from freeguide.data_pipeline.store.base import Store
 from freeguide.data_pipeline.store.open import open_store
+from freeguide.data_pipeline.stored import load_manifest
 from freeguide.trainer.checkpoints.manifest import FORMAT, folder_of
 from freeguide.trainer.checkpoints.values import EMA
 from freeguide.trainer.networks.build import build_network

@@ -13,10 +13,11 @@ from moto.server import ThreadedMotoServer
 
 from freeguide.configs.schema import DataConfig
 from freeguide.data_pipeline.fetch import Fetcher
-from freeguide.data_pipeline.manifest import Manifest, Schema, build_manifest, save_manifest
+from freeguide.data_pipeline.manifest import Manifest, Schema, build_manifest
 from freeguide.data_pipeline.shards import Sample, Source, pack_shard, write_shards
 from freeguide.data_pipeline.store.base import Store
 from freeguide.data_pipeline.store.open import create_bucket, open_store
+from freeguide.data_pipeline.stored import save_manifest
 
 KEYS = {
     "AWS_ACCESS_KEY_ID": "test",

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from freeguide.data_pipeline.index import index_shards
-from freeguide.data_pipeline.manifest import Manifest, load_manifest, save_manifest
+from freeguide.data_pipeline.manifest import Manifest
 from freeguide.data_pipeline.order import Order
 from freeguide.data_pipeline.shards import write_shards
 from freeguide.data_pipeline.store.base import ChangedObject, Store
 from freeguide.data_pipeline.store.open import open_store
+from freeguide.data_pipeline.stored import load_manifest, save_manifest
 from freeguide.data_pipeline.stream import Batch, Reader
 from tests.data_pipeline.conftest import data_config, noise_source, s3_uri, write_noise
 
@@ -84,7 +85,7 @@ def test_a_stale_entry_of_the_disk_cache_is_replaced(tmp_path: Path) -> None:
 
 def replace_chunks(manifest: Manifest, store: Store) -> Manifest:
     """The same data set in chunks of four."""
-    from freeguide.data_pipeline.manifest import coarser
+    from freeguide.data_pipeline.mixture import coarser
 
     save_manifest(store, found := coarser(manifest, 4))
     return found

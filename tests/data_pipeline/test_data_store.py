@@ -10,11 +10,11 @@ import pytest
 
 from freeguide.configs.errors import DataError, StoreError
 from freeguide.data_pipeline.index import index_shards
-from freeguide.data_pipeline.manifest import load_manifest, save_mixture
 from freeguide.data_pipeline.order import Order
 from freeguide.data_pipeline.store.base import Access, Denied, Store
 from freeguide.data_pipeline.store.folder import FolderStore
 from freeguide.data_pipeline.store.open import open_data, open_store
+from freeguide.data_pipeline.stored import load_manifest, save_mixture
 from freeguide.data_pipeline.stream import Reader
 from tests.data_pipeline.conftest import data_config, item_of, noise_source, write_noise
 

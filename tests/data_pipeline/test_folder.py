@@ -13,13 +13,13 @@ from PIL import Image
 from freeguide.cluster.jobs.prepare import prepare
 from freeguide.configs.errors import DataError
 from freeguide.configs.load import load_config
-from freeguide.data_pipeline.manifest import load_manifest, save_manifest
 from freeguide.data_pipeline.scan import scan_all
 from freeguide.data_pipeline.shards import Plan, write_shards
 from freeguide.data_pipeline.sources import folder
 from freeguide.data_pipeline.sources.folder import is_dropping
 from freeguide.data_pipeline.sources.read import image_folder
 from freeguide.data_pipeline.store.open import open_store
+from freeguide.data_pipeline.stored import load_manifest, save_manifest
 
 CONFIG = Path(__file__).parents[2] / "configs" / "image_folder.yaml"
 

@@ -15,13 +15,14 @@ from PIL import Image
 from freeguide.configs.errors import DataError
 from freeguide.data_pipeline import tar
 from freeguide.data_pipeline.index import expand, index_shards
-from freeguide.data_pipeline.manifest import Schema, ShardIndex, build_manifest, load_manifest, save_manifest
+from freeguide.data_pipeline.manifest import Schema, ShardIndex, build_manifest
 from freeguide.data_pipeline.order import Order
 from freeguide.data_pipeline.scan import scan
 from freeguide.data_pipeline.shards import write_shards
 from freeguide.data_pipeline.sources.read import open_source
 from freeguide.data_pipeline.store.base import Store
 from freeguide.data_pipeline.store.open import open_store
+from freeguide.data_pipeline.stored import load_manifest, save_manifest
 from freeguide.data_pipeline.stream import Reader
 from tests.data_pipeline.conftest import data_config, item_of, noise_source
 from tests.data_pipeline.tars import make_tar, pairs, special_tar

@@ -10,16 +10,17 @@ import torch
 import webdataset
 
 from freeguide.configs.errors import ConfigError, DataError
-from freeguide.data_pipeline import manifest as manifests
-from freeguide.data_pipeline import tar
+from freeguide.data_pipeline import stored, tar
 from freeguide.data_pipeline.decode import decode_sample, encode_npy, encode_png
 from freeguide.data_pipeline.index import index_shards
-from freeguide.data_pipeline.manifest import Manifest, Schema, Shard, join, load_manifest
+from freeguide.data_pipeline.manifest import Manifest, Schema, Shard
+from freeguide.data_pipeline.mixture import join
 from freeguide.data_pipeline.order import Order
 from freeguide.data_pipeline.scan import scan_all
 from freeguide.data_pipeline.shards import Plan, Sample, Source, pack_shard, write_shards
 from freeguide.data_pipeline.sources.read import open_source
 from freeguide.data_pipeline.store.open import open_store
+from freeguide.data_pipeline.stored import load_manifest
 from freeguide.data_pipeline.stream import Reader
 from tests.data_pipeline.conftest import data_config
 from tests.data_pipeline.tars import make_tar
@@ -200,8 +201,8 @@ def test_data_sets_from_before_there_were_latents_keep_their_identity(tmp_path: 
     source = Source(Schema(8, 3, 10), 5, lambda item: Sample(IMAGE, 0), "x")
     assert Plan.make(source, 2).identity == "081d907a28c90602ba7db2399fa265cb39fdadef1a0cb0528e9823b91a4ef14e"
     store = open_store(str(tmp_path))
-    manifests.save_manifest(store, shards_of_two(schema))
-    assert "dtype" not in json.loads(store.get(manifests.NAME))["schema"]
+    stored.save_manifest(store, shards_of_two(schema))
+    assert "dtype" not in json.loads(store.get(stored.NAME))["schema"]
     assert load_manifest(store).schema == schema
 
 
@@ -211,7 +212,7 @@ def test_the_dtype_is_part_of_what_a_data_set_is(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="other images or classes"):
         join([(dtype, 1, manifest) for dtype, manifest in kinds.items()])
     store = open_store(str(tmp_path))
-    manifests.save_manifest(store, kinds["float16"])
-    store.put(manifests.NAME, store.get(manifests.NAME).replace(b"float16", b"object"))
+    stored.save_manifest(store, kinds["float16"])
+    store.put(stored.NAME, store.get(stored.NAME).replace(b"float16", b"object"))
     with pytest.raises(DataError, match="damaged"):
         load_manifest(store)

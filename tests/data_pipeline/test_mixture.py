@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from freeguide.configs.errors import DataError
-from freeguide.data_pipeline.manifest import Manifest, coarser, join, load_manifest, save_manifest, save_mixture
+from freeguide.data_pipeline.manifest import Manifest
+from freeguide.data_pipeline.mixture import coarser, join
 from freeguide.data_pipeline.order import Mixture, Order
 from freeguide.data_pipeline.scan import scan
 from freeguide.data_pipeline.shards import write_shards
 from freeguide.data_pipeline.store.base import Store
+from freeguide.data_pipeline.stored import load_manifest, save_manifest, save_mixture
 from freeguide.data_pipeline.stream import Batch, Reader
 from tests.data_pipeline.conftest import data_config, item_of, noise_source, write_noise
 

@@ -18,10 +18,11 @@ from freeguide.cluster.jobs.score import load_samples
 from freeguide.configs.errors import DataError
 from freeguide.configs.load import load_config
 from freeguide.data_pipeline.index import index_shards
-from freeguide.data_pipeline.manifest import Schema, load_manifest
+from freeguide.data_pipeline.manifest import Schema
 from freeguide.data_pipeline.scan import scan_all
 from freeguide.data_pipeline.sources.folder import find_in, named
 from freeguide.data_pipeline.store.open import open_store
+from freeguide.data_pipeline.stored import load_manifest
 
 CONFIG = Path(__file__).parents[2] / "configs" / "image_folder.yaml"
 SIZE = 8

@@ -15,14 +15,16 @@ import pytest
 import webdataset
 
 from freeguide.configs.errors import DataError, UserError
-from freeguide.data_pipeline import manifest as manifests
-from freeguide.data_pipeline import tar
+from freeguide.data_pipeline import stored, tar
+from freeguide.data_pipeline.claim import claim
+from freeguide.data_pipeline.crc import combine_crcs
 from freeguide.data_pipeline.decode import BadSample
 from freeguide.data_pipeline.index import index_shards
-from freeguide.data_pipeline.manifest import ShardIndex, build_manifest, choose_chunk, combine_crcs, load_manifest, save_manifest
+from freeguide.data_pipeline.manifest import ShardIndex, build_manifest, choose_chunk
 from freeguide.data_pipeline.shards import Plan, Sample, Source, index_tar, pack_shard, write_shards
 from freeguide.data_pipeline.store.base import Store
 from freeguide.data_pipeline.store.open import open_store
+from freeguide.data_pipeline.stored import load_manifest, save_manifest
 from tests.data_pipeline.conftest import noise_source, write_noise
 
 
@@ -156,7 +158,7 @@ def test_pictures_that_were_repaired_replace_what_was_prepared_before(store: Sto
 
 def test_what_index_was_reading_is_not_replaced(store: Store) -> None:
     store.put("shards/000000.tar", b"someone else's")
-    manifests.claim(store, "index", "x")
+    claim(store, "index", "x")
     with pytest.raises(DataError, match="shards of something else"):
         write_shards(noise_source(30), store, shard_samples=10)
     assert store.get("shards/000000.tar") == b"someone else's"
@@ -264,22 +266,22 @@ def test_no_manifest_says_what_to_run(store: Store) -> None:
 
 def unsealed(store: Store) -> dict[str, Any]:
     """What a manifest says, without its seal: as earlier versions wrote it, or as somebody forges it."""
-    return {name: value for name, value in json.loads(store.get(manifests.NAME)).items() if name != "seal"}
+    return {name: value for name, value in json.loads(store.get(stored.NAME)).items() if name != "seal"}
 
 
 def test_a_manifest_of_which_any_bit_has_changed_is_refused(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     write_noise(store, 20)
-    whole = store.get(manifests.NAME)
+    whole = store.get(stored.NAME)
     seal = whole.index(b"freeguide-sha256:")
     for at in [*range(0, len(whole), 7), *range(seal + 17, seal + 81)]:
         if seal <= at < seal + 17:  # then there is none
             continue
-        store.put(manifests.NAME, whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        store.put(stored.NAME, whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         with pytest.raises(DataError, match=r"^The manifest .* is damaged \(its checksum does not fit\); run `freeguide index`"):
             load_manifest(store)
-    store.put(manifests.NAME, whole)
-    store.put(manifests.NAME, json.dumps(unsealed(store)).encode())
+    store.put(stored.NAME, whole)
+    store.put(stored.NAME, json.dumps(unsealed(store)).encode())
     assert load_manifest(store).samples == 20
 
 
@@ -288,10 +290,10 @@ def test_a_damaged_manifest_is_refused(store: Store) -> None:
     header = unsealed(store)
     index = header["index"]["key"]
     broken: list[tuple[str, bytes]] = [
-        (manifests.NAME, store.get(manifests.NAME)[:200]),
-        (manifests.NAME, b"[]"),
-        (manifests.NAME, json.dumps({**header, "chunk_samples": 2}).encode()),
-        (manifests.NAME, json.dumps({**header, "shards": {}}).encode()),
+        (stored.NAME, store.get(stored.NAME)[:200]),
+        (stored.NAME, b"[]"),
+        (stored.NAME, json.dumps({**header, "chunk_samples": 2}).encode()),
+        (stored.NAME, json.dumps({**header, "shards": {}}).encode()),
         (index, store.get(index)[:-1]),
     ]
     for key, data in broken:
@@ -311,7 +313,7 @@ def test_the_index_is_never_unpickled(tmp_path: Path) -> None:
     np.save(out, np.array([{}], dtype=object), allow_pickle=True)
     store.put(header["index"]["key"], out.getvalue())
     header["index"]["sha256"] = hashlib.sha256(out.getvalue()).hexdigest()
-    store.put(manifests.NAME, json.dumps(header).encode())
+    store.put(stored.NAME, json.dumps(header).encode())
     with pytest.raises(DataError, match="damaged"):
         load_manifest(store)
 
@@ -438,7 +440,7 @@ HOSTILE = {
 def test_a_hostile_manifest_ends_in_one_sentence_and_costs_no_memory(name: str, tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     write_noise(store, 50, chunk_samples=1)
-    store.put(manifests.NAME, forged(store, HOSTILE[name]))
+    store.put(stored.NAME, forged(store, HOSTILE[name]))
     tracemalloc.start()
     try:
         with pytest.raises(DataError, match=r"^The manifest .* is damaged \(") as caught:
@@ -498,11 +500,11 @@ def test_a_damaged_index_of_a_shard_is_made_anew(store: Store) -> None:
 def test_a_mixture_in_a_mixture_and_weights_that_are_none_are_refused(tmp_path: Path) -> None:
     one, mixed = open_store(str(tmp_path / "one")), open_store(str(tmp_path / "mixed"))
     write_noise(one, 50)
-    manifests.save_mixture(mixed, {one.uri: 1})
+    stored.save_mixture(mixed, {one.uri: 1})
     good = unsealed(mixed)
     row = good["parts"][0]
     for parts in ([{**row, "uri": mixed.uri}], [{**row, "weight": 0}], [{**row, "weight": 1e9}], [], [{**row, "uri": 5}]):
-        mixed.put(manifests.NAME, json.dumps({**good, "parts": parts}).encode())
+        mixed.put(stored.NAME, json.dumps({**good, "parts": parts}).encode())
         with pytest.raises(DataError, match="damaged"):
             load_manifest(mixed)
 

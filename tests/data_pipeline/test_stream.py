@@ -128,7 +128,7 @@ def test_any_step_can_be_the_first(store: Store, monkeypatch: pytest.MonkeyPatch
 SCRIPT = """
 import hashlib, sys
 from freeguide.configs.schema import DataConfig
-from freeguide.data_pipeline.manifest import load_manifest
+from freeguide.data_pipeline.stored import load_manifest
 from freeguide.data_pipeline.order import Order
 from freeguide.data_pipeline.store.open import open_store
 from freeguide.data_pipeline.stream import Reader

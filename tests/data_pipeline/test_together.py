@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 
 from freeguide.configs.errors import DataError
+from freeguide.data_pipeline.claim import BEGUN, claim
 from freeguide.data_pipeline.index import index_shards
-from freeguide.data_pipeline.manifest import BEGUN, Manifest, claim, load_manifest, save_mixture
+from freeguide.data_pipeline.manifest import Manifest
 from freeguide.data_pipeline.scan import scan
 from freeguide.data_pipeline.shards import Sample, Source, write_shards
 from freeguide.data_pipeline.store.base import Store
 from freeguide.data_pipeline.store.open import open_store
 from freeguide.data_pipeline.store.unfinished import writer
+from freeguide.data_pipeline.stored import load_manifest, save_mixture
 from tests.data_pipeline.conftest import noise_source, write_noise
 
 OTHER = r"^Another (prepare|index) writes to .*, or was broken off there; let it end .*, or delete .*/parts and start again$"

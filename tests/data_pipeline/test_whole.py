@@ -12,10 +12,11 @@ from PIL import Image
 from freeguide.configs.errors import DataError
 from freeguide.data_pipeline.decode import BadSample, decode_image, decode_picture, decode_sample
 from freeguide.data_pipeline.index import index_shards
-from freeguide.data_pipeline.manifest import Schema, load_manifest
+from freeguide.data_pipeline.manifest import Schema
 from freeguide.data_pipeline.order import Order
 from freeguide.data_pipeline.scan import scan
 from freeguide.data_pipeline.store.open import open_store
+from freeguide.data_pipeline.stored import load_manifest
 from freeguide.data_pipeline.stream import Reader
 from freeguide.data_pipeline.whole import _markers
 from tests.data_pipeline.conftest import data_config

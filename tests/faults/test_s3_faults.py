@@ -10,11 +10,12 @@ import torch
 
 from freeguide.configs.errors import DataError, StoreError, UserError
 from freeguide.data_pipeline.fetch import READS, Gate
-from freeguide.data_pipeline.manifest import Manifest, load_manifest
+from freeguide.data_pipeline.manifest import Manifest
 from freeguide.data_pipeline.order import Order
 from freeguide.data_pipeline.store.base import Cancelled, ChangedObject, Retry, Store
 from freeguide.data_pipeline.store.open import open_store
 from freeguide.data_pipeline.store.s3 import S3Store
+from freeguide.data_pipeline.stored import load_manifest
 from freeguide.data_pipeline.stream import Batch, Reader
 from tests.data_pipeline.conftest import data_config, s3_endpoint, s3_uri, write_noise  # noqa: F401 (s3_endpoint is a fixture)
 from tests.faults.proxy import FaultProxy

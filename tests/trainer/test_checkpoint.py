@@ -29,11 +29,11 @@ from torch import Tensor
 from freeguide.configs.errors import CheckpointError, StoreError, UserError
 from freeguide.configs.load import load_config
 from freeguide.configs.schema import TrainConfig
-from freeguide.data_pipeline.manifest import load_manifest
 from freeguide.data_pipeline.order import Order
 from freeguide.data_pipeline.store.base import ObjectInfo
 from freeguide.data_pipeline.store.folder import FolderStore
 from freeguide.data_pipeline.store.open import open_store
+from freeguide.data_pipeline.stored import load_manifest
 from freeguide.trainer.checkpoints import averages, search
 from freeguide.trainer.checkpoints.manifest import KINDS, SNAPSHOTS, Checkpoint, checksummed, read_manifest
 from freeguide.trainer.checkpoints.profiles import profiles

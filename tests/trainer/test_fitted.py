@@ -12,9 +12,9 @@ from freeguide.cluster.evaluation.series import as_trained
 from freeguide.cluster.jobs.prepare import index, prepare
 from freeguide.configs.errors import ConfigError, DataError
 from freeguide.configs.load import load_config
-from freeguide.data_pipeline.manifest import load_manifest
 from freeguide.data_pipeline.order import Order
 from freeguide.data_pipeline.store.open import open_store
+from freeguide.data_pipeline.stored import load_manifest
 from freeguide.trainer.training.loop import fitted, preflight, run_identity
 from tests.cluster.untrained import write_run
 

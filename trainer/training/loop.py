@@ -21,10 +21,11 @@ from torch import Tensor
 from freeguide.configs.errors import ConfigError, UserError
 from freeguide.configs.load import sealed, to_yaml
 from freeguide.configs.schema import Config, TrainConfig
-from freeguide.data_pipeline.manifest import NAME, Manifest, load_manifest
+from freeguide.data_pipeline.manifest import Manifest
 from freeguide.data_pipeline.order import Order
 from freeguide.data_pipeline.store.base import Retry, Store
 from freeguide.data_pipeline.store.open import open_data, open_store
+from freeguide.data_pipeline.stored import NAME, load_manifest
 from freeguide.data_pipeline.stream import Batch, Reader
 from freeguide.trainer.checkpoints.manifest import ROUNDS
 from freeguide.trainer.checkpoints.profiles import profiles
