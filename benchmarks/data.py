@@ -102,7 +102,7 @@ def cache() -> Path:
 
 def ours(uri: str, images: int, first: int, decode: bool) -> Batches:
     from freeguide.configs.schema import DataConfig
-    from freeguide.data_pipeline.order import Order
+    from freeguide.data_pipeline.order import choose_order
     from freeguide.data_pipeline.store.open import open_store
     from freeguide.data_pipeline.stored import load_manifest
     from freeguide.data_pipeline.stream import Reader
@@ -110,7 +110,7 @@ def ours(uri: str, images: int, first: int, decode: bool) -> Batches:
     store = open_store(f"{uri}/ours")
     manifest = load_manifest(store)
     rank, world = rank_and_world()
-    order = Order.choose(manifest, world * BATCH, 0)
+    order = choose_order(manifest, world * BATCH, 0)
     data = DataConfig(uri="", image_size=SIDE, classes=10)
     place = {"global_batch": world * BATCH, "rank": rank, "world_size": world, "start_step": first // BATCH // world}
     with Reader(store, manifest, order, data=data, **place) as reader:

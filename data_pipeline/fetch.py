@@ -22,7 +22,7 @@ import numpy as np
 from freeguide.data_pipeline import tar
 from freeguide.data_pipeline.decode import BadSample
 from freeguide.data_pipeline.manifest import Manifest
-from freeguide.data_pipeline.order import Ints, Order
+from freeguide.data_pipeline.order import AnyOrder, Ints
 from freeguide.data_pipeline.store.base import AGAIN, Cancelled, ChangedObject, Store
 
 JOINED = 8 * 2**20  # bytes up to which neighbouring chunks are read together
@@ -44,7 +44,7 @@ class Fetch:
     wanted: tuple[Wanted, ...]  # for each chunk
 
 
-def plan(manifest: Manifest, order: Order, global_batch: int, slots: Ints, start: int, resident: bool) -> Iterator[Fetch]:
+def plan(manifest: Manifest, order: AnyOrder, global_batch: int, slots: Ints, start: int, resident: bool) -> Iterator[Fetch]:
     """Every read of a rank from step `start` on, without end; with `resident`, every chunk once and then nothing more.
 
     Samples are kept under their global position, or under their id where they stay resident. The chunks of the first batch come

@@ -19,7 +19,7 @@ last chunk takes its q samples from the last q + N mod q by rotation, so over th
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,7 @@ WINDOWS_BYTES = 256 * 2**20  # of the windows of all streams together: half of w
 WINDOW_CHUNKS = 8  # G: below it neighbouring batches share chunks and their means correlate
 ROUNDS = 8
 FIRST_ROUNDS = 4  # of runs whose checkpoints name no number, and of the shuffle in which `prepare` deals a source
+EPOCH, WINDOW, POSITION, DEALT = range(4)  # what a key is for; DEALT: how `prepare` deals the items of a source
 MIN_BITS = 8  # in smaller domains four rounds are measurably not uniform
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -53,22 +54,6 @@ class Order:
             raise ValueError(f"an order needs positive sizes, got {self}")
         if self.chunks < self.window_chunks:
             raise ValueError(f"a window of {self.window_chunks} chunks does not fit into {self.chunks} chunks")
-
-    @classmethod
-    def choose(cls, manifest: Manifest, global_batch: int, seed: int) -> Order:
-        """An order whose windows take 256 MiB at most over all workers, for 100 samples as for 10^10.
-
-        A small data set is one window with every sample exactly once per epoch. Otherwise C = B, halved while the windows of all
-        streams are more than the data set holds or those bytes; then G shrinks. Neither the world size nor the memory of a worker
-        may change what a run trains on.
-        """
-        samples, q = manifest.samples, manifest.chunk_samples
-        chunks = samples // q
-        if manifest.parts:
-            return Mixture.of_parts(manifest, global_batch, seed)
-        if manifest.bytes <= WHOLE_BYTES:
-            return cls(samples, q, 1, chunks, seed)
-        return cls(samples, q, *_fit_windows(manifest, global_batch, min(WINDOW_CHUNKS, chunks)), seed)
 
     @property
     def chunks(self) -> int:
@@ -91,17 +76,14 @@ class Order:
 
     def locate(self, positions: Ints) -> tuple[Ints, Ints]:
         """Epochs and sample ids (int64, the shape of `positions`) at the given global positions."""
-        g = np.asarray(positions, dtype=np.int64)
-        k, c = np.divmod(g, self.streams)
-        i, offset = np.divmod(k, self.window_samples)
-        return self.in_window(i * self.streams + c, offset)
+        return self.in_window(*_window_of(positions, self.streams, self.window_samples))
 
     def in_window(self, u: Ints, offset: Ints) -> tuple[Ints, Ints]:
         """Epochs and sample ids at the places `offset` (0 .. Gq - 1) of the windows u."""
         epoch, v = np.divmod(u, self.chunks // self.window_chunks)
-        s = permute(offset, self.window_samples, key(self.seed, 1, u), self.rounds)
+        s = permute(offset, self.window_samples, key(self.seed, WINDOW, u), self.rounds)
         slot, within = np.divmod(s, self.chunk_samples)
-        chunk = permute(v * self.window_chunks + slot, self.chunks, key(self.seed, 0, epoch), self.rounds)
+        chunk = permute(v * self.window_chunks + slot, self.chunks, key(self.seed, EPOCH, epoch), self.rounds)
         return epoch, self._ids(epoch, chunk, within)
 
     def _ids(self, epoch: Ints, chunk: Ints, within: Ints) -> Ints:
@@ -112,7 +94,7 @@ class Order:
 
     def donor(self, position: int, attempt: int) -> int:
         """The id of the sample that takes the place of an unreadable one at `position`; the same on every worker and resume."""
-        word = int(key(self.seed, 2, np.array([position]))[0]) + attempt * int(GOLDEN)
+        word = int(key(self.seed, POSITION, np.array([position]))[0]) + attempt * int(GOLDEN)
         return int(_mix(np.array([word % 2**64], dtype=np.uint64))[0]) % self.samples
 
     def with_rounds(self, rounds: int) -> Order:
@@ -122,6 +104,13 @@ class Order:
     def to_dict(self) -> dict[str, Any]:
         """The sizes by name, as JSON gives them back; `rounds` is recorded beside them."""
         return {name: value for name, value in asdict(self).items() if name != "rounds"}
+
+
+def _window_of(positions: Ints, streams: int, window_samples: int) -> tuple[Ints, Ints]:
+    """The window u that each global position is in, and its place there."""
+    k, c = np.divmod(np.asarray(positions, dtype=np.int64), streams)
+    i, offset = np.divmod(k, window_samples)
+    return i * streams + c, offset
 
 
 def _fit_windows(manifest: Manifest, global_batch: int, window: int) -> tuple[int, int]:
@@ -137,7 +126,7 @@ def _fit_windows(manifest: Manifest, global_batch: int, window: int) -> tuple[in
     return streams, min(window, max(1, budget // streams))
 
 
-def slots(order: Order, global_batch: int, rank: int, world_size: int) -> Ints:
+def slots(order: AnyOrder, global_batch: int, rank: int, world_size: int) -> Ints:
     """Slots (int64 (B / R,)) of the global batch that `rank` serves: a contiguous block, with the slots of a stream side by side.
 
     So a rank meets the same C / R streams at every step and no chunk is read by two ranks, whenever C or B divides the other and
@@ -151,42 +140,55 @@ def slots(order: Order, global_batch: int, rank: int, world_size: int) -> Ints:
 
 
 @dataclass(frozen=True)
-class Mixture(Order):
+class Mixture:
     """Several data sets in fixed proportions: whole windows are dealt to them, so any prefix of the stream keeps the proportions.
 
-    Weights are whole numbers: (3, 1) is 75 % and 25 %. Each data set has its own epochs. The ids are those of `manifest.join`:
-    the chunks of all data sets, one data set after the other.
+    Weights are whole numbers: (3, 1) is 75 % and 25 %. Each data set has an order and epochs of its own, and all of them agree in
+    streams and windows. The ids are those of `mixture.join`: the chunks of all data sets, one data set after the other.
     """
 
-    orders: tuple[Order, ...] = ()
-    weights: tuple[int, ...] = ()
+    orders: tuple[Order, ...]
+    weights: tuple[int, ...]
 
-    @classmethod
-    def of(cls, orders: tuple[Order, ...], weights: tuple[int, ...]) -> Mixture:
-        """The orders must agree in their streams and in their windows; raises ValueError where they do not."""
-        if len(orders) != len(weights) or not orders or min(weights) < 1:
-            raise ValueError(f"a mixture needs one positive whole weight per data set, got {weights}")
-        if len({(order.streams, order.chunk_samples, order.window_chunks) for order in orders}) > 1:
+    def __post_init__(self) -> None:
+        if len(self.orders) != len(self.weights) or not self.orders or min(self.weights) < 1:
+            raise ValueError(f"a mixture needs one positive whole weight per data set, got {self.weights}")
+        if len({(order.streams, order.chunk_samples, order.window_chunks) for order in self.orders}) > 1:
             raise ValueError("the data sets of a mixture need equal streams and equal windows")
-        first = orders[0]
-        ids = sum(-(-order.samples // first.chunk_samples) * first.chunk_samples for order in orders)
-        return cls(ids, first.chunk_samples, first.streams, first.window_chunks, first.seed, first.rounds, orders, weights)
 
-    @classmethod
-    def of_parts(cls, manifest: Manifest, global_batch: int, seed: int) -> Mixture:
-        """The order of a mixture's manifest, see `Order.choose`; no window is larger than the smallest data set."""
-        q = manifest.chunk_samples
-        most = min(WINDOW_CHUNKS, *(part.samples // q for part in manifest.parts))
-        streams, window = _fit_windows(manifest, global_batch, most)
-        orders = tuple(Order(part.samples, q, streams, window, seed + number) for number, part in enumerate(manifest.parts))
-        return cls.of(orders, tuple(part.weight for part in manifest.parts))
+    @property
+    def samples(self) -> int:
+        """The number of ids, some of which stand for no sample."""
+        return int(self._firsts[-1])
+
+    @property
+    def chunk_samples(self) -> int:
+        return self.orders[0].chunk_samples
+
+    @property
+    def streams(self) -> int:
+        return self.orders[0].streams
+
+    @property
+    def window_chunks(self) -> int:
+        return self.orders[0].window_chunks
+
+    @property
+    def rounds(self) -> int:
+        return self.orders[0].rounds
+
+    @property
+    def generation(self) -> int:
+        """As `Order.generation`."""
+        return self.orders[0].generation
 
     def with_rounds(self, rounds: int) -> Mixture:
-        orders = tuple(order.with_rounds(rounds) for order in self.orders)
-        return replace(self, rounds=rounds, orders=orders)
+        return replace(self, orders=tuple(order.with_rounds(rounds) for order in self.orders))
 
     def to_dict(self) -> dict[str, Any]:
-        return super().to_dict() | {"orders": [order.to_dict() for order in self.orders], "weights": list(self.weights)}
+        """The sizes that all have in common, and those of each."""
+        orders = [order.to_dict() for order in self.orders]
+        return {**orders[0], "samples": self.samples, "orders": orders, "weights": list(self.weights)}
 
     def locate(self, positions: Ints) -> tuple[Ints, Ints]:
         """As `Order.locate`; the epochs are those of the data set that the sample is from."""
@@ -207,14 +209,35 @@ class Mixture(Order):
 
     def place(self, positions: Ints) -> tuple[Ints, Ints, Ints]:
         """Data set, its epoch and the sample id in it (int64, the shape of `positions`) at the given global positions."""
-        k, c = np.divmod(np.asarray(positions, dtype=np.int64), self.streams)
-        i, offset = np.divmod(k, self.window_samples)
-        data_set, window = deal(i * self.streams + c, self.weights)
+        first = self.orders[0]
+        u, offset = _window_of(positions, first.streams, first.window_samples)
+        data_set, window = deal(u, self.weights)
         epoch, ids = np.empty_like(window), np.empty_like(window)
         for number, order in enumerate(self.orders):
             mine = data_set == number
             epoch[mine], ids[mine] = order.in_window(window[mine], offset[mine])
         return data_set, epoch, ids
+
+
+AnyOrder: TypeAlias = Order | Mixture
+
+
+def choose_order(manifest: Manifest, global_batch: int, seed: int) -> AnyOrder:
+    """An order whose windows take 256 MiB at most over all workers, for 100 samples as for 10^10.
+
+    A small data set is one window with every sample exactly once per epoch. Otherwise C = B, halved while the windows of all
+    streams are more than the data set holds or those bytes; then G shrinks. Of a mixture no window is larger than the smallest
+    data set. Neither the world size nor the memory of a worker may change what a run trains on.
+    """
+    samples, q = manifest.samples, manifest.chunk_samples
+    if manifest.parts:
+        most = min(WINDOW_CHUNKS, *(part.samples // q for part in manifest.parts))
+        streams, window = _fit_windows(manifest, global_batch, most)
+        orders = tuple(Order(part.samples, q, streams, window, seed + number) for number, part in enumerate(manifest.parts))
+        return Mixture(orders, tuple(part.weight for part in manifest.parts))
+    if manifest.bytes <= WHOLE_BYTES:
+        return Order(samples, q, 1, samples // q, seed)
+    return Order(samples, q, *_fit_windows(manifest, global_batch, min(WINDOW_CHUNKS, samples // q)), seed)
 
 
 def deal(u: Ints, weights: tuple[int, ...]) -> tuple[Ints, Ints]:
@@ -267,6 +290,6 @@ def _mix(z: Words) -> Words:
 
 
 def key(seed: int, purpose: int, ordinal: Ints) -> Words:
-    """One 64-bit key per ordinal: of an epoch (purpose 0), a window (1), a position (2)."""
+    """One 64-bit key per ordinal: the number of an epoch, a window, a position or a block, as `purpose` says."""
     root = _mix(np.array([seed % 2**64], dtype=np.uint64)) + np.uint64(purpose)
     return _mix(_mix(root) ^ np.asarray(ordinal).astype(np.uint64))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from freeguide.data_pipeline.manifest import Manifest
-from freeguide.data_pipeline.order import Ints, Order
+from freeguide.data_pipeline.order import AnyOrder, Ints
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Quality:
     autocorrelation: float
 
 
-def measure(manifest: Manifest, order: Order, global_batch: int, batches: int = 512) -> Quality:
+def measure(manifest: Manifest, order: AnyOrder, global_batch: int, batches: int = 512) -> Quality:
     """The figures of the first `batches` batches of the order."""
     ids = order.locate(np.arange(batches * global_batch))[1]
     return _figures(manifest, ids.reshape(batches, global_batch))
@@ -49,7 +49,7 @@ def _figures(manifest: Manifest, ids: Ints) -> Quality:
     return Quality(float(distinct), float(means.std() / (spread / np.sqrt(ids.shape[1]))), float(correlation))
 
 
-def table(manifest: Manifest, order: Order, global_batch: int) -> str:
+def table(manifest: Manifest, order: AnyOrder, global_batch: int) -> str:
     """Lines of text for `freeguide inspect --order`."""
     rows = [("this order", measure(manifest, order, global_batch)), ("true random", true_random(manifest, global_batch))]
     lines = [f"{order.streams} streams, windows of {order.window_chunks} chunks, chunks of {order.chunk_samples} samples"]

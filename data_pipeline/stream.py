@@ -30,7 +30,7 @@ from freeguide.configs.schema import DataConfig
 from freeguide.data_pipeline.decode import BadSample, decode_sample
 from freeguide.data_pipeline.fetch import Fetch, Fetcher, Fields, plan
 from freeguide.data_pipeline.manifest import Manifest
-from freeguide.data_pipeline.order import Ints, Order, slots
+from freeguide.data_pipeline.order import AnyOrder, Ints, slots
 from freeguide.data_pipeline.store.base import Cancelled, Store
 from freeguide.data_pipeline.store.cache import CachedStore
 from freeguide.data_pipeline.store.open import open_like
@@ -61,7 +61,7 @@ class Reader:
         self,
         store: Store,
         manifest: Manifest,
-        order: Order,
+        order: AnyOrder,
         *,
         global_batch: int,
         rank: int,

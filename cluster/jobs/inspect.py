@@ -12,7 +12,7 @@ from freeguide.configs.load import screen_images, sweep, to_yaml
 from freeguide.configs.locations import check_target
 from freeguide.configs.schema import Config, TrainConfig
 from freeguide.data_pipeline import quality
-from freeguide.data_pipeline.order import Order
+from freeguide.data_pipeline.order import choose_order
 from freeguide.data_pipeline.store.base import Retry
 from freeguide.data_pipeline.store.open import open_data, open_store
 from freeguide.data_pipeline.stored import load_manifest
@@ -149,7 +149,7 @@ def _order(config: Config) -> str:
     store.check(write=False)
     manifest = load_manifest(store)
     batch = config.train.global_batch
-    return quality.table(manifest, Order.choose(manifest, batch, config.seed), batch)
+    return quality.table(manifest, choose_order(manifest, batch, config.seed), batch)
 
 
 def _theory(config: Config, path: str) -> str:

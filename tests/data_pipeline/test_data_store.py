@@ -10,7 +10,7 @@ import pytest
 
 from freeguide.configs.errors import DataError, StoreError
 from freeguide.data_pipeline.index import index_shards
-from freeguide.data_pipeline.order import Order
+from freeguide.data_pipeline.order import choose_order
 from freeguide.data_pipeline.store.base import Access, Denied, Store
 from freeguide.data_pipeline.store.folder import FolderStore
 from freeguide.data_pipeline.store.open import open_data, open_store
@@ -46,7 +46,7 @@ def read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 def items(store: Store) -> list[int]:
     manifest = load_manifest(store)
     place = {"global_batch": 10, "rank": 0, "world_size": 1, "start_step": 0}
-    with Reader(store, manifest, Order.choose(manifest, 10, seed=0), **place, data=data_config()) as reader:  # type: ignore[arg-type]
+    with Reader(store, manifest, choose_order(manifest, 10, seed=0), **place, data=data_config()) as reader:  # type: ignore[arg-type]
         images = np.concatenate([next(reader).images.numpy() for _ in range(6)])
     return sorted(item_of(((images + 1) * 127.5).round().transpose(0, 2, 3, 1)).tolist())
 
@@ -96,7 +96,7 @@ def test_the_data_sets_of_a_mixture_are_asked_in_the_same_way(s3_endpoint: str, 
     save_mixture(store, {one: 1, two: 2})
     manifest = load_manifest(store)
     place = {"global_batch": 6, "rank": 0, "world_size": 1, "start_step": 0}
-    with Reader(store, manifest, Order.choose(manifest, 6, seed=0), **place, data=data) as reader:  # type: ignore[arg-type]
+    with Reader(store, manifest, choose_order(manifest, 6, seed=0), **place, data=data) as reader:  # type: ignore[arg-type]
         next(reader)
         for part in reader._fetcher.parts.values():
             assert part.access == Access(request_payer=True)  # type: ignore[attr-defined]

@@ -16,7 +16,7 @@ from freeguide.configs.errors import DataError
 from freeguide.data_pipeline import tar
 from freeguide.data_pipeline.index import expand, index_shards
 from freeguide.data_pipeline.manifest import Schema, ShardIndex, build_manifest
-from freeguide.data_pipeline.order import Order
+from freeguide.data_pipeline.order import choose_order
 from freeguide.data_pipeline.scan import scan
 from freeguide.data_pipeline.shards import write_shards
 from freeguide.data_pipeline.sources.read import open_source
@@ -81,7 +81,7 @@ def foreign(store: Store) -> dict[str, bytes]:
 def epoch(store: Store, **options: object) -> tuple[list[int], list[int], dict[str, object]]:
     """Item numbers and labels of one epoch, and the reader's statistics."""
     manifest = load_manifest(store)
-    order = Order.choose(manifest, 10, seed=0)
+    order = choose_order(manifest, 10, seed=0)
     place = {"global_batch": 10, "rank": 0, "world_size": 1, "start_step": 0}
     with Reader(store, manifest, order, **place, data=data_config(decode_threads=0, **options)) as reader:  # type: ignore[arg-type]
         batches = [next(reader) for _ in range(manifest.samples // 10)]
@@ -458,7 +458,7 @@ def test_under_a_budget_donors_take_the_place_of_damaged_samples(tmp_path: Path,
     expected, _, _ = epoch(whole)
     place = expected.index(24)
     manifest = load_manifest(store)
-    order = Order.choose(manifest, 10, seed=0)
+    order = choose_order(manifest, 10, seed=0)
     assert items[:place] + items[place + 1 :] == expected[:place] + expected[place + 1 :]  # nothing else has moved
     position = next(p for p in range(50) if order.locate(np.array([p]))[1][0] == 24)
     assert items[place] == order.donor(position, 0)

@@ -15,7 +15,7 @@ from freeguide.data_pipeline.decode import decode_sample, encode_npy, encode_png
 from freeguide.data_pipeline.index import index_shards
 from freeguide.data_pipeline.manifest import Manifest, Schema, Shard
 from freeguide.data_pipeline.mixture import join
-from freeguide.data_pipeline.order import Order
+from freeguide.data_pipeline.order import choose_order
 from freeguide.data_pipeline.scan import scan_all
 from freeguide.data_pipeline.shards import Plan, Sample, Source, pack_shard, write_shards
 from freeguide.data_pipeline.sources.read import open_source
@@ -51,7 +51,7 @@ def batches(uri: str, steps: int, *, rank: int = 0, world: int = 1, **options: o
     store = open_store(uri)
     manifest = load_manifest(store)
     place = {"global_batch": BATCH, "rank": rank, "world_size": world, "start_step": 0}
-    order = Order.choose(manifest, BATCH, 0)
+    order = choose_order(manifest, BATCH, 0)
     with Reader(store, manifest, order, **place, data=data_config(**options)) as reader:  # type: ignore[arg-type]
         read = [next(reader) for _ in range(steps)]
     assert all(

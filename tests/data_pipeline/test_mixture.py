@@ -11,7 +11,7 @@ import torch
 from freeguide.configs.errors import DataError
 from freeguide.data_pipeline.manifest import Manifest
 from freeguide.data_pipeline.mixture import coarser, join
-from freeguide.data_pipeline.order import Mixture, Order
+from freeguide.data_pipeline.order import Mixture, Order, choose_order
 from freeguide.data_pipeline.scan import scan
 from freeguide.data_pipeline.shards import write_shards
 from freeguide.data_pipeline.store.base import Store
@@ -51,7 +51,7 @@ def streaming(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_batch_holds_the_samples_of_its_positions(
     mixture: tuple[Store, Manifest], drop: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    order = Order.choose(mixture[1], BATCH, seed=0)
+    order = choose_order(mixture[1], BATCH, seed=0)
     assert isinstance(order, Mixture)
     if drop:
         streaming(monkeypatch)
@@ -73,7 +73,7 @@ def test_a_batch_holds_the_samples_of_its_positions(
 def test_every_world_size_makes_the_same_global_batches(
     mixture: tuple[Store, Manifest], drop: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    order = Order.choose(mixture[1], BATCH, seed=0)
+    order = choose_order(mixture[1], BATCH, seed=0)
     if drop:
         streaming(monkeypatch)
     whole = read(mixture, order, 12, cache_mib=1)
@@ -88,7 +88,7 @@ def test_every_world_size_makes_the_same_global_batches(
 
 
 def test_each_data_set_comes_exactly_once_per_epoch_of_its_own(mixture: tuple[Store, Manifest]) -> None:
-    order = Order.choose(mixture[1], BATCH, seed=0)
+    order = choose_order(mixture[1], BATCH, seed=0)
     assert isinstance(order, Mixture)
     seen: dict[tuple[int, int], list[int]] = {}
     for batch in read(mixture, order, 60):
@@ -166,7 +166,7 @@ def test_weights_belong_to_the_fingerprint(mixture: tuple[Store, Manifest], stor
 def test_the_traffic_of_all_data_sets_is_counted(mixture: tuple[Store, Manifest]) -> None:
     before = threading.active_count()
     place = {"global_batch": BATCH, "rank": 0, "world_size": 1, "start_step": 0}
-    with Reader(*mixture, Order.choose(mixture[1], BATCH, 0), **place, data=data_config()) as reader:
+    with Reader(*mixture, choose_order(mixture[1], BATCH, 0), **place, data=data_config()) as reader:
         count = reader.stats()["bytes"]
         for _ in range(30):
             next(reader)

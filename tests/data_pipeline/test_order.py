@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from freeguide.data_pipeline.manifest import Manifest, Schema, Shard
-from freeguide.data_pipeline.order import Mixture, Order, deal, key, permute, slots
+from freeguide.data_pipeline.order import Mixture, Order, choose_order, deal, key, permute, slots
 
 
 def manifest(samples: int, sample_bytes: int, q: int) -> Manifest:
@@ -72,7 +72,7 @@ def test_every_epoch_serves_each_sample_at_most_once_and_all_but_the_remainder(
 
 
 def test_a_single_window_of_single_samples_leaves_nothing_out() -> None:
-    order = Order.choose(manifest(1797, 2080, 1), 256, seed=0)
+    order = choose_order(manifest(1797, 2080, 1), 256, seed=0)
     assert (order.streams, order.window_chunks) == (1, 1797)
     epochs, ids = order.locate(np.arange(3 * 1797))
     for epoch in range(3):
@@ -120,7 +120,7 @@ def test_the_order_is_pinned() -> None:
     assert Order(1000, 4, 4, 5, seed=42).locate(np.arange(8))[1].tolist() == PINNED
     first = Order(1000, 4, 4, 5, seed=42, rounds=4)
     assert first.locate(np.arange(8))[1].tolist() == PINNED_FOUR_ROUNDS
-    assert Mixture.of((first,), (1,)).locate(np.arange(8))[1].tolist() == PINNED_FOUR_ROUNDS
+    assert Mixture((first,), (1,)).locate(np.arange(8))[1].tolist() == PINNED_FOUR_ROUNDS
 
 
 PINNED = [349, 792, 283, 720, 613, 13, 69, 156]
@@ -130,7 +130,7 @@ PINNED_FOUR_ROUNDS = [653, 76, 107, 932, 387, 389, 276, 936]
 def test_an_order_is_recorded_by_its_sizes_and_keeps_its_rounds() -> None:
     order = Order(1000, 4, 4, 5, seed=42)
     assert order.to_dict() == {"samples": 1000, "chunk_samples": 4, "streams": 4, "window_chunks": 5, "seed": 42}
-    mixture = Mixture.of((order, order), (1, 2))
+    mixture = Mixture((order, order), (1, 2))
     stored = json.dumps(mixture.to_dict())
     assert json.loads(stored) == mixture.to_dict()  # what a checkpoint says is compared with it
     assert "rounds" not in stored
@@ -165,7 +165,7 @@ def test_choose_keeps_the_windows_of_all_streams_within_256_mib(samples: int, si
     from freeguide.data_pipeline.manifest import choose_chunk
 
     q = choose_chunk(samples, samples * size)
-    order = Order.choose(manifest(samples, size, q), batch, seed=0)
+    order = choose_order(manifest(samples, size, q), batch, seed=0)
     assert order.generation * size <= 256 * 2**20
     assert batch % order.streams == 0
     assert order.window_chunks == 8 or order.streams == 1
@@ -193,7 +193,7 @@ def test_a_mixture_keeps_its_proportions_at_every_prefix(weights: tuple[int, ...
 
 def test_each_data_set_of_a_mixture_keeps_its_own_epochs() -> None:
     orders = (Order(98, 4, 4, 3, seed=0), Order(600, 4, 4, 3, seed=1))
-    mixture = Mixture.of(orders, (1, 2))
+    mixture = Mixture(orders, (1, 2))
     data_set, epoch, ids = mixture.place(np.arange(12 * 8 * 3 * 20))
     assert abs((data_set == 0).mean() - 1 / 3) < 0.01
     for number, order in enumerate(orders):
@@ -211,11 +211,11 @@ def test_each_data_set_of_a_mixture_keeps_its_own_epochs() -> None:
 def test_a_mixture_of_one_is_that_order() -> None:
     order = Order(1000, 4, 8, 5, seed=3)
     positions = np.arange(5000)
-    assert np.array_equal(Mixture.of((order,), (7,)).locate(positions), order.locate(positions))
+    assert np.array_equal(Mixture((order,), (7,)).locate(positions), order.locate(positions))
 
 
 def test_mixtures_that_do_not_fit_are_refused() -> None:
     a, b = Order(96, 4, 4, 3, 0), Order(96, 4, 4, 2, 0)
     for orders, weights in (((a, b), (1, 1)), ((a, a), (1,)), ((a, a), (1, 0)), ((), ())):
         with pytest.raises(ValueError, match="mixture"):
-            Mixture.of(orders, weights)
+            Mixture(orders, weights)

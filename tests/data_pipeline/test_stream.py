@@ -15,7 +15,7 @@ import webdataset
 from freeguide.configs.errors import ConfigError, DataError
 from freeguide.data_pipeline.fetch import plan
 from freeguide.data_pipeline.manifest import Manifest
-from freeguide.data_pipeline.order import Order, slots
+from freeguide.data_pipeline.order import Order, choose_order, slots
 from freeguide.data_pipeline.store.base import Cancelled, Store
 from freeguide.data_pipeline.store.folder import FolderStore
 from freeguide.data_pipeline.store.open import open_store
@@ -109,7 +109,7 @@ def test_every_world_size_makes_the_same_global_batches(
 
 def test_every_sample_comes_exactly_once_per_epoch_through_the_reader(store: Store) -> None:
     manifest = write_noise(store, 240)
-    order = Order.choose(manifest, BATCH, seed=0)
+    order = choose_order(manifest, BATCH, seed=0)
     batches = read(store, manifest, order, 20)
     for epoch in range(2):
         items = np.concatenate([item_of(pixels(batch)) for batch in batches[epoch * 10 : epoch * 10 + 10]])
@@ -129,7 +129,7 @@ SCRIPT = """
 import hashlib, sys
 from freeguide.configs.schema import DataConfig
 from freeguide.data_pipeline.stored import load_manifest
-from freeguide.data_pipeline.order import Order
+from freeguide.data_pipeline.order import Order, choose_order
 from freeguide.data_pipeline.store.open import open_store
 from freeguide.data_pipeline.stream import Reader
 
@@ -276,6 +276,6 @@ def test_the_memory_of_a_worker_changes_no_batch(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     manifest = write_noise(store, 603, size=20)
     assert 2**20 < manifest.bytes < 2**21
-    order = Order.choose(manifest, BATCH, seed=3)
+    order = choose_order(manifest, BATCH, seed=3)
     small, large = (read(store, manifest, order, 40, cache_mib=cache, image_size=20) for cache in (2, 512))
     assert all(map(same, small, large))

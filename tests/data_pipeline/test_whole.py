@@ -13,7 +13,7 @@ from freeguide.configs.errors import DataError
 from freeguide.data_pipeline.decode import BadSample, decode_image, decode_picture, decode_sample
 from freeguide.data_pipeline.index import index_shards
 from freeguide.data_pipeline.manifest import Schema
-from freeguide.data_pipeline.order import Order
+from freeguide.data_pipeline.order import choose_order
 from freeguide.data_pipeline.scan import scan
 from freeguide.data_pipeline.store.open import open_store
 from freeguide.data_pipeline.stored import load_manifest
@@ -219,7 +219,7 @@ def test_damage_in_tars_of_others_is_found_by_whoever_reads_them(tmp_path_factor
     manifest = load_manifest(store)
     with pytest.raises(DataError, match=r"sample 21 cannot be read: its (PNG|JPEG)"):
         list(scan(store, manifest))
-    order = Order.choose(manifest, 7, seed=0)
+    order = choose_order(manifest, 7, seed=0)
     place_of = {"global_batch": 7, "rank": 0, "world_size": 1, "start_step": 0}
     with Reader(store, manifest, order, **place_of, data=data_config(decode_threads=0, bad_samples=0.1)) as reader:
         for _ in range(3):

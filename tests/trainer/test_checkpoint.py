@@ -29,7 +29,7 @@ from torch import Tensor
 from freeguide.configs.errors import CheckpointError, StoreError, UserError
 from freeguide.configs.load import load_config
 from freeguide.configs.schema import TrainConfig
-from freeguide.data_pipeline.order import Order
+from freeguide.data_pipeline.order import choose_order
 from freeguide.data_pipeline.store.base import ObjectInfo
 from freeguide.data_pipeline.store.folder import FolderStore
 from freeguide.data_pipeline.store.open import open_store
@@ -620,7 +620,7 @@ def test_another_decay_of_the_average_is_refused_by_name(training: Training, tin
     def identity(decay: float) -> dict[str, Any]:
         config = load_config(tiny("decay", train={"ema_decay": decay}))
         manifest = load_manifest(open_store(config.data.uri))
-        return run_identity(config, manifest, Order.choose(manifest, config.train.global_batch, config.seed))
+        return run_identity(config, manifest, choose_order(manifest, config.train.global_batch, config.seed))
 
     training.save()
     found = dataclasses.replace(search.find(training.store), identity=identity(0.9))

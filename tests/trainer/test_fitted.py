@@ -12,7 +12,7 @@ from freeguide.cluster.evaluation.series import as_trained
 from freeguide.cluster.jobs.prepare import index, prepare
 from freeguide.configs.errors import ConfigError, DataError
 from freeguide.configs.load import load_config
-from freeguide.data_pipeline.order import Order
+from freeguide.data_pipeline.order import choose_order
 from freeguide.data_pipeline.store.open import open_store
 from freeguide.data_pipeline.stored import load_manifest
 from freeguide.trainer.training.loop import fitted, preflight, run_identity
@@ -49,7 +49,7 @@ def test_the_classes_are_those_of_the_folder(pictures: list[str]) -> None:
     assert preflight(config) == 0
     # A config that states the number is the same run, as all were that older versions began.
     stated = load_config("image_folder", [*pictures, "data.classes=3"])
-    order = Order.choose(manifest, 4, 0)
+    order = choose_order(manifest, 4, 0)
     assert run_identity(fitted(config, manifest), manifest, order) == run_identity(fitted(stated, manifest), manifest, order)
     for command in (prepare, preflight):
         with pytest.raises((ConfigError, DataError), match=r"data.classes(=| is )10.*3"):

@@ -34,7 +34,7 @@ from torch.distributed import distributed_c10d as c10d
 from freeguide.configs.errors import DataError, StoreError, UserError
 from freeguide.configs.schema import TrainConfig
 from freeguide.configs.untrusted import JSON_BYTES, parse_json
-from freeguide.data_pipeline.order import Order
+from freeguide.data_pipeline.order import AnyOrder
 from freeguide.data_pipeline.store.base import MissingObject, Store
 from freeguide.trainer.training.telemetry import Interval
 
@@ -153,7 +153,7 @@ class Incidents:
     Both are part of the checkpoint, so a restart does not reset them. The budget counts the bad steps after `undone`.
     """
 
-    def __init__(self, store: Store, order: Order, bad_steps: list[int], train: TrainConfig, undone: int = 0) -> None:
+    def __init__(self, store: Store, order: AnyOrder, bad_steps: list[int], train: TrainConfig, undone: int = 0) -> None:
         self.bad_steps, self.undone = list(bad_steps), undone
         self._store, self._order, self._budget = store, order, train.bad_steps
         self._scaled = train.precision == "fp16"  # a gradient that overflows is how the loss scale is found, not an incident

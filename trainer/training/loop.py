@@ -22,7 +22,7 @@ from freeguide.configs.errors import ConfigError, UserError
 from freeguide.configs.load import sealed, to_yaml
 from freeguide.configs.schema import Config, TrainConfig
 from freeguide.data_pipeline.manifest import Manifest
-from freeguide.data_pipeline.order import Order
+from freeguide.data_pipeline.order import AnyOrder, choose_order
 from freeguide.data_pipeline.store.base import Retry, Store
 from freeguide.data_pipeline.store.open import open_data, open_store
 from freeguide.data_pipeline.stored import NAME, load_manifest
@@ -95,7 +95,7 @@ def assemble(config: Config) -> tuple[Run, int]:
     engine = Engine(build_network(config.model, **images, seed=config.seed), config.train)
     limit_collectives(_PATIENCE)  # DeepSpeed's own groups would give the first step, which may compile, ten minutes
     ema = Ema(engine, profiles(config.train))
-    order = Order.choose(manifest, config.train.global_batch, config.seed)
+    order = choose_order(manifest, config.train.global_batch, config.seed)
     drop = config.train.lost_averages == "drop"
     found = resume(store, engine, ema, run_identity(config, manifest, order), drop=drop)
     if found:
@@ -209,7 +209,7 @@ def preflight(config: Config) -> int:
     config = fitted(config, manifest)
     for sentence in misfits(config, manifest.samples):
         print(f"WARNING: {sentence}", flush=True)
-    order = Order.choose(manifest, config.train.global_batch, config.seed)
+    order = choose_order(manifest, config.train.global_batch, config.seed)
     forward_flops(config.model, image_size=config.data.image_size, channels=config.data.channels, classes=config.data.classes)
     names, drop = [p.name for p in profiles(config.train)], config.train.lost_averages == "drop"
     newest = next(candidates(store, names, drop), None)
@@ -273,7 +273,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def run_identity(config: Config, manifest: Manifest, order: Order) -> dict[str, Any]:
+def run_identity(config: Config, manifest: Manifest, order: AnyOrder) -> dict[str, Any]:
     """What may not change while a run goes on: network, data and their order, noise, batch, average. Anything else may.
 
     The names of the other averages say what they are (`trainer.checkpoints.profiles`), and those of the classes say nothing that
