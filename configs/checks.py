@@ -101,11 +101,16 @@ def _data_checks(config: Config, command: str) -> Checks:
     )
     low, high = diffusion.logsnr_min, diffusion.logsnr_max
     yield low < high, f"diffusion.logsnr_min={low} is not below diffusion.logsnr_max={high}: swap them"
-    asked = {"evaluate": config.evaluate.w, "generate": [config.generate.w]}.get(command, [])
-    guided = next((w for w in asked if w), None)
+    asked = {
+        "evaluate": ("evaluate.w", config.evaluate.w),
+        "generate": ("generate.w", [config.generate.w]),
+        "train": ("train.sample_w", [config.train.sample_w]),
+    }
+    key, weights = asked.get(command, ("", []))
+    guided = next((w for w in weights if w), None)
     yield (
         diffusion.p_uncond > 0 or guided is None,
-        f"diffusion.p_uncond=0 leaves the network without an unconditional mode, so {command}.w={guided} cannot be sampled: "
+        f"diffusion.p_uncond=0 leaves the network without an unconditional mode, so {key}={guided} cannot be sampled: "
         f"train with p_uncond > 0 or ask for w=0",
     )
 

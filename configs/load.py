@@ -14,8 +14,8 @@ import hashlib
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -54,19 +54,7 @@ def load_config(
     merged = OmegaConf.structured(Config)
     _merge(merged, *_document(path), str(path))
     for override in overrides or []:
-        key, equals, text = override.partition("=")
-        where = f"argument {shown(override, quoted=True)}"
-        if not equals or not key.strip():
-            raise ConfigError(f"{where}: an override has the form key=value, without spaces, for example train.lr=1e-4")
-        try:
-            nested = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
-            plain = yaml.load(text, yaml.BaseLoader)
-        except (*_UNREADABLE, RecursionError) as error:
-            raise ConfigError(
-                f"{where}: not a value in YAML ({_why(error)}); quote one with spaces: 'evaluate.w=[0, 1]'"
-            ) from error
-        plain = functools.reduce(lambda inside, name: {name: inside}, reversed(key.split(".")), plain)
-        _merge(merged, nested, plain, where, into=key not in options())
+        _override(merged, override)
     config = _resolved(merged, str(path))
     try:
         config = _placed(config, place or _absolute)
@@ -146,6 +134,25 @@ def from_yaml(text: str) -> Config:
         raise ConfigError(f"a stored config cannot be read ({reason}); use the version that wrote it") from error
     if not isinstance(config, Config):
         raise ConfigError("a stored config cannot be read (it is no mapping of keys to values); use the version that wrote it")
+    return config
+
+
+def overridden(config: Config, group: str, overrides: Sequence[str], command: str) -> Config:
+    """`config` with overrides of the options of `group`, which names no locations; checked for `command`.
+
+    It may come from anybody (`from_yaml`): nothing in it is resolved. Raises ConfigError as `load_config` does.
+    """
+    tree = {option.name: getattr(config, option.name) for option in fields(config) if option.name != "written"}
+    tree = {name: asdict(value) if is_dataclass(value) else value for name, value in tree.items()}  # type: ignore[arg-type]
+    merged = OmegaConf.merge(OmegaConf.structured(Config), _literal(tree))
+    assert isinstance(merged, DictConfig)
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        _override(merged, override)
+        if not key.startswith(f"{group}."):
+            raise ConfigError(f"argument {shown(override, quoted=True)}: {key} is settled here; give options of {group} only")
+    config = _resolved(merged, "arguments")
+    validate(config, command)
     return config
 
 
@@ -237,6 +244,21 @@ def _why(error: Exception) -> str:
         if mark is None
         else f"line {mark.line + 1}, column {mark.column + 1}: {shown(getattr(error, 'problem', error))}"
     )
+
+
+def _override(merged: DictConfig, override: str) -> None:
+    """Set what `key=value` says. Raises ConfigError."""
+    key, equals, text = override.partition("=")
+    where = f"argument {shown(override, quoted=True)}"
+    if not equals or not key.strip():
+        raise ConfigError(f"{where}: an override has the form key=value, without spaces, for example train.lr=1e-4")
+    try:
+        nested = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
+        plain = yaml.load(text, yaml.BaseLoader)
+    except (*_UNREADABLE, RecursionError) as error:
+        raise ConfigError(f"{where}: not a value in YAML ({_why(error)}); quote one with spaces: 'evaluate.w=[0, 1]'") from error
+    plain = functools.reduce(lambda inside, name: {name: inside}, reversed(key.split(".")), plain)
+    _merge(merged, nested, plain, where, into=key not in options())
 
 
 def _merge(config: DictConfig, nested: Any, plain: Any, where: str, into: bool = False) -> None:

@@ -211,6 +211,9 @@ class TrainConfig:
     deepspeed: dict[str, Any] = field(default_factory=dict)  # handed to DeepSpeed as it is, over what freeguide sets
     log_every: Steps = 50  # steps between two lines of progress and TensorBoard scalars
     sample_every: StepsOrNone = 0  # steps between two TensorBoard sample grids (by a fast sampler); 0 = only at the end
+    sample_w: Guidance = (
+        0.0  # guidance weight of these grids: one w all along, so that they compare, whatever generate.w is by then
+    )
     checkpoint_every: Steps = 1000  # steps between two checkpoints
     keep_checkpoints: Million = 2  # newest checkpoints that stay; older ones are deleted after a newer one is complete
     keep_every: StepsOrNone = 0  # checkpoints of steps that it divides stay for good; 0 = none

@@ -5,29 +5,34 @@ guidance is kept to an interval of log-SNRs, trajectories of different w are one
 goes there once and lets every w continue from that state, with the same bits as by itself.
 """
 
-import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
+from freeguide.configs.errors import ConfigError
+from freeguide.configs.load import overridden
+from freeguide.configs.locations import locate
 from freeguide.configs.schema import Config
 from freeguide.data_pipeline.store.open import open_store
-from freeguide.trainer.checkpoints.averages import average
-from freeguide.trainer.checkpoints.search import check_shapes, find
+from freeguide.trainer.checkpoints.search import check_shapes
 from freeguide.trainer.diffusion.guidance import Weight, classifier_free, first_guided, interval, weight_at
 from freeguide.trainer.diffusion.randomness import Purpose, bits
 from freeguide.trainer.diffusion.samplers import LOOK_AHEAD, SAMPLERS, State, ancestral, sample
 from freeguide.trainer.diffusion.schedule import SCHEDULES, Schedule, alpha_sigma, levels, posterior
 from freeguide.trainer.networks.build import build_network
+from freeguide.trainer.networks.kernels import choose_kernels
+from freeguide.trainer.weights import stored_config, weights_of
 
 _log = logging.getLogger("freeguide.sampler")
 _ROUNDING = 2.0**-9  # of bf16, relative
 _NOISE = 0.01  # standard deviation of noise in z, whose own is about 1, that we do not mention
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Drawn:
     """Images at one w, and the network evaluations behind them. Evaluations that several w share are counted at the first."""
 
@@ -36,7 +41,7 @@ class Drawn:
     evaluations: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Sampler:
     """`network(z, logsnr, labels)` in evaluation mode, and the config it samples by."""
 
@@ -45,22 +50,27 @@ class Sampler:
     device: torch.device
 
     @staticmethod
-    def from_run(config: Config, step: int = 0, device: torch.device | None = None) -> "Sampler":
-        """Load the weights `sampling.ema` of checkpoint `step`, 0 for the newest. Raises CheckpointError if there are none."""
-        store, network = open_store(config.run), _network(config)
-        found = find(store, step)
-        check_shapes(store.uri, found.shapes, {name: tuple(p.shape) for name, p in network.named_parameters()})
-        weights = average(store, found, config.sampling.ema, config.sampling.lost_snapshots)
-        return Sampler._of(config, network, weights, device)
+    def load(uri: str, *overrides: str, device: torch.device | str | None = None) -> "Sampler":
+        """The run at `uri` as it was trained, with its newest weights: the run's own config says all that has to be known.
+
+        `overrides` are options of sampling as the commands take them: `Sampler.load("runs/x", "sampling.steps=32")`. `device` is
+        the GPU if there is one, unless it is named. Nothing in the stored config is resolved. Raises UserError, one sentence: there
+        is no such run, average or checkpoint, or an option is not one of sampling or contradicts the run.
+        """
+        run = locate(uri).uri
+        open_store(run).check(write=False)
+        config = overridden(replace(stored_config(run), run=run), "sampling", overrides, "generate")
+        check_interval(config)
+        choose_kernels(torch.are_deterministic_algorithms_enabled())
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return Sampler.from_weights(config, weights_of(config).read(), device)
 
     @staticmethod
     def from_weights(config: Config, weights: Mapping[str, Tensor], device: torch.device | None = None) -> "Sampler":
-        """With `weights`, by the names of the network's parameters."""
-        return Sampler._of(config, _network(config), weights, device)
-
-    @staticmethod
-    def _of(config: Config, network: nn.Module, weights: Mapping[str, Tensor], device: torch.device | None) -> "Sampler":
-        device = device or torch.device("cpu")
+        """With `weights`, by the names of the network's parameters. Raises CheckpointError if they are those of another network."""
+        data, device = config.data, device or torch.device("cpu")
+        network = build_network(config.model, image_size=data.image_size, channels=data.channels, classes=data.classes)
+        check_shapes(config.run, _shapes(weights), _shapes(dict(network.named_parameters())))
         network.load_state_dict(weights, strict=False)
         network.eval().requires_grad_(False).to(device)
         noise = rounding_noise(config)
@@ -128,9 +138,8 @@ class Sampler:
         return Drawn(w, torch.cat(images), evaluations)
 
 
-def _network(config: Config) -> nn.Module:
-    data = config.data
-    return build_network(config.model, image_size=data.image_size, channels=data.channels, classes=data.classes)
+def _shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(values.shape) for name, values in weights.items()}
 
 
 def guidance_weight(config: Config, w: float) -> Weight:
@@ -142,6 +151,16 @@ def guidance_weight(config: Config, w: float) -> Weight:
 def sampling_levels(config: Config) -> Tensor:
     """The log-SNR levels of the config's sampler, (T,) float64."""
     return levels(noise_schedule(config), config.sampling.steps, config.sampling.spacing)
+
+
+def check_interval(config: Config) -> None:
+    """Raises ConfigError if guidance is kept to an interval that none of the sampler's levels is in."""
+    ladder = sampling_levels(config)
+    if config.sampling.interval and first_guided(guidance_weight(config, 1.0), ladder) == len(ladder):
+        raise ConfigError(
+            f"sampling.interval={config.sampling.interval} holds none of the {len(ladder)} log-SNR levels, so no w would guide: "
+            "widen it, or raise sampling.steps"
+        )
 
 
 def shared_steps(config: Config, weights: Sequence[float]) -> int:
@@ -201,3 +220,11 @@ def grid(images: Tensor, columns: int) -> Tensor:
     rows = n // columns
     tiles = images[: rows * columns].view(rows, columns, c, h, w).permute(2, 0, 3, 1, 4)
     return (tiles.reshape(c, rows * h, columns * w).clamp(-1, 1) + 1) / 2
+
+
+def picture(images: Tensor, columns: int) -> Image.Image:
+    """Images (N, C, H, W) in [-1, 1] as one picture to look at, row by row. Raises ValueError unless C is 1 (grey) or 3 (RGB)."""
+    if images.shape[1] not in (1, 3):
+        raise ValueError(f"samples of {images.shape[1]} channels are no pictures: decode them first.")
+    levels = (grid(images, columns) * 255).round().byte().permute(1, 2, 0)
+    return Image.fromarray(levels.squeeze(2).numpy() if levels.shape[2] == 1 else levels.numpy())

@@ -14,13 +14,15 @@ from typing import Any
 
 from torch import Tensor
 
-from freeguide.configs.errors import CheckpointError, DataError
+from freeguide.configs.errors import CheckpointError, ConfigError, DataError
+from freeguide.configs.load import from_yaml
 from freeguide.configs.schema import Config
-from freeguide.configs.untrusted import parse_json
+from freeguide.configs.untrusted import JSON_BYTES, parse_json
 from freeguide.data_pipeline.artifact import check_seal, fingerprint, get_sealed, read_safetensors, sealed_json, to_safetensors
-from freeguide.data_pipeline.store.base import Store
+from freeguide.data_pipeline.store.base import MissingObject, Store
 from freeguide.data_pipeline.store.open import open_store
-from freeguide.trainer.checkpoints.averages import average, recipe
+from freeguide.trainer.checkpoints.averages import combined, recipe
+from freeguide.trainer.checkpoints.manifest import CHECKPOINTS
 from freeguide.trainer.checkpoints.profiles import sigma_rel_of
 from freeguide.trainer.checkpoints.search import find
 
@@ -80,10 +82,10 @@ class Weights:
         return made
 
     def _average(self, run: Store) -> dict[str, Tensor]:
-        found = find(run, self.step)
-        if recipe(run, found, self.ema, self.lost).of != self.of:
+        made = recipe(run, find(run, self.step), self.ema, self.lost)
+        if made.of != self.of:
             raise CheckpointError(f"{self.run}: the checkpoint of step {self.step} has been replaced meanwhile; start again")
-        return average(run, found, self.ema, self.lost)
+        return combined(run, made)
 
 
 def weights_of(config: Config) -> Weights:
@@ -111,6 +113,22 @@ def weights_of(config: Config) -> Weights:
     data = found.identity.get("data.fingerprint", "")
     made = recipe(run, found, name, config.sampling.lost_snapshots)
     return Weights(config.run, found.step, name, made.of, data, config.sampling.lost_snapshots, made.distance)
+
+
+def stored_config(uri: str) -> Config:
+    """The config that the run at `uri` was trained with, read as data: nothing in it is resolved or checked.
+
+    Raises CheckpointError if there is none, and ConfigError for a damaged one.
+    """
+    run = open_store(uri)
+    try:
+        return from_yaml(run.get("config.yaml", JSON_BYTES).decode(errors="replace"))
+    except MissingObject:
+        if not any(run.list(f"{kind}/") for kind in (CHECKPOINTS, "weights")):
+            raise CheckpointError(f"{uri}: no run stands here; name the URI that a config calls `run`") from None
+        raise CheckpointError(f"{uri}: its config.yaml is gone; give `freeguide train` again, which writes it") from None
+    except ConfigError as error:
+        raise ConfigError(f"{uri}/config.yaml: {error}") from None
 
 
 def _facts_of(key: str) -> str:

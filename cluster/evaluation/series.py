@@ -26,19 +26,17 @@ from freeguide.cluster.evaluation.measure import Yardstick
 from freeguide.cluster.evaluation.rows import MODEL, Row
 from freeguide.cluster.evaluation.units import Unit
 from freeguide.cluster.runtime.session import Resources
-from freeguide.configs.errors import CheckpointError, ConfigError, DataError
-from freeguide.configs.load import from_yaml, sweep, validate
+from freeguide.configs.errors import ConfigError, DataError
+from freeguide.configs.load import sweep, validate
 from freeguide.configs.schema import Config
-from freeguide.configs.untrusted import JSON_BYTES
 from freeguide.data_pipeline.artifact import fingerprint, to_npz
 from freeguide.data_pipeline.closure import code_version
 from freeguide.data_pipeline.manifest import Manifest
-from freeguide.data_pipeline.store.base import Access, MissingObject, Store
+from freeguide.data_pipeline.store.base import Access, Store
 from freeguide.data_pipeline.store.open import open_store
-from freeguide.trainer.diffusion.guidance import first_guided
-from freeguide.trainer.sampler import Sampler, guidance_weight, image_labels, sampling_levels, shared_steps
-from freeguide.trainer.training.engine import choose_kernels
-from freeguide.trainer.weights import Weights, weights_of
+from freeguide.trainer.networks.kernels import choose_kernels
+from freeguide.trainer.sampler import Sampler, check_interval, image_labels, shared_steps
+from freeguide.trainer.weights import Weights, stored_config, weights_of
 
 COLUMNS = 10  # classes that a sample grid shows: a thousand would be a picture of a gigabyte
 NETWORKS = 2  # that an actor holds: the one in use, and the one before it where the items of two meet
@@ -121,15 +119,9 @@ def as_trained(config: Config, command: str) -> Trained:
 
     Raises UserError where there is no such checkpoint or average, or `command` asks for what the run cannot give.
     """
-    run = open_store(config.run)
-    run.check()
+    open_store(config.run).check()
     weights = weights_of(config)
-    try:
-        stored = from_yaml(run.get("config.yaml", JSON_BYTES).decode(errors="replace"))
-    except MissingObject:
-        raise CheckpointError(f"{config.run}: its config.yaml is gone; give `freeguide train` again, which writes it") from None
-    except ConfigError as error:
-        raise ConfigError(f"{config.run}/config.yaml: {error}") from None
+    stored = stored_config(config.run)
     decides = {key.removeprefix("data.") for key in decisive(stored, "data")} - set(_STATED)
     data = dataclasses.replace(config.data, **{name: getattr(stored.data, name) for name in decides})
     config = dataclasses.replace(config, data=data, model=stored.model, diffusion=stored.diffusion, train=stored.train)
@@ -143,12 +135,7 @@ def as_trained(config: Config, command: str) -> Trained:
     step, steps = weights.step, config.train.steps
     if not config.sampling.checkpoint and step < steps and command != "export":
         print(f"{config.run} is at step {step} of {steps}: sampling.checkpoint={step} goes on with this later", flush=True)
-    ladder = sampling_levels(config)
-    if config.sampling.interval and first_guided(guidance_weight(config, 1.0), ladder) == len(ladder):
-        raise ConfigError(
-            f"sampling.interval={config.sampling.interval} holds none of the {len(ladder)} log-SNR levels, so no w would guide: "
-            "widen it, or raise sampling.steps"
-        )
+    check_interval(config)
     return Trained(config, weights, stored)
 
 

@@ -26,7 +26,7 @@ from freeguide.configs.errors import ConfigError, UserError
 from freeguide.configs.schema import Config
 from freeguide.data_pipeline import closure
 from freeguide.data_pipeline.store.base import Store
-from freeguide.trainer.training.engine import choose_kernels
+from freeguide.trainer.networks.kernels import choose_kernels
 
 MAKING = "freeguide.cluster.evaluation.series:Worker"  # decides what a unit holds: images, and what extractors say of them
 MEASURING = "freeguide.cluster.evaluation.fold:Folder"  # decides the values of a row, given its units

@@ -36,7 +36,7 @@ from freeguide.data_pipeline.scan import scan_all
 from freeguide.data_pipeline.store.base import MissingObject, Store
 from freeguide.data_pipeline.store.open import access_to, open_data, open_store
 from freeguide.data_pipeline.stored import load_manifest
-from freeguide.trainer.training.engine import choose_kernels
+from freeguide.trainer.networks.kernels import choose_kernels
 from freeguide.trainer.training.loop import fitted
 
 EVALUATOR = "evaluator.safetensors"

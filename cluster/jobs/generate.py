@@ -37,8 +37,8 @@ from freeguide.data_pipeline.store.base import Store, read_each
 from freeguide.data_pipeline.store.folder import FolderStore
 from freeguide.data_pipeline.store.open import open_store
 from freeguide.data_pipeline.stored import NAME, load_manifest, save_manifest
+from freeguide.trainer.networks.kernels import choose_kernels
 from freeguide.trainer.sampler import image_labels
-from freeguide.trainer.training.engine import choose_kernels
 from freeguide.trainer.training.loop import misguided
 
 NPZ = "samples.npz"

@@ -52,7 +52,7 @@ from freeguide.data_pipeline.store.folder import FolderStore
 from freeguide.data_pipeline.store.open import open_store
 from freeguide.data_pipeline.store.unfinished import unfinished
 from freeguide.data_pipeline.stored import NAME, load_manifest
-from freeguide.trainer.training.engine import choose_kernels
+from freeguide.trainer.networks.kernels import choose_kernels
 
 DEAL = 20220726  # seed of the permutation for images in blocks of one class
 

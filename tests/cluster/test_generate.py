@@ -76,7 +76,7 @@ def test_image_i_is_made_from_its_number_and_the_set_says_of_what(config: Config
     assert len(labels.unique()) > 2
     assert [int(sample["cls"]) for sample in read] == labels.tolist()
     index = torch.arange(4, 8)
-    again = to_uint8(Sampler.from_run(config).sample(index, labels[4:8], 0.5))
+    again = to_uint8(Sampler.load(config.run).sample(index, labels[4:8], 0.5))
     assert np.array_equal(np.stack([sample["png"] for sample in read[4:8]]), again[..., 0])
     arrays = np.load(Path(store.uri, NPZ), allow_pickle=False)
     assert np.array_equal(arrays["arr_0"][..., 0], np.stack([sample["png"] for sample in read]))

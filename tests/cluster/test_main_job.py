@@ -45,6 +45,7 @@ SMALL = [
     "generate.images=50",
     "generate.unit=20",
     "generate.w=0.5",
+    "train.sample_w=0.5",
 ]
 DIGITS = "configs/digits.yaml"
 

@@ -239,7 +239,7 @@ def test_a_grid_shows_the_first_classes_only_where_there_are_many(
     evaluate(config)
     ((_, grid),) = seen.items()
     index = torch.tensor([[10 * row + column for column in range(4)] for row in range(2)])
-    expected = to_uint8(Sampler.from_run(config).sample(index.flatten(), index.flatten() % 10, 0.5))
+    expected = to_uint8(Sampler.load(config.run).sample(index.flatten(), index.flatten() % 10, 0.5))
     assert np.array_equal(grid, expected.reshape(2, 4, 8, 8, 1))
 
 

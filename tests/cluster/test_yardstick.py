@@ -283,7 +283,7 @@ def test_an_evaluation_has_fd_dinov2_beside_the_rest(
     write_run(config)
     monkeypatch.chdir(tmp_path)
     (row,) = from_json((evaluation.evaluate(config) / "report.json").read_text())
-    judge, sampler = load_extractor(tiny_dinov2), Sampler.from_run(config)
+    judge, sampler = load_extractor(tiny_dinov2), Sampler.load(config.run)
     parts = []
     for unit in units.split([0.5], 30, 20):
         index = torch.arange(unit.first, unit.last)

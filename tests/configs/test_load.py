@@ -130,8 +130,9 @@ def test_a_missing_file_and_a_missing_value_are_named(tmp_path: Path, minimal: P
 def test_guidance_needs_an_unconditional_mode(minimal: Path) -> None:
     assert load_config(minimal, ["diffusion.p_uncond=0"], "train").diffusion.p_uncond == 0
     assert load_config(minimal, ["diffusion.p_uncond=0", "evaluate.w=[0]"], "evaluate").evaluate.w == [0]
-    for command, key in (("evaluate", "evaluate.w=[0,0.1]"), ("generate", "generate.w=0.1")):
-        with pytest.raises(ConfigError, match=f"p_uncond=0 .* so {command}.w=0.1 cannot be sampled"):
+    for command, key in (("evaluate", "evaluate.w=[0,0.1]"), ("generate", "generate.w=0.1"), ("train", "train.sample_w=0.1")):
+        name = key.partition("=")[0]
+        with pytest.raises(ConfigError, match=f"p_uncond=0 .* so {name}=0.1 cannot be sampled"):
             load_config(minimal, ["diffusion.p_uncond=0", key], command)
 
 

@@ -1,6 +1,7 @@
 """What README.md and docs/*.md print: their fenced blocks, and the commands in them.
 
-A block says by its language what it holds: `sh` is commands to type, `text` what a program prints, `yaml` a part of a config.
+A block says by its language what it holds: `sh` is commands to type, `text` what a program prints, `yaml` a part of a config,
+`python` code that a test runs.
 """
 
 import re
@@ -10,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
-LANGUAGES = ("sh", "text", "yaml")
+LANGUAGES = ("sh", "text", "yaml", "python")
 
 
 @dataclass(frozen=True)

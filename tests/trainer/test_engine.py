@@ -8,8 +8,9 @@ import torch
 
 from freeguide.configs.errors import ConfigError
 from freeguide.configs.schema import TrainConfig
+from freeguide.trainer.networks.kernels import choose_kernels
 from freeguide.trainer.training import engine
-from freeguide.trainer.training.engine import _deepspeed_config, choose_kernels
+from freeguide.trainer.training.engine import _deepspeed_config
 
 
 def zero(numel: int = 1000, **options: Any) -> dict[str, Any]:

@@ -2,20 +2,35 @@
 
 import dataclasses
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
-from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from freeguide.configs.load import load_config
+from freeguide.configs.errors import CheckpointError, UserError
+from freeguide.configs.load import load_config, to_yaml
 from freeguide.configs.schema import Config
+from freeguide.data_pipeline.shards import write_shards
+from freeguide.data_pipeline.sources.read import digits
+from freeguide.data_pipeline.store.open import open_store
 from freeguide.trainer.diffusion.oracles import GaussianClasses
 from freeguide.trainer.diffusion.samplers import SAMPLERS
 from freeguide.trainer.networks.build import build_network
-from freeguide.trainer.sampler import Sampler, evaluations, rounding_noise, sampling_levels, shared_steps, sweep_evaluations
+from freeguide.trainer.sampler import (
+    Sampler,
+    evaluations,
+    picture,
+    rounding_noise,
+    sampling_levels,
+    shared_steps,
+    sweep_evaluations,
+)
+from freeguide.trainer.weights import weights_of
+from tests.cluster.untrained import HALF_LIFE, SMALL, write_run
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
 WEIGHTS = [0.0, 0.5, 4.0]
@@ -153,17 +168,113 @@ def test_rounding_noise_is_what_bf16_of_eps_adds_to_z() -> None:
 def test_bf16_without_clipping_is_warned_of_once_and_in_one_sentence(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from freeguide.trainer import sampler as module
-
-    monkeypatch.setattr(module, "find", lambda *_: Mock())
-    monkeypatch.setattr(module, "check_shapes", lambda *_: None)
-    monkeypatch.setattr(module, "average", lambda *_: {})
     bf16 = ["sampling.precision=bf16", "sampling.clip=false", "run=/nowhere"]
     with caplog.at_level(logging.WARNING):
-        module.Sampler.from_run(load_config(DIGITS, bf16, "evaluate"))
+        config = load_config(DIGITS, bf16, "evaluate")
+        weights = dict(build_network(config.model, image_size=8, channels=1, classes=10).named_parameters())
+        Sampler.from_weights(config, weights)
         assert [record.getMessage() for record in caplog.records] == [
             "sampling.precision=bf16 rounds eps, which unclipped adds noise of standard deviation 2.2 to z in one step; "
             "set sampling.clip=true or sampling.precision=fp32"
         ]
-        module.Sampler.from_run(load_config(DIGITS, [*bf16, "sampling.clip=true"], "evaluate"))
+        Sampler.from_weights(load_config(DIGITS, [*bf16, "sampling.clip=true"], "evaluate"), weights)
     assert len(caplog.records) == 1
+
+
+# --- a run as a library finds it ---
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Of a run that nobody gives a config for."""
+    folder = tmp_path_factory.mktemp("library")
+    write_shards(digits(), open_store(str(folder / "data")), shard_samples=600)
+    config = load_config(DIGITS, [*SMALL, f"data.uri={folder}/data", f"run={folder}/run", "sampling.sampler=ddim"])
+    write_run(config)
+    return config
+
+
+def test_a_run_is_sampled_as_its_own_config_says(run: Config) -> None:
+    direct = Sampler.from_weights(run, weights_of(run).read())
+    assert torch.equal(alone(Sampler.load(run.run, device="cpu"), 0.5), alone(direct, 0.5))
+    loaded = Sampler.load(run.run, "sampling.steps=3", "sampling.interval=[]", f"sampling.ema={HALF_LIFE}", device="cpu")
+    sampling = dataclasses.replace(run.sampling, steps=3, interval=[], ema=HALF_LIFE)
+    assert loaded.config == dataclasses.replace(run, sampling=sampling)
+    assert not torch.equal(alone(loaded, 0.5), alone(direct, 0.5))
+
+
+def test_a_run_may_have_been_copied_and_its_place_may_be_relative(
+    run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(run.run, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path)
+    loaded = Sampler.load("copy", device="cpu")
+    assert loaded.config.run == str(tmp_path / "copy")
+    assert torch.equal(alone(loaded, 0.5), alone(Sampler.load(run.run, device="cpu"), 0.5))
+
+
+def test_a_stored_config_resolves_nothing_when_a_library_reads_it(
+    run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOME_SECRET", "hunter2")
+    shutil.copytree(run.run, tmp_path / "copy")
+    stored = dataclasses.replace(run, evaluate=dataclasses.replace(run.evaluate, dataset="THEIRS"))
+    text = to_yaml(stored).replace("THEIRS", "${oc.env:SOME_SECRET}")
+    (tmp_path / "copy" / "config.yaml").write_text(text)
+    loaded = Sampler.load(str(tmp_path / "copy"), "sampling.steps=${oc.env:STEPS,3}", device="cpu")
+    assert loaded.config.evaluate.dataset == "${oc.env:SOME_SECRET}"
+    assert loaded.config.sampling.steps == 3  # what the user types is the user's
+    assert to_yaml(loaded.config).count("hunter2") == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("sampling.step=3", "argument 'sampling.step=3': unknown key sampling.step; did you mean sampling.steps?"),
+        ("sampling.steps=0", "sampling.steps=0: must be a whole number from 1 to 100,000"),
+        (
+            "sampling.steps",
+            "argument 'sampling.steps': an override has the form key=value, without spaces, for example train.lr=1e-4",
+        ),
+        ("model.channels=9", "argument 'model.channels=9': model.channels is settled here; give options of sampling only"),
+        ("run=/elsewhere", "argument 'run=/elsewhere': run is settled here; give options of sampling only"),
+        ("sampling.interval=[30,40]", "sampling.interval=[30.0, 40.0] holds none of the 6 log-SNR levels, so no w would guide"),
+        ("sampling.checkpoint=5", "no whole checkpoint of step 5, only of 8"),
+        (
+            "sampling.ema=half_life_7",
+            "the checkpoint of step 8 holds no average half_life_7; set sampling.ema to one of ema, half_",
+        ),
+    ],
+)
+def test_what_a_library_asks_wrongly_is_one_sentence(run: Config, override: str, sentence: str) -> None:
+    with pytest.raises(UserError) as error:
+        Sampler.load(run.run, override)
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_place_without_a_run_and_a_run_without_its_config_are_named(run: Config, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for place in (tmp_path / "empty", tmp_path / "nowhere"):
+        with pytest.raises(UserError, match=f"{place}: (no run stands here; name the URI|.*does not exist)"):
+            Sampler.load(str(place))
+    shutil.copytree(run.run, tmp_path / "copy")
+    (tmp_path / "copy" / "config.yaml").unlink()
+    with pytest.raises(CheckpointError, match=r"copy: its config\.yaml is gone; give `freeguide train` again"):
+        Sampler.load(str(tmp_path / "copy"))
+
+
+def test_weights_of_another_network_are_refused_before_they_are_loaded(run: Config) -> None:
+    wider = dataclasses.replace(run, model=dataclasses.replace(run.model, channels=16))
+    with pytest.raises(CheckpointError, match=r"parameter \S+ has shape \(.*\) in the checkpoint and \(.*\) in this network"):
+        Sampler.from_weights(wider, weights_of(run).read())
+
+
+def test_a_picture_shows_the_eight_bits_of_each_image_row_by_row() -> None:
+    levels = torch.arange(6 * 3 * 4 * 4, dtype=torch.uint8).view(6, 3, 4, 4)
+    shown = np.asarray(picture(levels.float() / 127.5 - 1, columns=3))
+    assert shown.shape == (8, 12, 3)
+    assert np.array_equal(shown[4:, 8:], levels[5].permute(1, 2, 0).numpy())
+    assert np.asarray(picture(levels[:, :1].float() / 127.5 - 1, columns=6)).shape == (4, 24)
+    with pytest.raises(ValueError, match="samples of 4 channels are no pictures"):
+        picture(torch.zeros(1, 4, 8, 8), columns=1)

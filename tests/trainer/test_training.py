@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from freeguide.configs.load import load_config
 from freeguide.configs.schema import TrainConfig
@@ -47,7 +48,7 @@ def runs(tiny: Tiny, launch: Callable[..., object]) -> dict[str, Path]:
         made[f"{stage}-bf16 accumulated"] = tiny(f"accumulated-bf16-{stage}", train=options)
     made["recomputed"] = tiny("recomputed", train={"zero_stage": 3, "precision": "fp32", "recompute": True})
     dit = {"network": "dit", "channels": 32, "depth": 2, "heads": 2}
-    made["dit"] = tiny("dit", model=dit, train={"zero_stage": 3, "precision": "fp32"})
+    made["dit"] = tiny("dit", model=dit, train={"zero_stage": 3, "precision": "fp32", "sample_w": 0.5}, generate={"w": 2.0})
     others = [made[name] for name in ("again", "accumulated", "2-bf16 accumulated", "3-bf16 accumulated", "recomputed", "dit")]
     launch(2, *first, *others, moved)
     launch(2, *second)
@@ -185,6 +186,14 @@ def test_a_compiled_run_resumes_with_the_bits_of_the_undisturbed_one(
     launch(1, plain)
     # The compiler fuses and reorders: some 100 roundings.
     assert losses(straight) == pytest.approx(losses(plain), rel=1e-5, abs=0)
+
+
+def test_sample_grids_have_a_w_of_their_own(runs: dict[str, Path]) -> None:
+    for name, w in (("alone", "0"), ("dit", "0.5")):
+        log = EventAccumulator(str(Path(load_config(runs[name]).run) / "events"))
+        log.Reload()
+        assert log.Tags()["images"] == [f"samples/w={w}"]
+        assert [image.step for image in log.Images(f"samples/w={w}")] == [6]
 
 
 def test_weights_move_and_every_parameter_is_trained(runs: dict[str, Path]) -> None:

@@ -61,8 +61,12 @@ def recipe(store: Store, checkpoint: Checkpoint, name: str, lost: bool = False) 
 
 
 def average(store: Store, checkpoint: Checkpoint, name: str, lost: bool = False) -> dict[str, Tensor]:
-    """The weights that `recipe` says how to make, as `load` returns them. Raises as both do."""
-    made = recipe(store, checkpoint, name, lost)
+    """The weights that `recipe` says how to make. Raises as `recipe` and `combined` do."""
+    return combined(store, recipe(store, checkpoint, name, lost))
+
+
+def combined(store: Store, made: Recipe) -> dict[str, Tensor]:
+    """The weights of a recipe by parameter name, fp32 on the CPU. Raises CheckpointError for damaged values."""
     try:
         if len(made.parts) == 1 and made.parts[0][0] is made.checkpoint:
             return load(store, made.checkpoint, made.name)

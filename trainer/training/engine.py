@@ -82,18 +82,6 @@ def join_process_group(timeout: timedelta = timedelta(minutes=30)) -> None:
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
 
 
-def choose_kernels(deterministic: bool = False) -> None:
-    """Convolutions in fp32 are in fp32; with `deterministic`, only kernels that repeat to the bit.
-
-    For the whole process, and to be called before it uses its GPU. torch raises RuntimeError for an operation that has no kernel
-    that repeats.
-    """
-    torch.backends.cudnn.allow_tf32 = False  # on by default, it leaves fp32 inputs 10 of their 23 bits
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats only with a workspace of fixed size
-    torch.use_deterministic_algorithms(deterministic)
-
-
 class Engine:
     """A network under DeepSpeed ZeRO with torch's AdamW. Needs the process group of `join_process_group`.
 

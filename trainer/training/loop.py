@@ -33,14 +33,16 @@ from freeguide.trainer.checkpoints.search import candidates, check_averages, che
 from freeguide.trainer.diffusion.objective import training_loss
 from freeguide.trainer.diffusion.randomness import Purpose, uniform
 from freeguide.trainer.networks.build import build_network, forward_flops, network_options
+from freeguide.trainer.networks.kernels import choose_kernels
 from freeguide.trainer.networks.layers import DropoutKey
 from freeguide.trainer.sampler import Sampler, grid, noise_schedule
 from freeguide.trainer.training.ema import Ema
-from freeguide.trainer.training.engine import Engine, choose_kernels, join_process_group
+from freeguide.trainer.training.engine import Engine, join_process_group
 from freeguide.trainer.training.failures import TERMINATED, Agreement, Incidents, Terminated, Watchdog, limit_collectives
 from freeguide.trainer.training.resume import resume
 from freeguide.trainer.training.telemetry import Stopwatch, Telemetry, say
 from freeguide.trainer.training.writer import Writer
+from freeguide.trainer.weights import weights_of
 
 MOST_LOOKS = 5000  # at each sample; EDM's 200 million images of CIFAR-10 (arXiv 2206.00364, table 7) are 4000 of each
 GOOD_LOOKS = 1000
@@ -347,7 +349,7 @@ def draw_samples(run: Run, step: int) -> None:
 
 
 def _draw(run: Run, step: int) -> None:
-    config = run.config
+    config, w = run.config, run.config.train.sample_w
     classes, rows = config.data.classes, 4
     columns = min(classes, 10) if classes > 1 else 10  # of one class they are lines of pictures
     sampling = dataclasses.replace(
@@ -357,8 +359,10 @@ def _draw(run: Run, step: int) -> None:
         steps=min(config.sampling.steps, GRID_STEPS),
         precision="fp32" if config.train.precision == "fp32" else "bf16",
         compile=False,
+        checkpoint=step,
     )
-    sampler = Sampler.from_run(dataclasses.replace(config, sampling=sampling), step, run.engine.device)
+    config = dataclasses.replace(config, sampling=sampling)
+    sampler = Sampler.from_weights(config, weights_of(config).read(), run.engine.device)
     index = torch.arange(rows * columns)
-    x = sampler.sample(index, index % columns % classes, config.generate.w)
-    run.telemetry.images(step, f"samples/w={config.generate.w:g}", grid(x, columns))
+    x = sampler.sample(index, index % columns % classes, w)
+    run.telemetry.images(step, f"samples/w={w:g}", grid(x, columns))
