@@ -20,8 +20,8 @@ from freeguide.data_pipeline import tar
 from freeguide.data_pipeline.claim import claim, release
 from freeguide.data_pipeline.decode import ANY_LABEL, IMAGE_FIELDS, BadSample, decode_label, decode_sample, seen_otherwise
 from freeguide.data_pipeline.manifest import Manifest, Schema, ShardIndex, build_manifest
+from freeguide.data_pipeline.pictures import SPLITS, is_dropping, without_pictures
 from freeguide.data_pipeline.shards import index_tar
-from freeguide.data_pipeline.sources.folder import SPLITS, is_dropping, without_pictures
 from freeguide.data_pipeline.store.base import MissingObject, ObjectInfo, Store
 from freeguide.data_pipeline.stored import load_manifest, save_manifest, stored_schema
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, TypeVar
 
 from freeguide.configs.errors import DataError
-from freeguide.data_pipeline.sources.folder import OTHERS, is_dropping
+from freeguide.data_pipeline.pictures import OTHERS, is_dropping
 
 BLOCK = 512
 MAX_MEMBER = 64 * 2**20  # bytes of one member

@@ -15,9 +15,10 @@ from freeguide.configs.errors import ConfigError, counted, visible
 from freeguide.configs.schema import Config
 from freeguide.data_pipeline.index import index_shards
 from freeguide.data_pipeline.manifest import Manifest, Schema
+from freeguide.data_pipeline.pictures import count_of
 from freeguide.data_pipeline.shards import Plan, Source, write_shards
-from freeguide.data_pipeline.sources.folder import count_of
-from freeguide.data_pipeline.sources.read import open_source, read_class_names
+from freeguide.data_pipeline.sources.labels import read_class_names
+from freeguide.data_pipeline.sources.open import open_source
 from freeguide.data_pipeline.store.base import Store
 from freeguide.data_pipeline.store.open import open_data, open_like
 from freeguide.data_pipeline.stored import is_run, save_mixture

@@ -44,9 +44,9 @@ from freeguide.cluster.runtime.session import progress
 from freeguide.configs.errors import ConfigError, DataError
 from freeguide.configs.locations import check_target
 from freeguide.data_pipeline.artifact import read_npz
+from freeguide.data_pipeline.pictures import File, count_of, find_in, named
 from freeguide.data_pipeline.scan import scan_all
-from freeguide.data_pipeline.sources.folder import File, count_of, find_in, named
-from freeguide.data_pipeline.sources.read import picture
+from freeguide.data_pipeline.sources.folder import picture
 from freeguide.data_pipeline.store.base import READERS, Access, Store
 from freeguide.data_pipeline.store.folder import FolderStore
 from freeguide.data_pipeline.store.open import open_store

@@ -9,21 +9,22 @@ from pathlib import Path
 
 from freeguide.cluster.jobs.prepare import prepare
 from freeguide.configs.load import load_config
-from freeguide.data_pipeline.sources import read as sources
+from freeguide.data_pipeline.shards import Sample, Source
+from freeguide.data_pipeline.sources.open import SOURCES, Kind
 
 IMAGE_FOLDER = Path(__file__).parents[2] / "configs" / "image_folder.yaml"
 
 
-def hanging(source: sources.Source) -> sources.Source:
-    def read(item: int) -> sources.Sample:
+def hanging(source: Source) -> Source:
+    def read(item: int) -> Sample:
         if item == 50:
             time.sleep(600)
         return source.read(item)
 
-    return sources.Source(source.schema, source.items, read, source.identity)
+    return Source(source.schema, source.items, read, source.identity)
 
 
 if __name__ == "__main__":
-    original = sources.image_folder
-    sources.image_folder = lambda *arguments: hanging(original(*arguments))
+    original = SOURCES["folder"].open
+    SOURCES["folder"] = Kind(lambda data: hanging(original(data)))
     prepare(load_config(IMAGE_FOLDER, sys.argv[1:], "prepare"))

@@ -133,7 +133,9 @@ HARMLESS_FILES = [
         "data_pipeline/order.py",
     ),
     *(
-        "data_pipeline/sources/read.py",
+        "data_pipeline/sources/open.py",
+        "data_pipeline/sources/folder.py",
+        "data_pipeline/sources/shuffle.py",
         "data_pipeline/store/cache.py",
         "data_pipeline/store/open.py",
         "data_pipeline/store/s3.py",

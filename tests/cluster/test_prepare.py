@@ -20,14 +20,14 @@ from freeguide.configs.load import load_config
 from freeguide.configs.schema import Config, DataConfig
 from freeguide.data_pipeline.decode import fit
 from freeguide.data_pipeline.scan import scan_all
-from freeguide.data_pipeline.shards import write_shards
-from freeguide.data_pipeline.sources import read as sources
-from freeguide.data_pipeline.sources.read import open_source, read_class_names
+from freeguide.data_pipeline.shards import Sample, Source, write_shards
+from freeguide.data_pipeline.sources.labels import read_class_names
+from freeguide.data_pipeline.sources.open import SOURCES, Kind, open_source
 from freeguide.data_pipeline.store.base import Access, Store
 from freeguide.data_pipeline.store.open import access_to, create_bucket, open_store
 from freeguide.data_pipeline.store.s3 import S3Store
 from freeguide.data_pipeline.stored import load_manifest
-from tests.data_pipeline.conftest import write_noise
+from tests.data_pipeline.conftest import image_folder, write_noise
 
 ROOT = Path(__file__).parents[2]
 IMAGES = 96
@@ -71,7 +71,7 @@ def content(store: Store) -> dict[str, bytes]:
 def expected(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What one process writes, without Ray."""
     store = open_store(str(tmp_path_factory.mktemp("expected")))
-    write_shards(sources.image_folder(str(images), 8, 3, 4), store, shard_samples=IMAGES // SHARDS)
+    write_shards(image_folder(images, 8, 3, 4), store, shard_samples=IMAGES // SHARDS)
     return content(store)
 
 
@@ -101,12 +101,12 @@ def test_an_actor_that_dies_costs_its_shard_in_hand_only(
     on_cluster: None, config: Callable[..., Config], tmp_path: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever is the first to read image 50 dies at it, without a word."""
-    original = sources.image_folder
+    original = SOURCES["folder"].open
 
-    def deadly(*arguments: object) -> sources.Source:
-        source = original(*arguments)  # type: ignore[arg-type]
+    def deadly(data: DataConfig) -> Source:
+        source = original(data)
 
-        def read(item: int) -> sources.Sample:
+        def read(item: int) -> Sample:
             if item == 50:
                 try:
                     (tmp_path / "died").mkdir()
@@ -116,9 +116,9 @@ def test_an_actor_that_dies_costs_its_shard_in_hand_only(
                     os._exit(1)
             return source.read(item)
 
-        return sources.Source(source.schema, source.items, read, source.identity)
+        return Source(source.schema, source.items, read, source.identity)
 
-    monkeypatch.setattr(sources, "image_folder", deadly)
+    monkeypatch.setitem(SOURCES, "folder", Kind(deadly))
     prepare(config(str(tmp_path / "data"), "cluster.actors=2"))
     assert (tmp_path / "died").exists()
     assert content(open_store(str(tmp_path / "data"))) == expected
@@ -166,7 +166,7 @@ def test_unreadable_images_stop_the_job_with_one_sentence(
 def test_foreign_tars_become_shards_of_ours(config: Callable[..., Config], images: Path, tmp_path: Path) -> None:
     """index, then prepare with source=webdataset: every image once, in another order."""
     ours = open_store(str(tmp_path / "first"))
-    write_shards(sources.image_folder(str(images), 16, 3, 4), ours, shard_samples=30)
+    write_shards(image_folder(images, 16, 3, 4), ours, shard_samples=30)
     ours.delete("manifest.json")
     index(config(str(tmp_path / "first"), "data.image_size=16"))
     prepare(config(str(tmp_path / "second"), "data.source=webdataset", f"data.path={tmp_path / 'first'}", "data.shard_samples=20"))

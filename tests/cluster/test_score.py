@@ -26,10 +26,10 @@ from freeguide.configs.errors import ConfigError, DataError
 from freeguide.data_pipeline.decode import encode_png
 from freeguide.data_pipeline.manifest import Schema, build_manifest
 from freeguide.data_pipeline.shards import Sample, pack_shard
-from freeguide.data_pipeline.sources.read import image_folder
 from freeguide.data_pipeline.store.base import READERS
 from freeguide.data_pipeline.store.open import open_store
 from freeguide.data_pipeline.stored import save_manifest
+from tests.data_pipeline.conftest import image_folder
 
 N = 240
 LABELS = np.arange(N, dtype=np.int64) % 2

@@ -13,7 +13,7 @@ from freeguide.configs.load import load_config, to_yaml
 from freeguide.configs.schema import Config
 from freeguide.data_pipeline.scan import scan_all
 from freeguide.data_pipeline.shards import write_shards
-from freeguide.data_pipeline.sources.read import digits
+from freeguide.data_pipeline.sources.digits import digits
 from freeguide.data_pipeline.store.base import Store
 from freeguide.data_pipeline.store.open import open_store
 from freeguide.data_pipeline.stored import load_manifest

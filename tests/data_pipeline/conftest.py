@@ -4,7 +4,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from freeguide.configs.schema import DataConfig
 from freeguide.data_pipeline.fetch import Fetcher
 from freeguide.data_pipeline.manifest import Manifest, Schema, build_manifest
 from freeguide.data_pipeline.shards import Sample, Source, pack_shard, write_shards
+from freeguide.data_pipeline.sources.open import open_source
 from freeguide.data_pipeline.store.base import Store
 from freeguide.data_pipeline.store.open import create_bucket, open_store
 from freeguide.data_pipeline.stored import save_manifest
@@ -104,6 +105,17 @@ def write_noise(store: Store, items: int, *, shard_samples: int = 50, chunk_samp
 
 def data_config(**options: object) -> DataConfig:
     return DataConfig(**{"uri": "unused", "image_size": 8, "classes": 10, **options})  # type: ignore[arg-type]
+
+
+def image_folder(path: Path | str, image_size: int = 8, channels: int = 3, classes: int = 0, **options: object) -> Source:
+    given = {"image_size": image_size, "channels": channels, "classes": classes, **options}
+    return open_source(data_config(source="folder", path=str(path), **given))
+
+
+def names_file(path: Path, names: Sequence[str]) -> str:
+    """A file of class names, for data.class_names."""
+    path.write_text("\n".join(names))
+    return str(path)
 
 
 @pytest.fixture

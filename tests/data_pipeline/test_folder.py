@@ -1,4 +1,4 @@
-"""Tests of folder.py and of what `prepare` makes of people's own folders: names, classes, droppings, links, and what is counted."""
+"""Tests of pictures.py and of what `prepare` makes of people's own folders: names, classes, droppings, links, what is counted."""
 
 import os
 import shutil
@@ -13,13 +13,13 @@ from PIL import Image
 from freeguide.cluster.jobs.prepare import prepare
 from freeguide.configs.errors import DataError
 from freeguide.configs.load import load_config
+from freeguide.data_pipeline import pictures
+from freeguide.data_pipeline.pictures import is_dropping
 from freeguide.data_pipeline.scan import scan_all
 from freeguide.data_pipeline.shards import Plan, write_shards
-from freeguide.data_pipeline.sources import folder
-from freeguide.data_pipeline.sources.folder import is_dropping
-from freeguide.data_pipeline.sources.read import image_folder
 from freeguide.data_pipeline.store.open import open_store
 from freeguide.data_pipeline.stored import load_manifest, save_manifest
+from tests.data_pipeline.conftest import image_folder, names_file
 
 CONFIG = Path(__file__).parents[2] / "configs" / "image_folder.yaml"
 
@@ -139,7 +139,7 @@ def test_parts_of_a_data_set_are_no_classes(tmp_path: Path, names: tuple[str, ..
     with pytest.raises(DataError, match=rf"parts of a data set and not classes; name one of them, data\.path=.*/{names[0]}"):
         image_folder(str(tmp_path), 8, 3)
     assert image_folder(str(tmp_path / names[0]), 8, 3).schema.class_names == ("cat", "dog")
-    assert image_folder(str(tmp_path), 8, 3, class_names=names).schema.class_names == names
+    assert image_folder(tmp_path, class_names=names_file(tmp_path.with_suffix(".names"), names)).schema.class_names == names
     tree(tmp_path, "bus/0.png")  # a train beside a bus is a train
     assert "bus" in image_folder(str(tmp_path), 8, 3).schema.class_names
 
@@ -200,7 +200,7 @@ def test_what_cannot_be_listed_is_an_error(tmp_path: Path, monkeypatch: pytest.M
             raise PermissionError(13, "Permission denied")
         return scandir(path)
 
-    monkeypatch.setattr(folder.os, "scandir", guarded)
+    monkeypatch.setattr(pictures.os, "scandir", guarded)
     with pytest.raises(DataError, match=r"b/secret cannot be read \(Permission denied\)"):
         image_folder(str(root), 8, 3)
 
@@ -239,8 +239,8 @@ def test_the_same_folder_elsewhere_is_the_same_data_set(tmp_path: Path, monkeypa
     one = tree(tmp_path / "one", *(f"{name}/{number % 3}/{number}.png" for name in "ab" for number in range(9)))
     shutil.copytree(one, tmp_path / "two")
     before = image_folder(str(one), 8, 3)
-    listed = folder._listed
-    monkeypatch.setattr(folder, "_listed", lambda root: (listed(root)[0][::-1], *listed(root)[1:]))
+    listed = pictures._listed
+    monkeypatch.setattr(pictures, "_listed", lambda root: (listed(root)[0][::-1], *listed(root)[1:]))
     after = image_folder(str(tmp_path / "two"), 8, 3)
     assert after.identity == before.identity
     assert all(np.array_equal(before.read(item).image, after.read(item).image) for item in range(18))

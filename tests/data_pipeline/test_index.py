@@ -19,7 +19,7 @@ from freeguide.data_pipeline.manifest import Schema, ShardIndex, build_manifest
 from freeguide.data_pipeline.order import choose_order
 from freeguide.data_pipeline.scan import scan
 from freeguide.data_pipeline.shards import write_shards
-from freeguide.data_pipeline.sources.read import open_source
+from freeguide.data_pipeline.sources.open import open_source
 from freeguide.data_pipeline.store.base import Store
 from freeguide.data_pipeline.store.open import open_store
 from freeguide.data_pipeline.stored import load_manifest, save_manifest

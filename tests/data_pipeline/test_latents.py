@@ -18,7 +18,7 @@ from freeguide.data_pipeline.mixture import join
 from freeguide.data_pipeline.order import choose_order
 from freeguide.data_pipeline.scan import scan_all
 from freeguide.data_pipeline.shards import Plan, Sample, Source, pack_shard, write_shards
-from freeguide.data_pipeline.sources.read import open_source
+from freeguide.data_pipeline.sources.open import open_source
 from freeguide.data_pipeline.store.open import open_store
 from freeguide.data_pipeline.stored import load_manifest
 from freeguide.data_pipeline.stream import Reader

@@ -19,8 +19,8 @@ from freeguide.configs.errors import DataError
 from freeguide.configs.load import load_config
 from freeguide.data_pipeline.index import index_shards
 from freeguide.data_pipeline.manifest import Schema
+from freeguide.data_pipeline.pictures import find_in, named
 from freeguide.data_pipeline.scan import scan_all
-from freeguide.data_pipeline.sources.folder import find_in, named
 from freeguide.data_pipeline.store.open import open_store
 from freeguide.data_pipeline.stored import load_manifest
 

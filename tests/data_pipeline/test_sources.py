@@ -1,10 +1,10 @@
-"""Tests of sources.py: real digits, folders, IDX files, and what is wrong with them in one sentence."""
+"""Tests of sources/: real digits, folders, IDX files, and what is wrong with them in one sentence."""
 
 import gzip
 import io
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import cloudpickle
 import numpy as np
@@ -14,14 +14,16 @@ import pytest
 import sklearn.datasets
 from PIL import Image
 
+from freeguide.configs import schema
 from freeguide.configs.errors import ConfigError, DataError
 from freeguide.data_pipeline.decode import BadSample, decode_image, fit
 from freeguide.data_pipeline.index import index_shards
 from freeguide.data_pipeline.manifest import Schema
 from freeguide.data_pipeline.shards import Source
-from freeguide.data_pipeline.sources.read import digits, idx, image_folder, open_source, parquet, tars
+from freeguide.data_pipeline.sources.digits import digits
+from freeguide.data_pipeline.sources.open import SOURCES, open_source
 from freeguide.data_pipeline.store.open import open_store
-from tests.data_pipeline.conftest import data_config
+from tests.data_pipeline.conftest import data_config, image_folder, names_file
 from tests.data_pipeline.tars import make_tar, png
 
 
@@ -117,6 +119,19 @@ def test_missing_empty_and_overfull_folders(tmp_path: Path) -> None:
         image_folder(str(tmp_path), 8, 3, 4)
 
 
+def idx(path: str, image_size: int = 28, **options: object) -> Source:
+    return open_source(data_config(source="idx", path=path, image_size=image_size, channels=1, **{"classes": 0, **options}))
+
+
+def parquet(path: str, image_size: int, channels: int, classes: int = 0, **options: object) -> Source:
+    given = {"image_size": image_size, "channels": channels, "classes": classes, **options}
+    return open_source(data_config(source="parquet", path=path, **given))
+
+
+def tars(path: str, image_size: int, channels: int, classes: int) -> Source:
+    return open_source(data_config(source="webdataset", path=path, image_size=image_size, channels=channels, classes=classes))
+
+
 def write_idx(path: Path, name: str, values: np.ndarray, compress: bool) -> None:
     header = bytes([0, 0, 8, values.ndim]) + b"".join(size.to_bytes(4, "big") for size in values.shape)
     data = header + values.tobytes()
@@ -208,8 +223,9 @@ def test_parquet_files_that_do_not_fit_are_named(tmp_path: Path) -> None:
     assert sorted(map(str, outcomes)) == ["0", "row 1", "row 2"]
     with pytest.raises(DataError, match=r"set data\.classes=3"):
         parquet(str(tmp_path), 8, 3, 2)
-    with pytest.raises(DataError, match=r"a\.parquet has no column 'picture' of images, but 'image', 'label', 'other'; rename it"):
-        parquet(str(tmp_path), 8, 3, image="picture")
+    pyarrow.parquet.write_table(pyarrow.table({"picture": [png(0)], "label": [0], "other": [0]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet has no column 'image' of images, but 'picture', 'label', 'other'; rename it"):
+        parquet(str(tmp_path), 8, 3)
     pyarrow.parquet.write_table(pyarrow.table({"image": [png(0)], "label": pyarrow.array([None], "int64")}), tmp_path / "a.parquet")
     with pytest.raises(
         DataError,
@@ -247,15 +263,15 @@ def test_parquet_labels_of_other_kinds_are_quoted_and_read_by_the_options_that_t
         assert (source.schema.classes, source.schema.class_names) == (3, ("eel", "dog", "cat"))
         assert labels_by_image(source) == [2, 0, 1, 1, 2, 0]
     with pytest.raises(DataError, match=r"row 2 of .*: its label 'dog' is none of data\.class_names"):
-        parquet(path, 8, 3, names=("cat", "eel"))
+        parquet(path, 8, 3, class_names=names_file(tmp_path / "names", ["cat", "eel"]))
     with pytest.raises(
         DataError, match=r"no column 'lbl' of labels, but 'image', 'label', 'meta', 'n'; name it with data\.label_key"
     ):
-        parquet(path, 8, 3, label="lbl")
+        parquet(path, 8, 3, label_key="lbl")
     with pytest.raises(DataError, match=r"4 labels are missing in 'meta\.x'"):
-        parquet(path, 8, 3, label="meta.x")
+        parquet(path, 8, 3, label_key="meta.x")
     with pytest.raises(DataError, match=r"row 0 of .*: its label is a list or an object; name a column"):
-        parquet(path, 8, 3, label="meta")
+        parquet(path, 8, 3, label_key="meta")
 
 
 def test_parquet_labels_that_begin_at_1_or_leave_classes_without_a_picture(tmp_path: Path) -> None:
@@ -263,14 +279,14 @@ def test_parquet_labels_that_begin_at_1_or_leave_classes_without_a_picture(tmp_p
     words = r"no picture: 0; if labels begin at 1, list them in data\.class_names, one a line; set data\.classes=4 if that is meant"
     with pytest.raises(DataError, match=words):
         parquet(path, 8, 3)
-    source = parquet(path, 8, 3, names=("1", "2", "3"))
+    source = parquet(path, 8, 3, class_names=names_file(tmp_path / "names", "123"))
     assert (source.schema.classes, labels_by_image(source)) == (3, [0, 2, 1, 1, 0, 2])
     assert parquet(path, 8, 3, 4).schema.classes == 4
     with pytest.raises(DataError, match=r"no picture: 1, 3, 4; set data\.classes=6 if that is meant"):
-        parquet(path, 8, 3, label="gap")
-    assert parquet(path, 8, 3, 6, label="gap").identity != parquet(path, 8, 3, 4).identity
+        parquet(path, 8, 3, label_key="gap")
+    assert parquet(path, 8, 3, 6, label_key="gap").identity != parquet(path, 8, 3, 4).identity
     with pytest.raises(DataError, match="its label -1 is not a number from 0"):
-        parquet(path, 8, 3, label="low")
+        parquet(path, 8, 3, label_key="low")
 
 
 def test_idx_labels_that_begin_at_1_are_read_by_their_names(tmp_path: Path) -> None:
@@ -280,8 +296,8 @@ def test_idx_labels_that_begin_at_1_are_read_by_their_names(tmp_path: Path) -> N
     write_idx(tmp_path, "train-images-idx3-ubyte", images, False)
     write_idx(tmp_path, "train-labels-idx1-ubyte", labels, False)
     with pytest.raises(DataError, match=r"have no picture: 0; if labels begin at 1, list them in data\.class_names"):
-        idx(str(tmp_path))
-    source = idx(str(tmp_path), names=tuple("12345"))
+        idx(str(tmp_path), 8)
+    source = idx(str(tmp_path), 8, class_names=names_file(tmp_path / "names", "12345"))
     assert (source.schema.classes, source.schema.class_names) == (5, tuple("12345"))
     ours = sorted((sample.image.tobytes(), sample.label) for sample in map(source.read, range(20)))
     assert ours == sorted((image.tobytes(), int(label) - 1) for image, label in zip(images, labels, strict=True))
@@ -303,7 +319,7 @@ def test_parquet_is_read_by_the_row_group_and_one_window_of_them_is_held(tmp_pat
     whole = parquet(str(tmp_path), 32, 3)
     metadata = pyarrow.parquet.read_metadata(tmp_path / "a.parquet")
     total = sum(metadata.row_group(number).total_byte_size for number in range(20))
-    monkeypatch.setattr("freeguide.data_pipeline.sources.read.WINDOW_BYTES", total // 20 * 9 // 2)
+    monkeypatch.setattr("freeguide.data_pipeline.sources.shuffle.WINDOW_BYTES", total // 20 * 9 // 2)
     source = parquet(str(tmp_path), 32, 3)
     blocks: Any = source.read
     assert blocks.window == 4
@@ -337,7 +353,7 @@ def foreign(path: Path, tars: int = 6, each: int = 7) -> Path:
 
 def test_foreign_tars_are_decoded_resized_and_shuffled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = foreign(tmp_path / "tars")
-    monkeypatch.setattr("freeguide.data_pipeline.sources.read.BLOCK_BYTES", 4096)
+    monkeypatch.setattr("freeguide.data_pipeline.sources.webdataset.BLOCK_BYTES", 4096)
     source = open_source(data_config(source="webdataset", path=str(path)))
     loads = counted_loads(source, monkeypatch)
     samples = [source.read(item) for item in range(source.items)]
@@ -377,6 +393,7 @@ def test_the_configuration_names_the_source(tmp_path: Path) -> None:
         open_source(data_config(source="digits", image_size=16, channels=1))
     with pytest.raises(ConfigError, match="choose digits, folder, idx, parquet or webdataset"):
         open_source(data_config(source="imagenet"))
+    assert set(SOURCES) == set(get_args(schema.Source))
     folder(tmp_path, {"a": 2})
     assert open_source(data_config(source="folder", path=str(tmp_path), classes=1)).items == 2
     with pytest.raises(DataError, match=r"has 1 class folders, but data\.classes is 10; set data\.classes=1, or leave it out"):

@@ -13,7 +13,7 @@ import yaml
 
 from freeguide.configs.load import load_config
 from freeguide.data_pipeline.shards import write_shards
-from freeguide.data_pipeline.sources.read import digits
+from freeguide.data_pipeline.sources.digits import digits
 from freeguide.data_pipeline.store.open import open_store
 from freeguide.trainer.checkpoints import search
 

@@ -11,7 +11,7 @@ import yaml
 from freeguide.configs.load import load_config
 from freeguide.configs.schema import Config
 from freeguide.data_pipeline.shards import write_shards
-from freeguide.data_pipeline.sources.read import digits
+from freeguide.data_pipeline.sources.digits import digits
 from freeguide.data_pipeline.store.open import open_store
 
 ROOT = Path(__file__).parents[2]
