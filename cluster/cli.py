@@ -168,7 +168,7 @@ def _command(options: argparse.Namespace) -> int:
 
         inspect(config, order=getattr(options, "order", False), theory=getattr(options, "theory", None))
         return 0
-    from freeguide.cluster.runtime.session import temporary
+    from freeguide.cluster.runtime.folders import temporary
 
     with temporary():
         _job(options.command)(config)
@@ -194,7 +194,7 @@ def _job(command: str) -> Callable[[Config], object]:
 
         return generate
     if command == "fit-evaluator":
-        from freeguide.cluster.evaluation.yardstick import fit_evaluator
+        from freeguide.cluster.jobs.fit_evaluator import fit_evaluator
 
         return fit_evaluator
     if command == "evaluate":

@@ -108,6 +108,7 @@ ZeroStage = Literal[0, 1, 2, 3]
 SamplerName = Literal["ancestral", "ddim", "dpmpp_2m", "heun"]
 Spacing = Literal["u", "logsnr", "karras"]
 Labels = Literal["balanced", "random"]
+EngineName = Literal["ray", "local"]
 Name = Annotated[str, Pattern(r"[\w-][\w.-]{0,199}", "must name a folder under runs/, of letters, digits, '_', '-' and '.'")]
 Sha256 = Annotated[str, Pattern("|[0-9a-f]{64}", "a sha256 has 64 hexadecimal digits, in lower case")]
 Average = Annotated[
@@ -273,6 +274,7 @@ class EvaluateConfig:
 
 @dataclass
 class ClusterConfig:
+    engine: EngineName = "ray"  # where work runs: ray (workers and actors of a cluster) | local (this process alone, without Ray)
     workers: Workers = 1  # training workers, one GPU each on a GPU cluster
     min_workers: WorkersOrNone = 0  # elastic: go on with as few where nodes are lost, and take new ones in; 0 = always `workers`
     actors: Workers = 1  # sampling actors

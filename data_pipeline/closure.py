@@ -24,7 +24,6 @@ HARMLESS = {
     "freeguide.data_pipeline.artifact": "what it reads is what was written, or an error",
     "freeguide.data_pipeline.closure": "names the code, and decides nothing that it names",
     "freeguide.data_pipeline.store": "the room moves bytes, whole or not at all",
-    "freeguide.cluster.runtime.session": "places the work; the kind of device is a condition of its own",
 }
 
 

@@ -50,6 +50,7 @@ HARMLESS = {
     "evaluate.others": "rows of others have their own conditions",
     **dict.fromkeys(("generate.images", "generate.w", "generate.unit"), "the name of a set of samples says it"),
     "generate.npz": "the same images once more",
+    "cluster.engine": "decides who runs the same work items",
     "cluster.cpus_per_worker": "the names of units say how many threads made them",
     "cluster.gpus_per_worker": "rows and units name the kind of device",
     "cluster.max_failures": "decides how often a training starts again from a checkpoint, with the same bits",

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from freeguide.cluster.evaluation import measure, units
+from freeguide.cluster.evaluation.executor import Resources
 from freeguide.cluster.evaluation.extractors.features import Measured
 from freeguide.cluster.evaluation.measure import Yardstick
 from freeguide.cluster.evaluation.rows import Row, model_conditions
 from freeguide.cluster.evaluation.series import COLUMNS, Series
 from freeguide.cluster.evaluation.units import Unit
-from freeguide.cluster.runtime.session import Resources
 from freeguide.configs.errors import DataError
 from freeguide.data_pipeline.artifact import fingerprint, read_npz, to_npz
 from freeguide.data_pipeline.closure import code_version

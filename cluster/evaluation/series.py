@@ -20,12 +20,12 @@ import torch
 
 from freeguide.cluster.evaluation import units
 from freeguide.cluster.evaluation.conditions import decisive, sampled
+from freeguide.cluster.evaluation.executor import Resources
 from freeguide.cluster.evaluation.extractors.features import load_extractor, measure_with
 from freeguide.cluster.evaluation.extractors.images import to_uint8
 from freeguide.cluster.evaluation.measure import Yardstick
 from freeguide.cluster.evaluation.rows import MODEL, Row
 from freeguide.cluster.evaluation.units import Unit
-from freeguide.cluster.runtime.session import Resources
 from freeguide.configs.errors import ConfigError, DataError
 from freeguide.configs.load import sweep, validate
 from freeguide.configs.schema import Config
@@ -197,7 +197,7 @@ class Worker:
         choose_kernels()
         torch.set_num_threads(resources.threads)
         self.series = series
-        self.device = torch.device("cuda" if resources.gpus else "cpu")
+        self.device = resources.device
         self.kind = units.kind_of(self.device)
         self.extractors = [load_extractor(*each) for each in weights]
         self._sampler = functools.lru_cache(maxsize=NETWORKS)(self._load)

@@ -5,7 +5,7 @@ here where the data have none yet: on their labels, or on the turns of their pic
 named by the user, or measured here on the data. Whatever is made here stands beside the data, under a name that says what made it,
 so that every run on that data is measured with the same; if the data may only be read, it stands beside the run.
 
-An evaluator is trained in the memory of one task, on PIXELS bytes of images at most. References are measured image by image.
+An evaluator is trained in the memory of one worker, on PIXELS bytes of images at most. References are measured image by image.
 """
 
 import contextlib
@@ -17,17 +17,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
 
 from freeguide.cluster.evaluation import reference as references
+from freeguide.cluster.evaluation.executor import Executor, Resources
 from freeguide.cluster.evaluation.extractors import evaluator as evaluators
 from freeguide.cluster.evaluation.extractors.evaluator import Evaluator
 from freeguide.cluster.evaluation.extractors.features import Extractor, load_dinov2, load_extractor, load_judge
 from freeguide.cluster.evaluation.measure import Yardstick
-from freeguide.cluster.evaluation.units import Connect
-from freeguide.cluster.runtime.session import Resources, session
-from freeguide.configs.errors import StoreError, UserError
+from freeguide.configs.errors import StoreError
 from freeguide.configs.schema import Config
 from freeguide.data_pipeline.artifact import fingerprint
 from freeguide.data_pipeline.closure import code_version
@@ -37,7 +35,6 @@ from freeguide.data_pipeline.store.base import MissingObject, Store
 from freeguide.data_pipeline.store.open import access_to, open_data, open_store
 from freeguide.data_pipeline.stored import load_manifest
 from freeguide.trainer.networks.kernels import choose_kernels
-from freeguide.trainer.training.loop import fitted
 
 EVALUATOR = "evaluator.safetensors"
 WEAK = 0.4  # accuracy in telling turns below which features say little; guessing has 0.25
@@ -46,42 +43,26 @@ SEEING = "freeguide.cluster.evaluation.yardstick:_see"  # decides a reference
 PIXELS = 4 * 2**30  # bytes of decoded images that an evaluator is trained on: 350 000 images of 64x64x3
 
 
-def yardsticks_of(config: Config, data: Store, manifest: Manifest, connect: Connect) -> list[Yardstick]:
+def yardsticks_of(config: Config, data: Store, manifest: Manifest, executor: Executor) -> list[Yardstick]:
     """What `config.evaluate` measures with: one yardstick for FID, IS and the rest, and DINOv2's where that is asked for.
 
-    What does not stand beside the data yet is made first, by a task on the cluster. Raises UserError for weights, statistics or
+    What does not stand beside the data yet is made first, as a work item. Raises UserError for weights, statistics or
     images that cannot be used.
     """
     options = config.evaluate
     given = None
     if options.extractor:
         given = load_judge(options.extractor, options.extractor_hash, access_to(config.data, options.extractor))
-    found = [_yardstick(config, data, manifest, connect, given, options.extractor, options.reference)]
+    found = [_yardstick(config, data, manifest, executor, given, options.extractor, options.reference)]
     if options.dinov2:
         dinov2 = load_dinov2(options.dinov2, options.dinov2_hash, access_to(config.data, options.dinov2))
-        found.append(_yardstick(config, data, manifest, connect, dinov2, options.dinov2, options.dinov2_reference))
+        found.append(_yardstick(config, data, manifest, executor, dinov2, options.dinov2, options.dinov2_reference))
     return found
 
 
-def fit_evaluator(config: Config) -> str:
-    """`freeguide fit-evaluator`: make the data's own evaluator and its reference, where they are not yet; returns its URI.
-
-    Raises UserError before Ray starts for whatever can be known before.
-    """
-    data = open_data(config.data)
-    data.check(write=False)
-    manifest = load_manifest(data)
-    config = fitted(config, manifest)
-    with contextlib.ExitStack() as stack:
-        connect = functools.cache(lambda: stack.enter_context(session(config, 1)))
-        found = _yardstick(config, data, manifest, connect, None, "", "")
-    extractor, reference = found.extractor, found.reference
-    assert isinstance(extractor, Evaluator)
-    print(f"evaluator {extractor.hash}: {_accuracy(extractor)}, FID-{extractor.name}")
-    print(f"reference {reference.sha256}: {reference.pool.n} images of {dataset_name(config)}, beside it")
-    print(f"pin it: evaluate.extractor={found.weights} evaluate.extractor_hash={extractor.hash}")
-    warn_of_symmetry(extractor)
-    return found.weights
+def own_yardstick(config: Config, data: Store, manifest: Manifest, executor: Executor) -> Yardstick:
+    """The data's own evaluator and the data as it sees them, made first if they are not there yet. Raises UserError."""
+    return _yardstick(config, data, manifest, executor, None, "", "")
 
 
 def dataset_name(config: Config) -> str:
@@ -126,14 +107,16 @@ def warn_of_symmetry(extractor: Extractor) -> None:
     """One line on standard error if `extractor` learned the turns of pictures and can hardly tell them."""
     if isinstance(extractor, Evaluator) and extractor.rotations and extractor.accuracy < WEAK:
         print(
-            f"WARNING: {extractor.name} has {_accuracy(extractor)}, and guessing has 25 %: pictures that look alike when they are "
-            "turned, or are too few, teach it little, and its distances say little; set evaluate.extractor to Inception's weights",
+            f"WARNING: {extractor.name} has {accuracy_of(extractor)}, and guessing has 25 %: pictures that look alike when they "
+            "are turned, or are too few, teach it little, and its distances say little; set evaluate.extractor to Inception's "
+            "weights",
             file=sys.stderr,
             flush=True,
         )
 
 
-def _accuracy(evaluator: Evaluator) -> str:
+def accuracy_of(evaluator: Evaluator) -> str:
+    """In words."""
     of = "rotation accuracy" if evaluator.rotations else "accuracy"
     return f"{100 * evaluator.accuracy:.1f} % {of} on held-out images"
 
@@ -142,7 +125,7 @@ def _yardstick(
     config: Config,
     data: Store,
     manifest: Manifest,
-    connect: Connect,
+    executor: Executor,
     given: Extractor | None,
     weights: str,
     reference: str,
@@ -171,14 +154,13 @@ def _yardstick(
         print(f"training the evaluator on {manifest.samples} real images{what}", flush=True)
     else:
         print(f"measuring {reference or f'{manifest.samples} real images'}", flush=True)
-    resources = connect()
-    task = ray.remote(_make).options(num_cpus=resources.cpus, num_gpus=resources.gpus or None)
-    pinned = (weights, given.hash) if given else None
-    if failure := ray.get(task.remote(config, places, pinned, reference, resources)):
-        raise UserError(failure)
+    what = f"the {'reference' if given else 'evaluator'} of {dataset_name(config)}"
+    make = functools.partial(_Maker, config, places, (weights, given.hash) if given else None, reference)
+    for _ in executor.run([what], make):
+        pass
     made = _load(config, places, given, weights, reference)
     if isinstance(made.extractor, Evaluator) and not given:
-        print(f"evaluator {made.extractor.hash[:12]}: {_accuracy(made.extractor)}", flush=True)
+        print(f"evaluator {made.extractor.hash[:12]}: {accuracy_of(made.extractor)}", flush=True)
     return made
 
 
@@ -211,14 +193,17 @@ def _reference_key(extractor: Extractor, data: bytes) -> str:
     return f"reference-{fingerprint(options)}.npz"
 
 
-def _make(config: Config, places: Sequence[Store], given: tuple[str, str] | None, reference: str, resources: Resources) -> str:
-    """Returns the sentence of a UserError, or "": Ray would wrap the error in its traceback."""
-    torch.set_num_threads(resources.threads)
-    try:
-        _publish(config, places, given, reference, "cuda" if resources.gpus else "cpu")
-    except UserError as error:
-        return str(error)
-    return ""
+class _Maker:
+    """Makes what is missing of one yardstick, whose item only says in words what that is."""
+
+    def __init__(
+        self, config: Config, places: Sequence[Store], given: tuple[str, str] | None, reference: str, resources: Resources
+    ) -> None:
+        torch.set_num_threads(resources.threads)
+        self._publish = functools.partial(_publish, config, places, given, reference, resources.device.type)
+
+    def __call__(self, what: str) -> None:
+        self._publish()
 
 
 def _publish(config: Config, places: Sequence[Store], given: tuple[str, str] | None, reference: str, device: str) -> None:

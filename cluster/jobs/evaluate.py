@@ -11,12 +11,11 @@ same for every w, so differences between rows are differences of w. The report s
 with its own run.
 """
 
-import contextlib
 import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from freeguide.cluster.evaluation import units
+from freeguide.cluster.evaluation.executor import Executor
 from freeguide.cluster.evaluation.fold import Fold, Folded, Folder, Made, planned
 from freeguide.cluster.evaluation.frontier import near_frontier
 from freeguide.cluster.evaluation.kept import needed_by, sweep
@@ -44,7 +44,8 @@ from freeguide.cluster.evaluation.rows import Row
 from freeguide.cluster.evaluation.series import COLUMNS, Series, Worker, items, placed, trained_series, varying
 from freeguide.cluster.evaluation.units import Unit
 from freeguide.cluster.evaluation.yardstick import warn_of_few, yardsticks_of
-from freeguide.cluster.runtime.session import Resources, progress, session
+from freeguide.cluster.runtime.engines import executor
+from freeguide.cluster.runtime.progress import progress
 from freeguide.configs.errors import StoreError, counted
 from freeguide.configs.load import screen_images
 from freeguide.configs.schema import Config
@@ -74,17 +75,15 @@ def evaluate(config: Config) -> Path:
     for sentence in misguided(config, "evaluate"):
         print(f"WARNING: {sentence}", file=sys.stderr, flush=True)
     found, others = trained_series(config, manifest), read_others(config)
-    with contextlib.ExitStack() as stack:
-        # Where all is done already, Ray is not started.
-        connect = functools.cache(lambda: stack.enter_context(session(config, config.cluster.actors)))
-        yardsticks = yardsticks_of(config, data, manifest, connect)
+    with executor(config, config.cluster.actors) as engine:
+        yardsticks = yardsticks_of(config, data, manifest, engine)
         check_others(others, yardsticks)
 
-        def measured(kind: str, connect: units.Connect) -> tuple[_Job, list[list[Row]], list[Row]]:
-            job = _Job(config, placed(found, yardsticks, kind), yardsticks, connect)
+        def measured(kind: str, engine: Executor) -> tuple[_Job, list[list[Row]], list[Row]]:
+            job = _Job(config, placed(found, yardsticks, kind), yardsticks, engine)
             return job, *_measured(job)
 
-        job, rows, screened = units.on_one_kind(config, home, connect, measured)
+        job, rows, screened = units.on_one_kind(home, engine, measured)
     flat = [row for curve in rows for row in curve]
     files = report_files(
         flat,
@@ -147,7 +146,7 @@ class _Job:
     config: Config
     series: list[Series]
     yardsticks: list[Yardstick]
-    connect: Callable[[], Resources]
+    engine: Executor
     grids: dict[Row, NDArray[np.uint8]] = field(default_factory=dict)
     made: dict[tuple[int, Unit], Made] = field(default_factory=dict)
 
@@ -174,9 +173,8 @@ def _rows(job: _Job, weights: Sequence[Sequence[float]], images: int) -> list[li
     left = [fold for fold in folds if fold.key not in there[fold.series]]
     _make_units(job, folds, left)
     if left:
-        resources = dataclasses.replace(job.connect(), gpus=0.0)
-        make = functools.partial(Folder, job.series, [each.described() for each in job.yardsticks], resources)
-        for _ in progress(units.run(left, make, job.config, resources), len(left), "row", job.config.cluster.actors):
+        make = functools.partial(Folder, job.series, [each.described() for each in job.yardsticks])
+        for _ in progress(job.engine.run(left, make, gpus=False), len(left), "row", job.engine.at_once):
             pass
     found: list[list[Row]] = [[] for _ in job.series]
     for fold in folds:
@@ -205,11 +203,9 @@ def _make_units(job: _Job, folds: Sequence[Fold], left: Sequence[Fold]) -> None:
     for one, lacks in zip(job.series, todo, strict=True):
         if lacks:
             needed_by(one.store, one.weights)
-    resources = job.connect()
     extractors = [(each.weights, each.extractor.hash, access_to(job.config.data, each.weights)) for each in job.yardsticks]
-    make = functools.partial(Worker, job.series, extractors, resources)
-    done = units.run(items(job.series, todo), make, job.config, resources)
-    for _ in progress((unit for item in done for unit in item.units), count, "unit", job.config.cluster.actors):
+    done = job.engine.run(items(job.series, todo), functools.partial(Worker, job.series, extractors))
+    for _ in progress((unit for item in done for unit in item.units), count, "unit", job.engine.at_once):
         pass
 
 

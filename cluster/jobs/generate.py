@@ -6,7 +6,6 @@ made it. The `.npz` (uint8 NHWC `arr_0`, labels `arr_1`) is what the ADM evaluat
 driver needs 60 bytes per image for the manifest, and the `.npz` its own size on the disk of TMPDIR (and again in a run's folder).
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -21,11 +20,13 @@ import torch
 
 from freeguide.cluster.evaluation import units
 from freeguide.cluster.evaluation.conditions import sampled
+from freeguide.cluster.evaluation.executor import Executor, Resources
 from freeguide.cluster.evaluation.extractors.images import to_uint8
 from freeguide.cluster.evaluation.kept import needed_by, sweep
 from freeguide.cluster.evaluation.series import Series, Trained, as_trained
-from freeguide.cluster.evaluation.units import Connect, Unit
-from freeguide.cluster.runtime.session import Resources, progress, session
+from freeguide.cluster.evaluation.units import Unit
+from freeguide.cluster.runtime.engines import executor
+from freeguide.cluster.runtime.progress import progress
 from freeguide.configs.errors import ConfigError, DataError, counted
 from freeguide.configs.schema import Config
 from freeguide.data_pipeline.artifact import fingerprint
@@ -50,16 +51,16 @@ def generate(config: Config) -> str:
 
     Raises UserError before Ray starts for whatever can be known before.
     """
-    with contextlib.ExitStack() as stack:
-        connect = functools.cache(lambda: stack.enter_context(session(config, config.cluster.actors)))
-        one = as_trained(config, "generate")
-        for sentence in misguided(one.config, "generate"):
-            print(f"WARNING: {sentence}", file=sys.stderr, flush=True)
-        open_store(config.run).sweep()
-        return units.on_one_kind(config, open_store(config.run), connect, functools.partial(_generated, one))
+    one = as_trained(config, "generate")
+    for sentence in misguided(one.config, "generate"):
+        print(f"WARNING: {sentence}", file=sys.stderr, flush=True)
+    run = open_store(config.run)
+    run.sweep()
+    with executor(config, config.cluster.actors) as engine:
+        return units.on_one_kind(run, engine, functools.partial(_generated, one))
 
 
-def _generated(one: Trained, kind: str, connect: Connect) -> str:
+def _generated(one: Trained, kind: str, engine: Executor) -> str:
     config, step = one.config, one.weights.step
     run, options = open_store(config.run), config.generate
     conditions = {
@@ -81,9 +82,8 @@ def _generated(one: Trained, kind: str, connect: Connect) -> str:
     if not store.exists(NAME):
         if todo := units.missing(store, plan, "tar.npz"):
             needed_by(store, one.weights)
-            resources = connect()
-            make = functools.partial(_Generate, Series(config, one.weights, store, one.origin, kind), resources)
-            for _ in progress(units.run(todo, make, config, resources), len(todo), "shard", config.cluster.actors):
+            make = functools.partial(_Generate, Series(config, one.weights, store, one.origin, kind))
+            for _ in progress(engine.run(todo, make), len(todo), "shard", engine.at_once):
                 pass
         source = json.dumps({"run": run.uri, "step": step} | conditions, sort_keys=True)
         save_manifest(store, build_manifest(schema, _indexes(store, plan), source), new=True)
@@ -103,9 +103,8 @@ class _Generate:
         choose_kernels()
         torch.set_num_threads(resources.threads)
         self.config, self.store = one.config, one.store
-        device = torch.device("cuda" if resources.gpus else "cpu")
-        units.check_kind(one.kind, units.kind_of(device))
-        self.sampler = one.load(device)
+        units.check_kind(one.kind, units.kind_of(resources.device))
+        self.sampler = one.load(resources.device)
 
     def __call__(self, unit: Unit) -> None:
         index = torch.arange(unit.first, unit.last)

@@ -9,8 +9,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 
-from freeguide.cluster.evaluation import units
-from freeguide.cluster.runtime.session import session
+from freeguide.cluster.evaluation.executor import Resources
+from freeguide.cluster.runtime.engines import executor
 from freeguide.configs.errors import ConfigError, counted, visible
 from freeguide.configs.schema import Config
 from freeguide.data_pipeline.index import index_shards
@@ -67,14 +67,14 @@ def _write_on_actors(config: Config, source: Source, store: Store, plan: Plan, m
         yield from missing
         return
     config = replace(config, cluster=replace(config.cluster, gpus_per_worker=0.0))
-    with session(config, config.cluster.actors) as resources:
-        yield from units.run(missing, functools.partial(_Write, source, store, plan), config, resources)
+    with executor(config, config.cluster.actors) as engine:
+        yield from engine.run(missing, functools.partial(_Write, source, store, plan))
 
 
 class _Write:
     """Writes shards: one per actor."""
 
-    def __init__(self, source: Source, store: Store, plan: Plan) -> None:
+    def __init__(self, source: Source, store: Store, plan: Plan, _: Resources) -> None:
         self.source, self.store, self.plan = source, store, plan
 
     def __call__(self, unit: int) -> None:

@@ -40,7 +40,7 @@ from freeguide.cluster.evaluation.reference import Reference
 from freeguide.cluster.evaluation.rows import UNKNOWN, Row, to_json, typed
 from freeguide.cluster.evaluation.units import code_version
 from freeguide.cluster.evaluation.yardstick import warn_of_symmetry
-from freeguide.cluster.runtime.session import progress
+from freeguide.cluster.runtime.progress import progress
 from freeguide.configs.errors import ConfigError, DataError
 from freeguide.configs.locations import check_target
 from freeguide.data_pipeline.artifact import read_npz

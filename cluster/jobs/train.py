@@ -35,8 +35,10 @@ from ray.train.torch.config import _TorchBackend
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from freeguide.cluster.evaluation.executor import Resources
 from freeguide.cluster.runtime import ending
-from freeguide.cluster.runtime.session import Resources, session, temporary
+from freeguide.cluster.runtime.folders import temporary
+from freeguide.cluster.runtime.session import session
 from freeguide.configs.errors import StoreError, UserError
 from freeguide.configs.schema import Config
 from freeguide.trainer.training.failures import HUNG, Terminated
@@ -96,7 +98,7 @@ def _fit(config: Config, resources: Resources, note: Any) -> bool:
         scaling_config=ScalingConfig(
             num_workers=_workers(config),
             use_gpu=resources.gpus > 0,
-            resources_per_worker={"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {}),
+            resources_per_worker=resources.bundle,
         ),
         run_config=RunConfig(
             name=f"{config.name}-{time.time_ns()}",  # a finished run's name used again would return at once

@@ -1,70 +1,36 @@
 """The Ray cluster of one command: the one that RAY_ADDRESS names (as inside a submitted job), or a private one on this machine."""
 
 import contextlib
-import fcntl
 import functools
-import json
 import logging
 import math
 import os
 import secrets
 import shutil
 import socket
-import stat
 import sys
 import tempfile
-import time
-import urllib.parse
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import grpc
 import ray
-import ray.autoscaler.sdk
-import torch
 import yaml
-from ray._private import ray_constants, services
-from ray._private.authentication import authentication_token_setup
-from ray.autoscaler.v2.sdk import get_cluster_status
-from ray.exceptions import AuthenticationError
-from ray.experimental import internal_kv
+from ray._private import ray_constants
 
+from freeguide.cluster.evaluation.executor import Resources
 from freeguide.cluster.runtime import ending
-from freeguide.cluster.runtime.submit import HOME, copy_package, essence, token_sentence
-from freeguide.configs.errors import ConfigError, UserError, counted
+from freeguide.cluster.runtime.address import probe
+from freeguide.cluster.runtime.folders import environment, scratch, temporary
+from freeguide.cluster.runtime.here import gpus_here
+from freeguide.cluster.runtime.room import room_for
+from freeguide.cluster.runtime.submit import HOME, copy_package
+from freeguide.configs.errors import ConfigError, UserError
 from freeguide.configs.load import to_yaml
-from freeguide.configs.schema import ClusterConfig, Config
+from freeguide.configs.schema import Config
 
 LOG = "ray.log"  # what Ray writes to the standard error of this process
-_temporary: Path | None = None  # where `temporary` lets this process write
-T = TypeVar("T")
-
-_LOOK_SECONDS = 5.0  # between two looks at a cluster that is too small
-_ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"  # a question that any head answers
-_HANDSHAKE = 10.0  # seconds that a server of gRPC may take to say that it is one
-_REPORTS = 20.0  # seconds after its start in which an autoscaler has reported
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What Ray sets aside for one worker or actor."""
-
-    cpus: float
-    gpus: float
-
-    @property
-    def threads(self) -> int:
-        """Threads for torch: part of what makes results repeat to the bit."""
-        return max(1, int(self.cpus))
-
-    @property
-    def bundle(self) -> dict[str, float]:
-        return {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
 
 
 @contextmanager
@@ -75,20 +41,20 @@ def session(config: Config, processes: int, together: bool = False) -> Iterator[
     answer or lets nobody in, and where the cluster has too few resources, unless it grows.
     """
     with temporary() as folder, _apart(folder):
-        yield from _on_a_cluster(config, processes, together)
+        yield from _on_a_cluster(config, processes, together, folder / LOG)
 
 
-def _on_a_cluster(config: Config, processes: int, together: bool) -> Iterator[Resources]:
+def _on_a_cluster(config: Config, processes: int, together: bool, log: Path) -> Iterator[Resources]:
     address = os.environ.get("RAY_ADDRESS", "")
     runtime = _environment_of_workers(config)
     gpus = config.cluster.gpus_per_worker
     if address and address != "local":
         place = _connected(address, runtime, gpus)
     else:
-        gpus = _gpus_here(gpus, processes, together)
-        place = _private(runtime, math.ceil(processes * config.cluster.cpus_per_worker), gpus)
+        gpus = gpus_here(gpus, processes, together)
+        place = _private(runtime, math.ceil(processes * config.cluster.cpus_per_worker), gpus, log)
     with place:
-        yield _resources(config.cluster, gpus, processes, together)
+        yield room_for(config.cluster, gpus, processes, together)
 
 
 def _environment_of_workers(config: Config) -> dict[str, Any]:
@@ -111,7 +77,7 @@ def _environment_of_workers(config: Config) -> dict[str, Any]:
 @contextmanager
 def _connected(address: str, runtime: dict[str, Any], gpus: float) -> Iterator[None]:
     """The cluster at `address`; the code travels there, unless this is a submitted job, which it came with."""
-    _probe(address)
+    probe(address)
     with scratch() as folder:
         if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
             runtime["py_modules"] = [str(copy_package(folder))]
@@ -123,7 +89,7 @@ def _connected(address: str, runtime: dict[str, Any], gpus: float) -> Iterator[N
 
 
 @contextmanager
-def _private(runtime: dict[str, Any], cpus: int, gpus: float) -> Iterator[None]:
+def _private(runtime: dict[str, Any], cpus: int, gpus: float, log: Path) -> Iterator[None]:
     """A cluster of this command alone on this machine: it listens on loopback, has its own token, and leaves nothing behind."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -135,7 +101,7 @@ def _private(runtime: dict[str, Any], cpus: int, gpus: float) -> Iterator[None]:
     # Ray's switch for laptops, where the node's address is 127.0.0.1, whatever the network says; then all servers listen there.
     ray_constants.ENABLE_RAY_CLUSTER = False
     runtime["env_vars"].setdefault("TMPDIR", tempfile.gettempdir())  # for workers; Ray's own servers leave files behind in theirs
-    with scratch(_short_folder()) as folder, _environment({"RAY_AUTH_TOKEN": _token(), "TMPDIR": str(folder)}):
+    with scratch(_short_folder()) as folder, environment({"RAY_AUTH_TOKEN": _token(), "TMPDIR": str(folder)}):
         # The command's own processes need a share too, and a laptop may have fewer cores than the config has workers.
         room = max(os.cpu_count() or 1, cpus) + 1
         options = {"address": "local", "num_cpus": room, "dashboard_port": dashboard}
@@ -144,22 +110,21 @@ def _private(runtime: dict[str, Any], cpus: int, gpus: float) -> Iterator[None]:
             yield
         except Exception:
             ray.shutdown()
-            _keep_logs(folder)
+            _keep_logs(folder, log)
             raise
         finally:
             ray.shutdown()
 
 
-def _keep_logs(folder: Path) -> None:
-    """Ray's logs of the last session that failed stay with the user's temporary folder, and with them what it said here."""
+def _keep_logs(folder: Path, log: Path) -> None:
+    """Ray's logs of the last session that failed stay with the user's temporary folder, and with them `log`, what it said here."""
     kept = folder.parent / "ray-logs"
     shutil.rmtree(kept, ignore_errors=True)
     with contextlib.suppress(OSError):
         (folder / "session_latest").resolve().joinpath("logs").rename(kept)
         print(f"Ray's logs of this are in {kept}", file=sys.stderr, flush=True)
-        if _temporary is not None:
-            shutil.copy(_temporary / LOG, kept)
-            os.truncate(_temporary / LOG, 0)  # so that one place is named
+        shutil.copy(log, kept)
+        os.truncate(log, 0)  # so that one place is named
 
 
 def _start(options: dict[str, Any], runtime: dict[str, Any], gpus: float) -> None:
@@ -185,17 +150,6 @@ def _token() -> str:
     """What the private clusters of this process ask for. Without one, Ray leaves a token in the user's home, and from then on
     every `ray start --head` on this machine wants it."""
     return secrets.token_hex(32)
-
-
-@contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ |= variables
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def _short_folder() -> str:
@@ -244,243 +198,3 @@ def _apart(folder: Path) -> Iterator[None]:
             sys.stderr = before
             os.dup2(terminal, 2)
             os.close(terminal)
-
-
-def _gpus_here(gpus: float, processes: int, together: bool) -> float:
-    """GPUs for each process of a private cluster on this machine; `gpus` is the config's number, -1 for one where there are any."""
-    count, least = torch.cuda.device_count(), processes if together else 1
-    if gpus < 0:
-        if 0 < count < least:
-            print(f"this machine has {count} GPU for {least} workers, so none is used; set cluster.workers={count}", flush=True)
-        return 1.0 if count >= least else 0.0
-    if least * gpus > count:
-        raise ConfigError(
-            f"cluster.gpus_per_worker={gpus:g} for {least} processes needs {least * gpus:g} GPUs and this machine has {count}; "
-            "set it to 0, or name a cluster as RAY_ADDRESS"
-        )
-    return gpus
-
-
-# --- a cluster that is too small ---
-
-
-def _resources(options: ClusterConfig, gpus: float, processes: int, together: bool) -> Resources:
-    """What each of `processes` gets, once those that have to run at the same time have a place: all `together`, or one.
-
-    A cluster that is too small is waited for where it grows by itself, or for `cluster.wait_minutes`. Raises ConfigError.
-    """
-    began, least, asked = time.monotonic(), processes if together else 1, None
-    while True:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        each = Resources(options.cpus_per_worker, _gpus(gpus, nodes))
-        room = sum(_places(each, node) for node in nodes)
-        if room >= least:
-            break
-        grows = _grows()
-        bound = 60 * options.wait_minutes if options.wait_minutes or grows is False else math.inf
-        if grows is None:  # its autoscaler, if it has one, has not reported yet
-            bound = max(60 * options.wait_minutes, _REPORTS)
-        lack, mend = _lack(each, least, room, nodes)
-        if time.monotonic() - began >= bound:
-            raise ConfigError(f"{lack}; {mend}")
-        if asked is None and grows is not None:
-            until = "" if bound == math.inf else f", for {options.wait_minutes:g} minutes at most"
-            print(f"{lack}; waiting for it to grow{until}", flush=True)
-        if grows is not None and asked != each:
-            _ask_autoscaler([each.bundle] * least)
-            asked = each
-        time.sleep(_LOOK_SECONDS)
-    if asked is not None:
-        _ask_autoscaler([])  # what it waits for from here on, Ray knows
-    if room < processes:
-        print(f"the cluster has room for {room} of {processes} processes: what does not fit starts when it grows", flush=True)
-    return each
-
-
-def _gpus(gpus: float, nodes: list[dict[str, float]]) -> float:
-    return gpus if gpus >= 0 else float(any(node.get("GPU", 0) for node in nodes))
-
-
-def _places(each: Resources, node: dict[str, float]) -> int:
-    """How many processes fit on a node that has nothing else to do."""
-    return min(int(node.get(kind, 0) / amount + 1e-6) for kind, amount in each.bundle.items())
-
-
-def _lack(each: Resources, least: int, room: int, nodes: list[dict[str, float]]) -> tuple[str, str]:
-    """What is missing, and what to do about it."""
-    kinds = each.bundle
-    has = Counter(" and ".join(f"{node.get(kind, 0):g} {kind}" for kind in kinds) for node in nodes)
-    there = ", ".join(f"{count} of {what}" for what, count in has.most_common(4))
-    wanted = " and ".join(f"{amount:g} {kind}" for kind, amount in kinds.items())
-    processes = counted(least, "process", "processes")
-    return (
-        f"the cluster is too small for {processes} of {wanted}, it has room for {room} (nodes: {there})",
-        "lower cluster.workers, cluster.cpus_per_worker or cluster.gpus_per_worker, or set cluster.wait_minutes if it will grow",
-    )
-
-
-def _grows() -> bool | None:
-    """Whether an autoscaler adds nodes; None where nobody has said yet. One without a configuration calls each type node_ID."""
-    if os.environ.get("RAY_ADDRESS", "").startswith("ray://"):
-        return None
-    report = internal_kv._internal_kv_get(ray_constants.DEBUG_AUTOSCALING_STATUS)
-    status = get_cluster_status(ray.get_runtime_context().gcs_address)
-    kinds = {node.ray_node_type_name for node in (*status.active_nodes, *status.idle_nodes)}
-    if report:
-        kinds |= {*json.loads(report).get("autoscaler_report", {}).get("node_type_mapping", {}).values()}
-    if any(not kind.startswith("node_") for kind in kinds):
-        return True
-    return False if report else None
-
-
-def _ask_autoscaler(bundles: list[dict[str, float]]) -> None:
-    ray.autoscaler.sdk.request_resources(bundles=bundles)
-
-
-# --- its address ---
-
-
-def _probe(address: str) -> None:
-    """Raise ConfigError where no server of Ray answers at `address`: Ray itself would try for minutes, with a line for each try."""
-    client, here = address.startswith("ray://"), f"RAY_ADDRESS={address}"
-    give = "start one, or unset RAY_ADDRESS to use this machine"
-    if address == "auto":
-        address = services.find_bootstrap_address(None) or next(iter(services.find_gcs_addresses()), "")
-        if not address:
-            raise ConfigError(f"{here}: no Ray cluster runs on this machine; {give}")
-    try:
-        parts = urllib.parse.urlsplit(address if client else f"//{address}")
-        host, port = parts.hostname, parts.port or (10001 if client else 0)
-    except ValueError as error:
-        raise ConfigError(
-            f"{here}: no address of a Ray cluster ({error}); give HEAD:6379, or unset it to use this machine"
-        ) from error
-    if not host or not port or parts.path.strip("/"):
-        raise ConfigError(f"{here}: no address of a Ray cluster; give HEAD:6379, or unset it to use this machine")
-    try:
-        socket.create_connection((host, port), timeout=10).close()
-    except OSError as error:
-        raise ConfigError(f"{here}: no Ray cluster answers there ({error}); {give}") from error
-    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
-        return
-    with grpc.insecure_channel(f"[{host}]:{port}" if ":" in host else f"{host}:{port}") as channel:
-        try:
-            grpc.channel_ready_future(channel).result(_HANDSHAKE)
-        except grpc.FutureTimeoutError as error:
-            raise ConfigError(f"{here}: another server than Ray's answers there; give the head's port, mostly 6379") from error
-        if not client and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
-            _check_token(channel, address)
-
-
-def _check_token(channel: grpc.Channel, address: str) -> None:
-    """Raise UserError if the head wants another token than ours: Ray would try for half a minute, and then say less.
-
-    A head that wants one gets the user's: without RAY_AUTH_MODE, Ray would send none.
-    """
-
-    def lets_in(**token: str) -> bool:
-        try:
-            channel.unary_unary(_ALIVE)(b"", timeout=_HANDSHAKE, metadata=[*token.items()])
-        except grpc.RpcError as error:
-            return bool(error.code() != grpc.StatusCode.UNAUTHENTICATED)  # whatever else it is, Ray says it better
-        return True
-
-    if lets_in():
-        return
-    if "RAY_AUTH_MODE" not in os.environ:
-        authentication_token_setup._enable_token_auth()
-    try:
-        token = authentication_token_setup.AuthenticationTokenLoader.instance().get_raw_token(ignore_auth_mode=True)
-    except AuthenticationError as error:
-        raise UserError(f"the token for the cluster at {address} cannot be read ({essence(str(error))}); mend it") from error
-    if os.environ["RAY_AUTH_MODE"].lower() != "token" or not token or not lets_in(authorization=f"Bearer {token}"):
-        raise UserError(token_sentence(address, "Authentication failed" if token else ""))
-
-
-def private_folder(parent: str = "") -> Path:
-    """This user's own temporary folder, made with mode 0700 in `parent` (default: TMPDIR, /tmp). Raises UserError."""
-    folder = Path(parent or tempfile.gettempdir()) / f"freeguide-{os.getuid()}"
-    try:
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir(mode=0o700)
-        found = folder.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-            raise UserError(f"{folder} is no folder of yours, and temporary files go there; set TMPDIR to another folder")
-        if stat.S_IMODE(found.st_mode) != 0o700:
-            folder.chmod(0o700)
-    except OSError as error:
-        raise UserError(f"no temporary folder can be made ({error}); set TMPDIR to a folder that you may write to") from error
-    return folder
-
-
-@contextmanager
-def scratch(parent: str = "") -> Iterator[Path]:
-    """A temporary folder of this command alone, gone at its end; so are then those of commands that were killed.
-
-    A folder is alive as long as a process holds its lock, which the kernel takes away with the process. Raises UserError.
-    """
-    home = private_folder(parent)
-    try:
-        with _locked(home):  # so that nobody sweeps a folder between its making and its lock
-            for folder in home.glob("run-*"):
-                with contextlib.suppress(OSError), _locked(folder, wait=False):
-                    shutil.rmtree(folder, ignore_errors=True)
-            folder = Path(tempfile.mkdtemp(prefix="run-", dir=home))
-            lock = contextlib.ExitStack()
-            lock.enter_context(_locked(folder))
-    except OSError as error:
-        raise UserError(f"no temporary folder can be made in {home} ({error}); set TMPDIR to a folder with room") from error
-    with lock:
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def temporary() -> Iterator[Path]:
-    """What this process and those that it starts write to temporary folders, all libraries included, goes to its `scratch`.
-
-    But not what torch has compiled, which stays with the user for the next command, and not Ray's sockets, whose paths have to be
-    short. Raises UserError.
-    """
-    global _temporary
-    if _temporary is not None:
-        yield _temporary
-        return
-    before, compiled = tempfile.tempdir, private_folder() / "compiled"
-    ours = {"RAY_TMPDIR": tempfile.gettempdir(), "TORCHINDUCTOR_CACHE_DIR": str(compiled)}
-    with scratch() as folder, _environment({"TMPDIR": str(folder)} | {n: os.environ.get(n, ours[n]) for n in ours}):
-        _temporary, tempfile.tempdir = folder, str(folder)
-        try:
-            yield folder
-        finally:
-            _temporary, tempfile.tempdir = None, before
-
-
-@contextmanager
-def _locked(folder: Path, wait: bool = True) -> Iterator[None]:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
-    finally:
-        os.close(handle)
-
-
-def progress(results: Iterable[T], total: int, what: str, at_once: int = 1) -> Iterator[T]:
-    """Pass results on; print how many there are and when the last is due, in place on a terminal, else every 5 seconds.
-
-    `at_once` results are in the making at a time. The time until the first of them is the start, of which the rest needs no other.
-    """
-    first, printed, terminal = time.monotonic(), -math.inf, sys.stdout.isatty()
-    for count, result in enumerate(results, start=1):
-        yield result
-        now = time.monotonic()
-        if count == 1:
-            first = now
-        if terminal or count == total or now - printed >= 5:
-            rounds, left = (count - 1) // at_once, total - count
-            eta = f"  eta {timedelta(seconds=math.ceil((now - first) / rounds / at_once * left))}" if rounds else ""
-            print(f"{what} {count}/{total}{eta}", end="\r" if terminal and count < total else "\n", flush=True)
-            printed = now

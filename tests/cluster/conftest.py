@@ -9,13 +9,13 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.cluster.untrained import write_lab
+from tests.cluster.untrained import through, write_lab
 
 ROOT = Path(__file__).parents[2]
 Freeguide = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -140,27 +140,19 @@ def freeguide(tmp_path: Path) -> Freeguide:
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Jobs have one worker in this process instead of actors; what it was given, in order, but for rows."""
-    import torch
-
-    from freeguide.cluster.evaluation import units
+    """What the local engine has run, in order, but for rows."""
     from freeguide.cluster.evaluation.fold import Fold
-    from freeguide.cluster.jobs import evaluate, generate
-    from freeguide.cluster.runtime.session import Resources
+    from freeguide.cluster.runtime.engines import ENGINES
 
     seen: list[Any] = []
 
-    def run(todo: Sequence[Any], make: Callable[[], Callable[[Any], None]], *_: object) -> Iterator[Any]:
-        worker = make()
-        for unit in todo:
-            worker(unit)
-            if not isinstance(unit, Fold):
-                seen.append(unit)
-            yield unit
+    def noted(done: Iterator[Any]) -> Iterator[Any]:
+        for item in done:
+            if not isinstance(item, Fold):
+                seen.append(item)
+            yield item
 
-    monkeypatch.setattr(units, "run", run)
-    for job in (evaluate, generate):
-        monkeypatch.setattr(job, "session", lambda *_: contextlib.nullcontext(Resources(torch.get_num_threads(), 0)))
+    monkeypatch.setitem(ENGINES, "local", through(noted))
     return seen
 
 

@@ -24,7 +24,7 @@ from freeguide.trainer.checkpoints import search
 from freeguide.trainer.checkpoints.manifest import checksummed, folder_of
 from freeguide.trainer.checkpoints.values import load
 from freeguide.trainer.weights import weights_of
-from tests.cluster.untrained import DIGITS, HALF_LIFE, options, write_lab, write_run
+from tests.cluster.untrained import DIGITS, HALF_LIFE, LOCAL, options, write_lab, write_run
 
 STORED = ("ema", HALF_LIFE, "master")  # kinds of values in the checkpoint
 HUGE = 2**42  # bytes, none of them on the disk
@@ -38,7 +38,7 @@ class Place:
         write_lab(self.lab)
         (self.lab / "data" / "names.txt").write_text("\n".join("abcdefghij"))
         more = ["evaluate.w=[0.5]", "evaluate.images=40", "generate.images=20", "generate.unit=10"]
-        self.options = [*options(self.lab, self.run), *more]
+        self.options = [*options(self.lab, self.run), *LOCAL, *more]
         self.config = load_config(DIGITS, self.options, "evaluate")
         store = write_run(self.config)
         store.put("config.yaml", sealed(to_yaml(self.config)).encode())

@@ -15,11 +15,11 @@ from freeguide.cluster.jobs.generate import generate
 from freeguide.data_pipeline.scan import scan_all
 from freeguide.data_pipeline.store.open import open_store
 from freeguide.data_pipeline.stored import load_manifest
-from tests.cluster.untrained import DIGITS, options, small, write_run
+from tests.cluster.untrained import DIGITS, LOCAL, options, small, write_run
 
 ROOT = Path(__file__).parents[2]
 BRIEF = ["sampling.steps=2", "sampling.interval=[]", "evaluate.w=[0.5]", "evaluate.images=20", "evaluate.unit=10"]
-BRIEF += ["generate.images=40", "generate.unit=20"]
+BRIEF += ["generate.images=40", "generate.unit=20", *LOCAL]
 
 
 def mounted(folder: Path, *options: str) -> None:

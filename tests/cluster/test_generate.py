@@ -18,13 +18,13 @@ import torch
 import webdataset
 import yaml
 
-from freeguide.cluster.evaluation import units
+from freeguide.cluster.evaluation.executor import Resources
 from freeguide.cluster.evaluation.extractors.images import to_uint8
 from freeguide.cluster.evaluation.series import Series
 from freeguide.cluster.evaluation.units import Unit
 from freeguide.cluster.jobs import generate as generation
 from freeguide.cluster.jobs.generate import NPZ, _check_disk, _Generate, generate, write_npz
-from freeguide.cluster.runtime.session import Resources
+from freeguide.cluster.runtime.engines import ENGINES
 from freeguide.configs.errors import CheckpointError, ConfigError, StoreError
 from freeguide.configs.load import load_config, to_yaml
 from freeguide.configs.schema import Config, DataConfig
@@ -38,7 +38,7 @@ from freeguide.data_pipeline.stored import NAME, load_manifest, save_manifest
 from freeguide.trainer.checkpoints import search
 from freeguide.trainer.sampler import Sampler, image_labels
 from freeguide.trainer.weights import Weights
-from tests.cluster.untrained import write_run
+from tests.cluster.untrained import LOCAL, through, write_run
 
 ROOT = Path(__file__).parents[2]
 HERE = Resources(cpus=torch.get_num_threads(), gpus=0)
@@ -51,7 +51,7 @@ def config(tmp_path: Path) -> Config:
     write_shards(Source(Schema(8, 1, 10), 20, lambda i: Sample(noise[i], i % 10), "noise"), open_store(f"{tmp_path}/data"))
     small = ["model.channels=16", "model.head_channels=16", "sampling.steps=2", "sampling.labels=random", "sampling.batch=3"]
     asked = ["generate.images=10", "generate.unit=4", "generate.w=0.5", f"run={tmp_path}/run", f"data.uri={tmp_path}/data"]
-    config = load_config(ROOT / "configs" / "digits.yaml", [*small, *asked], "generate")
+    config = load_config(ROOT / "configs" / "digits.yaml", [*small, *asked, *LOCAL], "generate")
     write_run(config)
     return config
 
@@ -94,7 +94,7 @@ def test_images_of_one_class_are_made_and_guidance_of_them_is_said_to_mean_nothi
     if not w:
         small.append("diffusion.p_uncond=0")  # which can be sampled at w = 0
     asked = [f"generate.w={w}", f"run={tmp_path}/run", f"data.uri={tmp_path}/data"]
-    config = load_config(ROOT / "configs" / "digits.yaml", [*small, *asked], "generate")
+    config = load_config(ROOT / "configs" / "digits.yaml", [*small, *asked, *LOCAL], "generate")
     write_run(config)
     images, labels = scan_all(store := open_store(generate(config)), load_manifest(store))
     assert (len(images), labels.tolist()) == (5, [0] * 5)
@@ -109,19 +109,19 @@ def test_a_set_that_was_cut_off_goes_on_to_the_same_bits(
     expected = {info.key: whole.get(info.key) for info in whole.list()}
     config.run = f"{tmp_path}/again"
     write_run(config)
-    run = units.run
 
-    def interrupted(*arguments: object) -> Iterator[Unit]:
-        for unit in run(*arguments):  # type: ignore[arg-type]
+    def interrupted(done: Iterator[Unit]) -> Iterator[Unit]:
+        for unit in done:
+            made.append(unit)
             yield unit
             if unit.first == 4:
                 raise StoreError("the store is gone.")
 
-    monkeypatch.setattr(units, "run", interrupted)
     made.clear()
-    with pytest.raises(StoreError):
-        generate(config)
-    monkeypatch.setattr(units, "run", run)
+    with monkeypatch.context() as patch:
+        patch.setitem(ENGINES, "local", through(interrupted))
+        with pytest.raises(StoreError):
+            generate(config)
     again = open_store(generate(config))
     assert [unit.first for unit in made] == [0, 4, 8]
     found = {info.key: again.get(info.key) for info in again.list()}

@@ -1,6 +1,7 @@
 """What an evaluation leaves behind: checked when it is used, never of two kinds, and safe from places that cannot be written."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from freeguide.cluster.evaluation.rows import from_json
 from freeguide.cluster.evaluation.units import check_kind, kind_of
 from freeguide.cluster.jobs.evaluate import evaluate, fetch_report
 from freeguide.cluster.jobs.generate import generate
+from freeguide.cluster.runtime.engines import ENGINES
 from freeguide.configs.errors import CheckpointError, ConfigError, DataError, UserError
 from freeguide.configs.schema import Config
 from freeguide.data_pipeline.store.base import Denied, Store
 from freeguide.data_pipeline.store.folder import FolderStore
 from freeguide.data_pipeline.store.open import open_store
 from freeguide.trainer.weights import weights_of
-from tests.cluster.untrained import small, write_run
+from tests.cluster.untrained import small, through, write_run
 
 
 @pytest.fixture(autouse=True)
@@ -206,17 +208,14 @@ def test_kept_weights_of_old_steps_go_unless_something_unfinished_needs_them(
     def kept() -> list[int]:
         return [int(info.key.split("-")[1]) for info in store.list("weights/") if info.key.endswith("s")]
 
-    run = units.run
-
-    def broken_off(todo: Any, *arguments: Any) -> Any:
-        for unit in run(todo, *arguments):
-            yield unit
-            raise DataError("broken off")
+    def broken_off(done: Iterator[Any]) -> Iterator[Any]:
+        yield next(done)
+        raise DataError("broken off")
 
     for step in (1, 2, 3):
         write_run(at(0), seed=step, step=step)
     with monkeypatch.context() as patch:
-        patch.setattr(units, "run", broken_off)
+        patch.setitem(ENGINES, "local", through(broken_off))
         with pytest.raises(DataError, match="broken off"):
             evaluate(at(1))
         with pytest.raises(DataError, match="broken off"):

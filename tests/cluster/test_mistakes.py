@@ -280,7 +280,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with data, a run of 8 steps and a config for them (lab/, run/, good.yaml), beside what is none of these."""
     folder = tmp_path_factory.mktemp("here")
     write_lab(folder / "lab")
-    config = small(folder / "lab", folder / "run", "train.steps=8")
+    config = small(folder / "lab", folder / "run", "train.steps=8", "cluster.engine=ray")
     write_run(config)
     (folder / "good.yaml").write_text(to_yaml(config))
     texts = {

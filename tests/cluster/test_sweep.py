@@ -17,6 +17,7 @@ from threadpoolctl import threadpool_limits
 
 from freeguide.cluster.evaluation import fold, units
 from freeguide.cluster.evaluation import series as sweep_module
+from freeguide.cluster.evaluation.executor import Resources
 from freeguide.cluster.evaluation.extractors.evaluator import fit_evaluator
 from freeguide.cluster.evaluation.extractors.features import Measured, load_extractor
 from freeguide.cluster.evaluation.extractors.images import to_uint8
@@ -32,7 +33,6 @@ from freeguide.cluster.jobs.evaluate import evaluate
 from freeguide.cluster.jobs.export import export
 from freeguide.cluster.jobs.inspect import inspect
 from freeguide.cluster.jobs.score import score
-from freeguide.cluster.runtime.session import Resources
 from freeguide.configs.errors import CheckpointError, ConfigError, DataError, UserError
 from freeguide.configs.load import from_yaml, load_config, screen_images, to_yaml
 from freeguide.configs.load import sweep as combinations

@@ -12,8 +12,8 @@ from ray.exceptions import ActorDiedError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2.api.exceptions import WorkerGroupError
 
+from freeguide.cluster.evaluation.executor import Resources
 from freeguide.cluster.jobs import train
-from freeguide.cluster.runtime.session import Resources
 from freeguide.configs.errors import ConfigError, StoreError, UserError
 from freeguide.configs.load import load_config
 from freeguide.configs.schema import Config

@@ -1,13 +1,11 @@
 """What a data set is measured with: made once, the same bits each time, pinned by its hash, refused where it does not fit."""
 
-import contextlib
 import dataclasses
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,7 +28,7 @@ from freeguide.cluster.evaluation.statistics.fid import fid
 from freeguide.cluster.evaluation.statistics.moments import from_features, merged
 from freeguide.cluster.evaluation.yardstick import EVALUATOR, warn_of_few, yardsticks_of
 from freeguide.cluster.jobs import evaluate as evaluation
-from freeguide.cluster.runtime.session import Resources
+from freeguide.cluster.runtime.engines import ENGINES, executor
 from freeguide.configs.errors import ConfigError, DataError, UserError
 from freeguide.configs.load import load_config
 from freeguide.data_pipeline.artifact import fingerprint
@@ -43,10 +41,10 @@ from freeguide.data_pipeline.store.folder import FolderStore
 from freeguide.data_pipeline.store.open import open_store
 from freeguide.data_pipeline.stored import load_manifest
 from freeguide.trainer.sampler import Sampler, image_labels
-from tests.cluster.untrained import SMALL, small, write_lab, write_run
+from tests.cluster.untrained import LOCAL, SMALL, small, through, write_lab, write_run
 
 DIGITS = str(Path(__file__).parents[2] / "configs" / "digits.yaml")
-FACTS = ["data.classes=2", "evaluate.evaluator_epochs=1", "evaluate.images=100"]
+FACTS = ["data.classes=2", "evaluate.evaluator_epochs=1", "evaluate.images=100", *LOCAL]
 Find = Callable[..., list[Yardstick]]
 
 
@@ -67,19 +65,16 @@ def toys(tmp_path: Path) -> str:
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Runs Ray's task in this process; a word for each that ran."""
+    """A word for each time that something was made."""
     ran = list[str]()
 
-    def task(function: Callable[..., str]) -> SimpleNamespace:
-        def remote(*arguments: object) -> str:
-            ran.append("made")
-            return function(*arguments)
+    def noted(done: Iterator[Any]) -> Iterator[Any]:
+        for item in done:
+            if isinstance(item, str):
+                ran.append("made")
+            yield item
 
-        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=remote))
-
-    here = Resources(cpus=torch.get_num_threads(), gpus=0)
-    monkeypatch.setattr(yardstick, "ray", SimpleNamespace(remote=task, get=lambda result: result))
-    monkeypatch.setattr(yardstick, "session", lambda *_: contextlib.nullcontext(here))
+    monkeypatch.setitem(ENGINES, "local", through(noted))
     return ran
 
 
@@ -90,7 +85,8 @@ def find(made: list[str], tmp_path: Path) -> Find:
     def look(uri: str, *options: str) -> list[Yardstick]:
         config = load_config(DIGITS, [f"data.uri={uri}", f"run={tmp_path}/run", *FACTS, *options], "evaluate")
         data = open_store(uri)
-        return yardsticks_of(config, data, load_manifest(data), lambda: Resources(torch.get_num_threads(), 0))
+        with executor(config, 1) as engine:
+            return yardsticks_of(config, data, load_manifest(data), engine)
 
     return look
 
@@ -271,7 +267,7 @@ def test_dinov2_is_a_second_yardstick_with_a_reference_of_its_own(toys: str, fin
     assert made == ["made", "made"]
 
 
-@pytest.mark.usefixtures("in_process", "words_only")
+@pytest.mark.usefixtures("words_only")
 def test_an_evaluation_has_fd_dinov2_beside_the_rest(
     made: list[str], tiny_dinov2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -393,7 +389,7 @@ def write_flat(folder: Path, images: int = 100, symmetric: bool = False) -> str:
     return str(folder)
 
 
-FLAT = ["data.classes=0", "evaluate.evaluator_epochs=3"]
+FLAT = ["data.classes=0", "evaluate.evaluator_epochs=3", *LOCAL]
 
 
 def test_data_without_classes_are_measured_by_how_their_pictures_are_turned(
@@ -473,14 +469,13 @@ def test_a_name_that_no_evaluator_can_have_is_refused_before_anything_is_made(tm
     assert found.extractor.name == "photos-rotations"
 
 
-@pytest.mark.usefixtures("in_process")
 def test_an_evaluation_without_classes_ends_in_a_report_without_a_score(
     made: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     uri = write_flat(tmp_path / "photos")
     own = ["sampling.interval=[]", "evaluate.grid=20", "cluster.workers=1"]
     asked = [f"run={tmp_path}/run", f"data.uri={uri}", "data.classes=1", "evaluate.evaluator_epochs=3"]
-    config = load_config(DIGITS, [*SMALL, *own, *asked, "evaluate.w=[0]"], "evaluate")
+    config = load_config(DIGITS, [*SMALL, *LOCAL, *own, *asked, "evaluate.w=[0]"], "evaluate")
     write_run(config)
     monkeypatch.chdir(tmp_path)
     folder = evaluation.evaluate(config)

@@ -3,12 +3,17 @@
 import dataclasses
 import json
 import zlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from freeguide.cluster.evaluation import reference
+from freeguide.cluster.evaluation.executor import Executor
 from freeguide.cluster.evaluation.extractors import evaluator
+from freeguide.cluster.runtime.here import here
 from freeguide.configs.load import load_config, to_yaml
 from freeguide.configs.schema import Config
 from freeguide.data_pipeline.scan import scan_all
@@ -23,6 +28,7 @@ from freeguide.trainer.networks.build import build_network
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
 HALF_LIFE = "half_life_50"  # a second average that the checkpoints hold
+LOCAL = ["cluster.engine=local", f"cluster.cpus_per_worker={torch.get_num_threads()}"]  # bits are those of this process's threads
 SMALL = [
     *("model.channels=8", "model.head_channels=8", "model.channel_mult=[1]", "model.attention=[]"),
     *("sampling.steps=6", "sampling.interval=[-2,3]"),
@@ -49,7 +55,19 @@ def options(lab: Path, run: Path | str) -> list[str]:
 
 
 def small(lab: Path, run: Path | str, *overrides: str) -> Config:
-    return load_config(DIGITS, [*options(lab, run), *overrides], "evaluate")
+    """A config of that lab for jobs that run in this process."""
+    return load_config(DIGITS, [*options(lab, run), *LOCAL, *overrides], "evaluate")
+
+
+def through(wrap: Callable[[Iterator[Any]], Iterator[Any]]) -> Callable[[Config, int], AbstractContextManager[Executor]]:
+    """The local engine, whose finished items go through `wrap`: for `engines.ENGINES`."""
+
+    @contextmanager
+    def engine(config: Config, workers: int) -> Iterator[Executor]:
+        with here(config, workers) as own:
+            yield dataclasses.replace(own, run=lambda items, make, gpus=True: wrap(own.run(items, make, gpus)))
+
+    return engine
 
 
 def write_run(config: Config, seed: int = 0, step: int = 8) -> Store:

@@ -1,4 +1,4 @@
-"""A driver of `units.run` in a process of its own: `python drive_units.py STORE IMAGES WEIGHTS DEATHS REFUSALS SECONDS`.
+"""A driver of `pool.run` in a process of its own: `python drive_pool.py STORE IMAGES WEIGHTS DEATHS REFUSALS SECONDS`.
 
 Lists are in JSON; a unit takes SECONDS. Prints the finished units as JSON, or the sentence of a UserError with exit code 2.
 """
@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 
 from freeguide.cluster.evaluation import units
+from freeguide.cluster.evaluation.executor import Resources
 from freeguide.cluster.evaluation.units import Unit
-from freeguide.cluster.runtime.session import session
+from freeguide.cluster.runtime.engines import executor
 from freeguide.configs.errors import DataError, UserError
 from freeguide.configs.load import load_config
 from freeguide.data_pipeline.store.base import Store
@@ -26,7 +27,7 @@ class Count:
     is; refuses those in `refusals`.
     """
 
-    def __init__(self, store: Store, deaths: list[int], refusals: list[int], seconds: float) -> None:
+    def __init__(self, store: Store, deaths: list[int], refusals: list[int], seconds: float, _: Resources) -> None:
         self.store, self.deaths, self.refusals, self.seconds = store, deaths, refusals, seconds
 
     def __call__(self, unit: Unit) -> None:
@@ -49,8 +50,8 @@ def main() -> int:
     make = functools.partial(Count, store, deaths, refusals, float(sys.argv[6]))
     config = load_config(ROOT / "configs" / "digits.yaml", ["cluster.actors=2"])
     try:
-        with session(config, 2) as resources:
-            done = list(units.run(units.split(weights, images, 10), make, config, resources))
+        with executor(config, 2) as engine:
+            done = list(engine.run(units.split(weights, images, 10), make))
     except UserError as error:
         print(error)
         return 2
