@@ -9,7 +9,7 @@ from PIL import Image
 
 from freeguide.configs.load import load_config
 from freeguide.data_pipeline.shards import write_shards
-from freeguide.data_pipeline.sources.read import digits
+from freeguide.data_pipeline.sources.digits import digits
 from freeguide.data_pipeline.store.open import open_store
 from tests.cluster.untrained import DIGITS, SMALL, write_run
 from tests.docs.printed import ROOT, blocks

@@ -15,7 +15,7 @@ from freeguide.configs.errors import CheckpointError, UserError
 from freeguide.configs.load import load_config, to_yaml
 from freeguide.configs.schema import Config
 from freeguide.data_pipeline.shards import write_shards
-from freeguide.data_pipeline.sources.read import digits
+from freeguide.data_pipeline.sources.digits import digits
 from freeguide.data_pipeline.store.open import open_store
 from freeguide.trainer.diffusion.oracles import GaussianClasses
 from freeguide.trainer.diffusion.samplers import SAMPLERS
