@@ -68,10 +68,10 @@ def changed(root: Path, before: dict[str, str], place: str, old: str, new: str) 
         ),
         ("data_pipeline/tar.py", "def samples(", "@list\ndef samples(", {"references", "evaluators", "sets"}),
         (
-            "trainer/training/engine.py",
+            "trainer/networks/kernels.py",
             "cudnn.allow_tf32 = False",
             "cudnn.allow_tf32 = True",
-            {"units", "sets", "references", "evaluators"},
+            {"units", "rows", "sets", "references", "evaluators"},  # rows, as `Sampler` is used whole
         ),
         ("trainer/sampler.py", "index % config.data.classes", "(index + 1) % config.data.classes", SAMPLED),
         ("trainer/sampler.py", "config.data.classes >> 32", "config.data.classes >> 31", SAMPLED),
