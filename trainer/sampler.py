@@ -1,8 +1,8 @@
 """A trained run, ready to sample: its averaged weights, its schedule, and Algorithm 2 with the run's sampling options.
 
-Image i of a seed depends on (seed, i), its label and w only: its noise is keyed by i, so any machine may draw any part. Where
-guidance is kept to an interval of log-SNRs, trajectories of different w are one and the same up to the first guided level: `sweep`
-goes there once and lets every w continue from that state, with the same bits as by itself.
+Image i of a seed depends on (seed, i), its label and w only: its noise is keyed by i, so any machine may draw any part. If guidance
+is kept to an interval of log-SNRs, the trajectories of all w are the same up to the first guided level: `sweep` goes there once and
+lets every w continue from that state, with the same bits as by itself.
 """
 
 import logging

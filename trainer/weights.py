@@ -2,9 +2,10 @@
 
 A training that goes on deletes its older checkpoints, while an evaluation may last for days and be given again after weeks. So
 whoever samples keeps the averaged weights first (`weights/step-00000500-ema-<name>.safetensors`, fp32). The name follows from the
-checksums of all that they are made of: the checkpoint's manifest and, where an average is reconstructed, those of its snapshots.
+checksums of all that they are made of: the checkpoint's manifest and, if an average is reconstructed, those of its snapshots.
 
-They are as large as a network, so what samples them may delete them again. What they were stays: their facts stand beside them.
+They are as large as a network, so a job that ends well deletes those that nobody needs. What they were made of stays on record in a
+small file beside them.
 """
 
 import re
@@ -49,7 +50,7 @@ class Weights:
         return f"{_prefix(self.step, self.ema)}{fingerprint({'ema': self.ema, 'of': self.of})}.safetensors"
 
     def keep(self) -> None:
-        """Keep them, where that has not been done. Raises CheckpointError where the checkpoint is no longer the one that it was."""
+        """Keep them, unless that has been done. Raises CheckpointError if the checkpoint has been replaced since."""
         run, facts = open_store(self.run), {"of": self.of, "data": self.data, "distance": self.distance}
         if not run.exists(self.key):
             run.put(self.key, to_safetensors(self._average(run), _FACTS, facts))
@@ -58,7 +59,7 @@ class Weights:
     def read(self) -> dict[str, Tensor]:
         """Their values by parameter name, fp32: the kept ones, or else from the checkpoint. Raises CheckpointError as `keep`.
 
-        What was kept and is damaged, or has no checksum as older versions kept it, is made again where the checkpoint still stands.
+        Kept weights that are damaged, or have no checksum (older versions wrote none), are made again if the checkpoint is there.
         """
         run = open_store(self.run)
         if not run.exists(self.key):
@@ -91,7 +92,7 @@ class Weights:
 def weights_of(config: Config) -> Weights:
     """The weights `sampling.ema` of `sampling.checkpoint`: of a checkpoint, or kept from one that the training has deleted since.
 
-    Raises CheckpointError where there are none.
+    Raises CheckpointError if there are none.
     """
     run, step, name = open_store(config.run), config.sampling.checkpoint, config.sampling.ema
     try:

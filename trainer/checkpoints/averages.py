@@ -35,8 +35,8 @@ class Recipe:
 def recipe(store: Store, checkpoint: Checkpoint, name: str, lost: bool = False) -> Recipe:
     """How to make the weights that `sampling.ema` names: a stored average, "master", or a sigma_rel_X from all snapshots.
 
-    Raises CheckpointError for an average that the run does not keep and that cannot be reconstructed, and where snapshots are lost;
-    with `lost` (`sampling.lost_snapshots`) those that are left are read and checked, and the best is made of the good ones.
+    Raises CheckpointError if the run does not keep the average and it cannot be reconstructed, or if snapshots are lost. With
+    `lost` (`sampling.lost_snapshots`) the snapshots that are left are read and checked, and the average is made of the good ones.
     """
     width = sigma_rel_of(name)
     if name in (*checkpoint.averages, "master") and not (lost and width and _damage(store, checkpoint, [name])):

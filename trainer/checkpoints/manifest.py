@@ -122,7 +122,7 @@ def present_files(store: Store, found: Checkpoint) -> Checkpoint:
 
 
 def stated_step(store: Store, key: str) -> int | None:
-    """The step that the manifest at `key` states, None where it is damaged. Raises MissingObject."""
+    """The step that the manifest at `key` states, None if it is damaged. Raises MissingObject."""
     try:
         return parsed(store, key).step
     except CheckpointError:
@@ -170,7 +170,7 @@ def checksummed(manifest: dict[str, Any]) -> bytes:
 
 
 def verified(data: bytes) -> Any:
-    """What `checksummed` was given. Raises ValueError where that is not what this is."""
+    """The manifest that `checksummed` was given. Raises ValueError if these bytes are not what it returned."""
     manifest = parse_json(data)
     if not isinstance(manifest, dict) or "sha256" not in manifest:
         raise ValueError("it has no checksum")
@@ -179,7 +179,7 @@ def verified(data: bytes) -> Any:
 
 
 def _check_seal(manifest: dict[str, Any]) -> None:
-    """Takes the checksum out; older manifests have none. Raises ValueError where it does not fit to the rest."""
+    """Take the checksum out; older manifests have none. Raises ValueError if it does not fit the rest."""
     stated = manifest.pop("sha256", None)
     if stated is not None and stated != _checksum(manifest):
         raise ValueError("its checksum does not fit")

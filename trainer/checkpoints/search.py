@@ -37,8 +37,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 def survey(store: Store, kind: str = CHECKPOINTS) -> Iterator[Checkpoint | CheckpointError]:
     """The checkpoints (or SNAPSHOTS) of a run, newest first: each as its manifest says, or what is wrong with it.
 
-    A run that goes on deletes older ones, which are passed over. Where all that were listed may have gone, it has saved newer ones
-    before, and they are listed again. Raises CheckpointError for a run that is always faster.
+    A training that goes on deletes its older checkpoints: they are passed over. If all that were listed have gone, the training has
+    saved newer ones before it deleted them, so they are listed again. Raises CheckpointError if the training is always faster.
     """
     seen: set[str] = set()
     for _ in range(_LISTINGS):
@@ -108,8 +108,8 @@ def candidates(
 ) -> Iterator[Checkpoint]:
     """The checkpoints that a run with the averages `names` can go on from, newest first: those that have all, or any with `drop`.
 
-    Raises CheckpointError where there are some, and none is left. `without` are those that could be gone on from with `drop`; who
-    finds that more averages are lost than the manifests tell adds to it.
+    Raises CheckpointError if there are checkpoints and none of them will do. `without` says which of them would do with `drop`; a
+    caller that finds more averages lost than the manifests tell adds them to it.
     """
     count, without = 0, [] if without is None else without
     for found in survey(store):

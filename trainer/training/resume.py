@@ -31,7 +31,7 @@ def resume(
 ) -> Checkpoint | None:
     """Load the newest whole checkpoint into `engine` and `ema` and return it; None for a new run.
 
-    With `before`, the newest one of an earlier step that `every` divides, and None where there is none: a run may go back.
+    With `before`, the newest one of an earlier step that `every` divides, or None: so a run goes back.
     With `drop`, averages that are lost leave `ema`; else the newest checkpoint that has them all is taken.
     All ranks call it together and take the same checkpoint. Everything is read and checked before a weight is touched.
     Raises CheckpointError if the run was started with another network, data set, seed or fewer averages, or if there are
@@ -92,7 +92,7 @@ def _stage(
 ) -> list[tuple[str, Tensor, Tensor]]:
     """(kind, live tensor, its new values) for everything this rank holds. Adds to `lost` the averages that cannot be read, and why.
 
-    Raises CheckpointError or StoreError where weights or moments cannot be.
+    Raises CheckpointError or StoreError if weights or moments cannot be read.
     """
     wanted = {kind: [(f, engine.values(f, kind)) for f in engine.fragments] for kind in KINDS}
     wanted |= {name: list(zip(ema.fragments, own, strict=True)) for name, own in ema.values.items() if name not in lost}
@@ -110,7 +110,7 @@ def _stage(
 
 
 def _fragments(store: Store, checkpoint: Checkpoint, kind: str, fragments: Sequence[Fragment]) -> list[Tensor]:
-    """The values of one kind of each fragment. Raises CheckpointError where they are damaged or incomplete."""
+    """The values of one kind of each fragment. Raises CheckpointError if they are damaged or incomplete."""
     targets = [torch.full((fragment.numel,), math.nan) for fragment in fragments]
     covered = [0] * len(fragments)
     by_name: dict[str, list[int]] = {}
