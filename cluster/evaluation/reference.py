@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from freeguide.cluster.evaluation.extractors.features import UNIT, Extractor, Measured, concatenated, read_object
+from freeguide.cluster.evaluation.extractors.features import UNIT, Extractor, Measured, concatenated
 from freeguide.cluster.evaluation.statistics import moments
 from freeguide.configs.errors import DataError
 from freeguide.data_pipeline.artifact import names_of, read_npz, to_npz
 from freeguide.data_pipeline.manifest import Manifest
 from freeguide.data_pipeline.scan import scan
 from freeguide.data_pipeline.store.base import Access, Store
+from freeguide.data_pipeline.store.open import read_object
 
 Array = NDArray[np.float64]
 

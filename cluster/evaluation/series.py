@@ -21,8 +21,9 @@ import torch
 from freeguide.cluster.evaluation import units
 from freeguide.cluster.evaluation.conditions import decisive, sampled
 from freeguide.cluster.evaluation.executor import Resources
-from freeguide.cluster.evaluation.extractors.features import load_extractor, measure_with
+from freeguide.cluster.evaluation.extractors.features import measure_with
 from freeguide.cluster.evaluation.extractors.images import to_uint8
+from freeguide.cluster.evaluation.extractors.load import load_extractor
 from freeguide.cluster.evaluation.measure import Yardstick
 from freeguide.cluster.evaluation.rows import MODEL, Row
 from freeguide.cluster.evaluation.units import Unit

@@ -23,7 +23,8 @@ from freeguide.cluster.evaluation import reference as references
 from freeguide.cluster.evaluation.executor import Executor, Resources
 from freeguide.cluster.evaluation.extractors import evaluator as evaluators
 from freeguide.cluster.evaluation.extractors.evaluator import Evaluator
-from freeguide.cluster.evaluation.extractors.features import Extractor, load_dinov2, load_extractor, load_judge
+from freeguide.cluster.evaluation.extractors.features import Extractor
+from freeguide.cluster.evaluation.extractors.load import load_dinov2, load_extractor, load_judge
 from freeguide.cluster.evaluation.measure import Yardstick
 from freeguide.configs.errors import StoreError
 from freeguide.configs.schema import Config

@@ -26,15 +26,8 @@ from numpy.typing import NDArray
 
 from freeguide.cluster.evaluation import measure
 from freeguide.cluster.evaluation import reference as references
-from freeguide.cluster.evaluation.extractors.features import (
-    UNIT,
-    Extractor,
-    Measured,
-    load_dinov2,
-    load_judge,
-    measure_with,
-    read_object,
-)
+from freeguide.cluster.evaluation.extractors.features import UNIT, Extractor, Measured, measure_with
+from freeguide.cluster.evaluation.extractors.load import load_dinov2, load_judge
 from freeguide.cluster.evaluation.measure import Yardstick
 from freeguide.cluster.evaluation.reference import Reference
 from freeguide.cluster.evaluation.rows import UNKNOWN, Row, to_json, typed
@@ -49,7 +42,7 @@ from freeguide.data_pipeline.scan import scan_all
 from freeguide.data_pipeline.sources.folder import picture
 from freeguide.data_pipeline.store.base import READERS, Access, Store
 from freeguide.data_pipeline.store.folder import FolderStore
-from freeguide.data_pipeline.store.open import open_store
+from freeguide.data_pipeline.store.open import open_store, read_object
 from freeguide.data_pipeline.store.unfinished import unfinished
 from freeguide.data_pipeline.stored import NAME, load_manifest
 from freeguide.trainer.networks.kernels import choose_kernels

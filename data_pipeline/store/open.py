@@ -10,9 +10,10 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from freeguide.configs.errors import DataError
 from freeguide.configs.locations import locate
 from freeguide.configs.schema import DataConfig
-from freeguide.data_pipeline.store.base import MEMORY, Access, Denied, ObjectInfo, Retry, Store
+from freeguide.data_pipeline.store.base import MEMORY, Access, Denied, MissingObject, ObjectInfo, Retry, Store
 from freeguide.data_pipeline.store.folder import FolderStore
 
 
@@ -31,6 +32,15 @@ def open_like(store: Store, uri: str) -> Store:
     found = open_store(uri, getattr(store, "retry", None), getattr(store, "access", None))
     found.traffic = store.traffic
     return found
+
+
+def read_object(uri: str, remedy: str, access: Access | None = None, most: int = MEMORY) -> bytes:
+    """The bytes at a path or URI, at `most`. Raises DataError, with the remedy, if nothing is there, and for larger objects."""
+    folder, _, name = uri.rpartition("/")
+    try:
+        return open_store(folder or ("/" if uri.startswith("/") else "."), access=access).get(name, most)
+    except MissingObject:
+        raise DataError(f"{uri} does not exist; {remedy}") from None
 
 
 def create_bucket(uri: str) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from freeguide.cluster.evaluation.extractors.features import load_extractor
+from freeguide.cluster.evaluation.extractors.load import load_extractor
 from freeguide.cluster.jobs.prepare import FEW, index, prepare
 from freeguide.configs.errors import DataError
 from freeguide.configs.load import load_config

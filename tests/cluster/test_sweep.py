@@ -19,8 +19,9 @@ from freeguide.cluster.evaluation import fold, units
 from freeguide.cluster.evaluation import series as sweep_module
 from freeguide.cluster.evaluation.executor import Resources
 from freeguide.cluster.evaluation.extractors.evaluator import fit_evaluator
-from freeguide.cluster.evaluation.extractors.features import Measured, load_extractor
+from freeguide.cluster.evaluation.extractors.features import Measured
 from freeguide.cluster.evaluation.extractors.images import to_uint8
+from freeguide.cluster.evaluation.extractors.load import load_extractor
 from freeguide.cluster.evaluation.fold import Folded, Folder, planned
 from freeguide.cluster.evaluation.measure import Yardstick
 from freeguide.cluster.evaluation.reference import Reference, Statistics

@@ -17,10 +17,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from freeguide.cluster.cli import main
 from freeguide.cluster.evaluation import units, yardstick
 from freeguide.cluster.evaluation.extractors import dinov2, evaluator, features
+from freeguide.cluster.evaluation.extractors import load as loading
 from freeguide.cluster.evaluation.extractors.dinov2 import VisionTransformer
 from freeguide.cluster.evaluation.extractors.evaluator import Evaluator
-from freeguide.cluster.evaluation.extractors.features import load_extractor
 from freeguide.cluster.evaluation.extractors.images import to_uint8
+from freeguide.cluster.evaluation.extractors.load import load_extractor
 from freeguide.cluster.evaluation.measure import Yardstick
 from freeguide.cluster.evaluation.reference import load_npz
 from freeguide.cluster.evaluation.rows import from_json
@@ -305,13 +306,13 @@ def test_every_extractor_is_read_once(toys: str, find: Find, tiny_dinov2: str, m
     (own,) = find(toys)
     pinned = (f"evaluate.extractor={own.weights}", f"evaluate.dinov2={tiny_dinov2}")
     find(toys, *pinned)
-    read, load = list[str](), features._load
+    read, load = list[str](), loading._load
 
     def counted(uri: str, access: object) -> features.Extractor:
         read.append(uri)
         return load(uri, access)
 
-    monkeypatch.setattr(features, "_load", counted)
+    monkeypatch.setattr(loading, "_load", counted)
     find(toys, *pinned)
     assert read == [own.weights, tiny_dinov2]
 

@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from freeguide.cluster.evaluation.extractors.features import DINOV2, WEIGHTS_BYTES, Measured, load_weights, read_object, to_rgb
-from freeguide.data_pipeline.store.base import Access
+from freeguide.cluster.evaluation.extractors.features import DINOV2, Loader, Measured, load_weights, to_rgb
 
 FILE = "dinov2_vitl14_pretrain.pth"
 SOURCE = f"get it from dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/{FILE} and keep the name"
@@ -139,11 +138,14 @@ class DinoV2:
         return Measured(torch.cat(parts).numpy())
 
 
-def load(uri: str, access: Access | None = None) -> DinoV2:
-    """DINOv2 with the weights at a path or URI. Raises DataError if they are missing or of another network."""
+def from_bytes(data: bytes, where: str) -> DinoV2:
+    """DINOv2 with the weights in `data`. Raises DataError if they are of another network."""
     with torch.device("meta"):  # 1.2 GB that need not be initialised first
         network = VisionTransformer()
-    return DinoV2(network, load_weights(read_object(uri, SOURCE, access, WEIGHTS_BYTES), network, uri))
+    return DinoV2(network, load_weights(data, network, where))
+
+
+LOADER = Loader("*dinov2_vitl14*", FILE, from_bytes, SOURCE)
 
 
 def to_input(x: Tensor) -> Tensor:

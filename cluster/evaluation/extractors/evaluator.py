@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from freeguide.cluster.evaluation.extractors.features import Measured
+from freeguide.cluster.evaluation.extractors.features import Loader, Measured
 from freeguide.configs.errors import DataError
 from freeguide.data_pipeline.artifact import read_safetensors, to_safetensors
 
@@ -186,6 +186,9 @@ def from_bytes(data: bytes, where: str = "evaluator") -> Evaluator:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise DataError(f"{where} is not an evaluator ({reason}); {remedy}") from None
     return Evaluator(**values, network=network.eval(), rotations=learned == ROTATIONS)
+
+
+LOADER = Loader("*.safetensors", "*.safetensors", from_bytes, "fit an evaluator, or correct its path", most=2**28)  # it has some MB
 
 
 def _convolution(width_in: int, width_out: int) -> list[nn.Module]:

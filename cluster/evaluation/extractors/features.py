@@ -1,13 +1,13 @@
-"""What turns images into features: one seam for Inception, DINOv2 and freeguide's own small evaluators.
+"""Extractor: what turns images into features. Inception, DINOv2 and freeguide's own small evaluators are extractors.
 
 A distance between image sets is a property of the extractor as much as of the images, so an extractor carries its name, the hash
 of its weights and its resize rule into every row that it measured. Weights are never downloaded: the user names a file or an
-object, and the file's hash says what it is.
+object, and the file's hash says what it is. `load.py` has the dictionary of what there is.
 """
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -17,12 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from freeguide.configs.errors import DataError
-from freeguide.data_pipeline.store.base import MEMORY, Access, MissingObject
-from freeguide.data_pipeline.store.open import open_store
 
 DINOV2 = "dinov2-vitl14"  # what rows call it
 WEIGHTS_BYTES = 2**33  # of published networks: DINOv2 has 1.2 GB
-EVALUATOR_BYTES = 2**28  # an own one has some MB
 UNIT = 1024  # images measured at a time where no work unit says otherwise; it decides the order in which moments are added
 
 
@@ -79,65 +76,21 @@ class Extractor(Protocol):
         """Measure images uint8 (N, H, W, C). Raises DataError for images that it cannot take."""
 
 
+@dataclass(frozen=True)
+class Loader:
+    """How a kind of extractor is made of its weights."""
+
+    files: str  # which names the files of its weights have, as a shell's pattern
+    example: str  # a name that its users give such a file
+    read: Callable[[bytes, str], Extractor]  # of a file's bytes, and where they stand; raises DataError for anything else
+    source: str  # what to do if the file does not exist
+    most: int = WEIGHTS_BYTES  # bytes that such a file may have
+
+
 def measure_with(extractors: Sequence[Extractor], images: NDArray[np.uint8], device: str = "cpu") -> Measured:
     """What the first extractor says of images uint8 (N, H, W, C), with the features of the second, DINOv2, where there is one."""
     measured = extractors[0].measure(images, device)
     return replace(measured, dinov2=extractors[1].measure(images, device).features) if len(extractors) > 1 else measured
-
-
-def load_extractor(uri: str, sha256: str = "", access: Access | None = None) -> Extractor:
-    """The extractor whose weights stand at `uri`, a path or `s3://...`, known by the name of the file.
-
-    `*.safetensors` is an evaluator, `*inception-2015-12-05*` Inception, `*dinov2_vitl14*` DINOv2. `sha256` is the hash that it has
-    to have; "" = any. `access` is how S3 is asked. Raises DataError for other names, missing files and wrong hashes, StoreError
-    where the store does not answer.
-    """
-    extractor = _load(uri, access)
-    if sha256 and sha256 != extractor.hash:
-        raise DataError(f"{uri} has the hash {extractor.hash} and not {sha256}; correct the path, or the hash it is pinned to")
-    return extractor
-
-
-def load_judge(uri: str, sha256: str = "", access: Access | None = None) -> Extractor:
-    """`load_extractor` of weights that FID is measured with: not DINOv2, whose distance has a name and a column of its own."""
-    extractor = load_extractor(uri, sha256, access)
-    if extractor.name == DINOV2:
-        raise DataError(f"{uri} holds DINOv2, which has no classes and so no Inception score; name it as dinov2, beside another")
-    return extractor
-
-
-def load_dinov2(uri: str, sha256: str = "", access: Access | None = None) -> Extractor:
-    """`load_extractor` of weights that have to be DINOv2's."""
-    extractor = load_extractor(uri, sha256, access)
-    if extractor.name != DINOV2:
-        raise DataError(f"{uri} holds {extractor.name} and not DINOv2, which FD-DINOv2 needs; give the path of DINOv2's weights")
-    return extractor
-
-
-def _load(uri: str, access: Access | None) -> Extractor:
-    # Imported here: the three know this module's protocol.
-    from freeguide.cluster.evaluation.extractors import dinov2, evaluator, inception
-
-    name = uri.rsplit("/", 1)[-1]
-    if name.endswith(".safetensors"):
-        return evaluator.from_bytes(read_object(uri, "fit an evaluator, or correct its path", access, EVALUATOR_BYTES), uri)
-    if "inception-2015-12-05" in name:
-        return inception.load(uri, access)
-    if "dinov2_vitl14" in name:
-        return dinov2.load(uri, access)
-    raise DataError(
-        f"{uri} does not say which extractor it holds; name Inception's weights {inception.FILE}, DINOv2's {dinov2.FILE}, and an "
-        "evaluator *.safetensors"
-    )
-
-
-def read_object(uri: str, remedy: str, access: Access | None = None, most: int = MEMORY) -> bytes:
-    """The bytes at a path or URI, at `most`. Raises DataError, with the remedy, if nothing is there, and for larger objects."""
-    folder, _, name = uri.rpartition("/")
-    try:
-        return open_store(folder or ("/" if uri.startswith("/") else "."), access=access).get(name, most)
-    except MissingObject:
-        raise DataError(f"{uri} does not exist; {remedy}") from None
 
 
 def load_weights(data: bytes, network: torch.nn.Module, where: str) -> str:

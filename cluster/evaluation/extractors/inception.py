@@ -21,10 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from freeguide.cluster.evaluation.extractors.features import WEIGHTS_BYTES, Measured, load_weights, read_object, to_rgb
+from freeguide.cluster.evaluation.extractors.features import Loader, Measured, load_weights, to_rgb
 from freeguide.cluster.evaluation.rows import INCEPTION
 from freeguide.configs.errors import DataError
-from freeguide.data_pipeline.store.base import Access
 
 HASH = "6726825d"  # first digits of the published file's sha256, also in its name
 FILE = f"weights-inception-2015-12-05-{HASH}.pth"
@@ -156,18 +155,16 @@ class Inception:
         return Measured(features, probabilities, spatial)
 
 
-def load(uri: str, access: Access | None = None) -> Inception:
-    """Inception with the weights at a path or URI. Raises DataError if they are missing or are not the published file."""
-    return from_bytes(read_object(uri, SOURCE, access, WEIGHTS_BYTES), uri, HASH)
-
-
-def from_bytes(data: bytes, where: str, prefix: str) -> Inception:
+def from_bytes(data: bytes, where: str, prefix: str = HASH) -> Inception:
     """Inception with the weights in `data`, whose sha256 must begin with `prefix`. Raises DataError otherwise."""
     found = hashlib.sha256(data).hexdigest()
     if not found.startswith(prefix):
         raise DataError(f"{where} is not the file of 2015-12-05 (its sha256 is {found[:8]}..., not {prefix}...); {SOURCE}")
     network = InceptionV3()
     return Inception(network, load_weights(data, network, where))
+
+
+LOADER = Loader("*inception-2015-12-05*", FILE, from_bytes, SOURCE)
 
 
 def tf1_bilinear(x: Tensor, size: int) -> Tensor:

@@ -32,7 +32,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from freeguide.cluster.evaluation.extractors.features import read_object
 from freeguide.cluster.evaluation.measure import Yardstick, conditions
 from freeguide.cluster.evaluation.published import rows_of, why_not_beside
 from freeguide.cluster.evaluation.report import figures
@@ -44,7 +43,7 @@ from freeguide.configs.schema import Config
 from freeguide.configs.untrusted import JSON_BYTES, parse_json
 from freeguide.data_pipeline.artifact import get_sealed, sealed_json
 from freeguide.data_pipeline.store.base import Store, checked
-from freeguide.data_pipeline.store.open import access_to
+from freeguide.data_pipeline.store.open import access_to, read_object
 
 LATEST = "evaluate/latest.json"  # of a run: where its newest report stands, and the checksums of its files
 _AGAIN = "run `freeguide evaluate` again"

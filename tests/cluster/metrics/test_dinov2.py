@@ -8,6 +8,7 @@ import torch
 
 from freeguide.cluster.evaluation.extractors import dinov2
 from freeguide.cluster.evaluation.extractors.dinov2 import GRID, MEAN, STD, Attention, DinoV2, VisionTransformer, to_input
+from freeguide.cluster.evaluation.extractors.load import load_extractor
 from freeguide.configs.errors import DataError
 
 
@@ -104,7 +105,7 @@ def test_levels_are_normalised_by_imagenet():
 def test_missing_and_foreign_weights_are_refused(tmp_path):
     path = tmp_path / dinov2.FILE
     with pytest.raises(DataError, match=r"does not exist; get it from dl\.fbaipublicfiles\.com"):
-        dinov2.load(str(path))
+        load_extractor(str(path))
     torch.save({"cls_token": torch.zeros(1, 1, 384)}, path)
     with pytest.raises(DataError, match="does not hold these weights"):
-        dinov2.load(str(path))
+        load_extractor(str(path))

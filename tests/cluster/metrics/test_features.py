@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from freeguide.cluster.evaluation.extractors.evaluator import fit_evaluator
-from freeguide.cluster.evaluation.extractors.features import Extractor, Measured, concatenated, load_extractor, read_object
+from freeguide.cluster.evaluation.extractors.features import Extractor, Measured, concatenated
+from freeguide.cluster.evaluation.extractors.load import load_extractor
 from freeguide.configs.errors import DataError
+from freeguide.data_pipeline.store.open import read_object
 
 RANDOM = np.random.default_rng(0)
 
@@ -43,7 +45,7 @@ def test_an_evaluator_is_an_extractor_and_is_found_by_its_file(tmp_path):
 
 def test_a_file_that_does_not_say_what_it_is_is_refused_with_the_names_to_use(tmp_path):
     (tmp_path / "weights.pth").write_bytes(b"")
-    with pytest.raises(DataError, match=r"weights-inception-2015-12-05-6726825d\.pth.*dinov2_vitl14_pretrain\.pth.*\.safetensors"):
+    with pytest.raises(DataError, match=r"\*\.safetensors.*inception-2015-12-05-6726825d\.pth.*dinov2_vitl14_pretrain\.pth"):
         load_extractor(str(tmp_path / "weights.pth"))
     with pytest.raises(DataError, match="does not exist; fit an evaluator"):
         load_extractor(str(tmp_path / "none.safetensors"))

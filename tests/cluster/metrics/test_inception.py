@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from freeguide.cluster.evaluation.extractors import inception
-from freeguide.cluster.evaluation.extractors.features import load_extractor
 from freeguide.cluster.evaluation.extractors.inception import FILE, HASH, Inception, InceptionV3, Mixed, from_bytes, tf1_bilinear
+from freeguide.cluster.evaluation.extractors.load import load_extractor
 from freeguide.cluster.evaluation.rows import INCEPTION
 from freeguide.configs.errors import DataError
 
@@ -162,7 +161,7 @@ def test_only_the_published_weights_are_called_inception(network, weights, tmp_p
 
 def test_missing_weights_say_where_to_get_them_and_how_to_name_them(tmp_path):
     with pytest.raises(DataError, match=r"does not exist; get it from github\.com/toshas") as error:
-        inception.load(str(tmp_path / FILE))
+        load_extractor(str(tmp_path / FILE))
     assert "keep the name" in str(error.value)
 
 

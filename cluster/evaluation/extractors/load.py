@@ -1,0 +1,49 @@
+"""Which extractors there are, and how one is loaded from the file or object that holds its weights."""
+
+from fnmatch import fnmatchcase
+
+from freeguide.cluster.evaluation.extractors import dinov2, evaluator, inception
+from freeguide.cluster.evaluation.extractors.features import DINOV2, Extractor, Loader
+from freeguide.configs.errors import DataError
+from freeguide.data_pipeline.store.base import Access
+from freeguide.data_pipeline.store.open import read_object
+
+# The first whose files have such a name reads them.
+EXTRACTORS: dict[str, Loader] = {"evaluator": evaluator.LOADER, "inception": inception.LOADER, "dinov2": dinov2.LOADER}
+
+
+def load_extractor(uri: str, sha256: str = "", access: Access | None = None) -> Extractor:
+    """The extractor whose weights stand at `uri`, a path or `s3://...`, known by the name of the file.
+
+    `sha256` is the hash that it has to have; "" = any. `access` is how S3 is asked. Raises DataError for other names, missing
+    files and wrong hashes, StoreError where the store does not answer.
+    """
+    extractor = _load(uri, access)
+    if sha256 and sha256 != extractor.hash:
+        raise DataError(f"{uri} has the hash {extractor.hash} and not {sha256}; correct the path, or the hash it is pinned to")
+    return extractor
+
+
+def load_judge(uri: str, sha256: str = "", access: Access | None = None) -> Extractor:
+    """`load_extractor` of weights that FID is measured with: not DINOv2, whose distance has a name and a column of its own."""
+    extractor = load_extractor(uri, sha256, access)
+    if extractor.name == DINOV2:
+        raise DataError(f"{uri} holds DINOv2, which has no classes and so no Inception score; name it as dinov2, beside another")
+    return extractor
+
+
+def load_dinov2(uri: str, sha256: str = "", access: Access | None = None) -> Extractor:
+    """`load_extractor` of weights that have to be DINOv2's."""
+    extractor = load_extractor(uri, sha256, access)
+    if extractor.name != DINOV2:
+        raise DataError(f"{uri} holds {extractor.name} and not DINOv2, which FD-DINOv2 needs; give the path of DINOv2's weights")
+    return extractor
+
+
+def _load(uri: str, access: Access | None) -> Extractor:
+    name = uri.rsplit("/", 1)[-1]
+    loader = next((one for one in EXTRACTORS.values() if fnmatchcase(name, one.files)), None)
+    if loader is None:
+        names = ", ".join(f"{one.example} ({kind})" for kind, one in EXTRACTORS.items())
+        raise DataError(f"{uri} does not say which extractor it holds; give it a name such as {names}")
+    return loader.read(read_object(uri, loader.source, access, loader.most), uri)
