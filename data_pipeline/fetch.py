@@ -185,7 +185,7 @@ class Fetcher:
         other = next((part for part in self.manifest.ranges(chunk) if part[0] in self._etags), None)
         if crc != self.manifest.crcs[chunk] and other is not None:
             store, key = self._place(other[0])
-            raise ChangedObject(f"{store.uri}/{key} at byte {other[1]} has changed since its manifest was written; {AGAIN}.")
+            raise ChangedObject(f"{store.uri}/{key} at byte {other[1]} has changed since its manifest was written; {AGAIN}")
         try:
             if crc != self.manifest.crcs[chunk]:
                 raise BadSample("checksum", "its bytes are not those that were indexed")

@@ -44,7 +44,7 @@ def expand(pattern: str) -> list[str]:
     """
     pieces = re.split(r"\{([^{}]*)\}", pattern)
     if any(mark in piece for piece in pieces for mark in "{}"):
-        raise DataError(f"The braces of {pattern!r} do not match; write shard-{{000000..000999}}.tar.")
+        raise DataError(f"The braces of {pattern!r} do not match; write shard-{{000000..000999}}.tar")
     choices: list[list[str]] = []
     for number, piece in enumerate(pieces):
         span = re.fullmatch(r"(\d{1,12})\.\.(\d{1,12})", piece)
@@ -53,7 +53,7 @@ def expand(pattern: str) -> list[str]:
         elif span:
             first, last = int(span.group(1)), int(span.group(2))
             if last < first or last - first >= MAX_SHARDS:
-                raise DataError(f"The range {{{piece}}} of {pattern!r} is empty or too long; write {{000000..000999}}.")
+                raise DataError(f"The range {{{piece}}} of {pattern!r} is empty or too long; write {{000000..000999}}")
             choices.append([str(value).zfill(len(span.group(1))) for value in range(first, last + 1)])
         else:
             choices.append(piece.split(","))
@@ -121,7 +121,7 @@ def _indexed(
     if broken and not skip_broken:
         listed = "; ".join(f"{item.key}: {item.reason}" for item in broken[:10])
         more = f"; and {len(broken) - 10} more" if len(broken) > 10 else ""
-        raise DataError(f"{len(broken)} of {len(tars)} tars in {store.uri} are broken ({listed}{more}); repair or skip them.")
+        raise DataError(f"{len(broken)} of {len(tars)} tars in {store.uri} are broken ({listed}{more}); repair or skip them")
     schema = _classes(store, schema, sorted({label for index in indexes for label in index.labels}), counting, report)
     passed = sum((Counter(index.passed_over) for index in indexes), Counter[str]())
     manifest = replace(build_manifest(schema, indexes, source="index"), passed_over={kind: passed[kind] for kind in sorted(passed)})
@@ -183,13 +183,13 @@ def _find(store: Store, pattern: str) -> list[ObjectInfo]:
     if not pattern:
         if not there and store.uri.endswith(".tar"):
             folder, _, name = store.uri.rpartition("/")
-            raise DataError(f"{store.uri} is one tar; give data.uri={folder} data.shards={name}.")
+            raise DataError(f"{store.uri} is one tar; give data.uri={folder} data.shards={name}")
         if not there:
-            raise DataError(f"There are no tars in {store.uri}; check the location.")
+            raise DataError(f"There are no tars in {store.uri}; check the location")
         return list(there.values())
     missing = [key for key in keys if key not in there]
     if missing:
-        raise DataError(f"{len(missing)} of {len(keys)} tars are missing in {store.uri}, first {missing[0]}; check the pattern.")
+        raise DataError(f"{len(missing)} of {len(keys)} tars are missing in {store.uri}, first {missing[0]}; check the pattern")
     return [there[key] for key in keys]
 
 

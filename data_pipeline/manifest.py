@@ -248,7 +248,7 @@ def build_manifest(schema: Schema, shards: Sequence[ShardIndex], source: str = "
     """
     shards = [shard for shard in shards if len(shard.starts)]
     if not shards:
-        raise DataError("There is no sample in the shards; check what they were made from.")
+        raise DataError("There is no sample in the shards; check what they were made from")
     rows = tuple(Shard(shard.key, shard.size, shard.etag, len(shard.starts)) for shard in shards)
     samples = sum(row.samples for row in rows)
     q = chunk_samples or choose_chunk(samples, sum(row.bytes for row in rows))

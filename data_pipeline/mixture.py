@@ -31,13 +31,13 @@ def join(parts: Sequence[tuple[str, int, Manifest]]) -> Manifest:
     q = max(manifest.chunk_samples for _, _, manifest in parts)
     for uri, _, manifest in parts:
         if manifest.parts:
-            raise DataError(f"{uri} is a mixture itself; name its data sets one by one.")
+            raise DataError(f"{uri} is a mixture itself; name its data sets one by one")
         if replace(manifest.schema, class_names=()) != replace(schema, class_names=()):
             raise DataError(
                 f"{uri} has other images or classes than {parts[0][0]}; prepare both with one image_size, dtype and classes."
             )
         if manifest.samples < q:
-            raise DataError(f"{uri} has {manifest.samples} samples, fewer than the {q} of a chunk; leave it out.")
+            raise DataError(f"{uri} has {manifest.samples} samples, fewer than the {q} of a chunk; leave it out")
     found = [coarser(manifest, q) for _, _, manifest in parts]
     rows = [
         replace(shard, key=f"{uri}/{shard.key}")

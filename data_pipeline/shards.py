@@ -170,7 +170,7 @@ class Plan:
     def make(cls, source: Source, shard_samples: int) -> Plan:
         """Raises DataError where the source is empty."""
         if source.items == 0:
-            raise DataError("The source has no images; check data.path.")
+            raise DataError("The source has no images; check data.path")
 
         def named(identity: str) -> str:
             facts = json.dumps([identity, source.items, shard_samples, source.schema.to_dict()])
@@ -188,9 +188,9 @@ class Plan:
             if manifest.source in {self.identity, self.formerly} - {""}:
                 self._clear(store)
                 return manifest
-            raise DataError(f"{store.uri} holds another data set; choose another data.uri, or delete that data set first.")
+            raise DataError(f"{store.uri} holds another data set; choose another data.uri, or delete that data set first")
         if store.list("shards/") and not store.list(self._part("")) and begun_by(store) != "prepare":
-            raise DataError(f"{store.uri} holds shards of something else and no manifest; choose another data.uri or empty it.")
+            raise DataError(f"{store.uri} holds shards of something else and no manifest; choose another data.uri or empty it")
         return None
 
     def begin(self, store: Store) -> bool:
@@ -279,5 +279,5 @@ def _check_budget(bad: list[str], budget: float, items: int, final: bool) -> Non
     if len(bad) > budget * items or (final and len(bad) == items):
         raise DataError(
             f"{len(bad)} of {items} images cannot be read, the first is {bad[0].rstrip('.')}; "
-            "repair or remove them, or raise data.bad_images."
+            "repair or remove them, or raise data.bad_images"
         )

@@ -116,15 +116,15 @@ def _load(store: Store, parts: bool) -> Manifest:
     except MissingObject as error:
         if store.uri.endswith(".tar"):
             folder, _, name = store.uri.rpartition("/")
-            raise DataError(f"{store.uri} is one tar; run `freeguide index` with data.uri={folder} data.shards={name}.") from error
+            raise DataError(f"{store.uri} is one tar; run `freeguide index` with data.uri={folder} data.shards={name}") from error
         if is_run(store):
             raise DataError(
                 f"{store.uri} is a run, and no data set; set data.uri to where `freeguide prepare` wrote the data"
             ) from error
         raise DataError(
-            f"There is no manifest at {where}; run `freeguide prepare` to write shards, or `freeguide index` for existing tars."
+            f"There is no manifest at {where}; run `freeguide prepare` to write shards, or `freeguide index` for existing tars"
         ) from error
-    check_seal(raw, f"The manifest {where}", "run `freeguide index` again.")
+    check_seal(raw, f"The manifest {where}", "run `freeguide index` again")
     try:
         header = parse_json(raw, MANIFEST_BYTES)
         if header["format"] == MIXTURE and header["version"] == VERSION:
@@ -132,7 +132,7 @@ def _load(store: Store, parts: bool) -> Manifest:
                 raise ValueError("it is a mixture in a mixture")
             return _load_mixture(store, where, header)
         if header["format"] != MANIFEST or header["version"] != VERSION:
-            raise DataError(f"{where} is a manifest of another version; run `freeguide index` again.")
+            raise DataError(f"{where} is a manifest of another version; run `freeguide index` again")
         index = store.get(checked(header["index"]["key"]), MANIFEST_BYTES)
         if hashlib.sha256(index).hexdigest() != header["index"]["sha256"]:
             raise ValueError("the index is not the one that the manifest names")
@@ -140,7 +140,7 @@ def _load(store: Store, parts: bool) -> Manifest:
         if manifest.fingerprint != header["fingerprint"]:
             raise ValueError("the fingerprint does not fit the content")
     except (MissingObject, *MALFORMED) as error:
-        raise DataError(f"The manifest {where} is damaged ({error}); run `freeguide index` again.") from error
+        raise DataError(f"The manifest {where} is damaged ({error}); run `freeguide index` again") from error
     return manifest
 
 
@@ -152,7 +152,7 @@ def _load_mixture(store: Store, where: str, header: dict[str, Any]) -> Manifest:
     for uri, weight, fingerprint in rows:
         manifest = _load(open_like(store, uri), parts=False)
         if fingerprint not in (manifest.fingerprint, manifest.content):
-            raise DataError(f"{uri} has changed since it became part of {where}; run `freeguide index` with data.mixture again.")
+            raise DataError(f"{uri} has changed since it became part of {where}; run `freeguide index` with data.mixture again")
         parts.append((uri, weight, manifest))
     return join(parts)
 

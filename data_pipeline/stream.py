@@ -72,11 +72,11 @@ class Reader:
         if not 0 <= rank < world_size or global_batch < 1 or start_step < 0:
             raise ValueError(f"rank {rank} of {world_size}, batch {global_batch}, step {start_step} is no place in a stream")
         if global_batch % world_size:
-            raise ConfigError(f"train.global_batch={global_batch} does not divide by {world_size} workers; change one of them.")
+            raise ConfigError(f"train.global_batch={global_batch} does not divide by {world_size} workers; change one of them")
         if min(data.fetch_threads, data.prefetch_batches, data.cache_mib) < 1 or data.decode_threads < 0:
-            raise ConfigError("data.fetch_threads, prefetch_batches and cache_mib must be at least 1, decode_threads at least 0.")
+            raise ConfigError("data.fetch_threads, prefetch_batches and cache_mib must be at least 1, decode_threads at least 0")
         if order.samples != manifest.samples or order.chunk_samples != manifest.chunk_samples:
-            raise DataError(f"The order of this run is for another data set than {store.uri}; restore that data set.")
+            raise DataError(f"The order of this run is for another data set than {store.uri}; restore that data set")
         self.manifest, self.order, self.data = manifest, order, data
         self.global_batch, self.slots = global_batch, slots(order, global_batch, rank, world_size)
         self._budget = data.cache_mib * MIB
@@ -84,7 +84,7 @@ class Reader:
         window = int(order.generation * manifest.sample_bytes) // world_size
         if not self._resident and window > self._budget:
             raise ConfigError(
-                f"The windows of this run take {window // MIB + 1} MiB per worker; set data.cache_mib={2 * window // MIB + 1}."
+                f"The windows of this run take {window // MIB + 1} MiB per worker; set data.cache_mib={2 * window // MIB + 1}"
             )
         parts = {part.uri: _cached(open_like(store, part.uri), data) for part in manifest.parts}
         self._fetcher = Fetcher(_cached(store, data), manifest, data.fetch_threads, parts)
@@ -279,7 +279,7 @@ class Reader:
                 self._report(id_, error)
             id_ = self.order.donor(position, attempt)
             kept = self._fetcher.sample(id_)
-        raise DataError(f"{DONORS} donors in a row for position {position} cannot be read either; index the data again.")
+        raise DataError(f"{DONORS} donors in a row for position {position} cannot be read either; index the data again")
 
     def _take(self, positions: Ints, ids: Ints) -> list[Fields | BadSample]:
         """Waits for the samples of these positions and hands them over."""
@@ -309,7 +309,7 @@ class Reader:
         if over:
             raise DataError(
                 f"{self.manifest.describe(id_)} cannot be used ({error}); "
-                f"repair the shard and index it again, or raise data.bad_samples (now {self.data.bad_samples})."
+                f"repair the shard and index it again, or raise data.bad_samples (now {self.data.bad_samples})"
             ) from error
 
 

@@ -36,7 +36,7 @@ class TarError(DataError):
     """Tar bytes that cannot be trusted; `offset` is the byte of the header at fault."""
 
     def __init__(self, reason: str, offset: int) -> None:
-        super().__init__(f"The tar is unusable at byte {offset}: {reason}.")
+        super().__init__(f"The tar is unusable at byte {offset}: {reason}")
         self.reason, self.offset = reason, offset
 
 

@@ -86,7 +86,7 @@ def _found(data: DataConfig, class_names: Sequence[str]) -> tuple[Found, int]:
     check_classes(f"{where} has {count} class folders" if found.classes else f"{where} has no classes", count, data.classes)
     if found.empty:
         raise DataError(
-            f"{where} has class folders without images: {listed(found.empty)}; put some there, or move the folders away."
+            f"{where} has class folders without images: {listed(found.empty)}; put some there, or move the folders away"
         )
     return found, count
 

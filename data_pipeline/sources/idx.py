@@ -28,9 +28,9 @@ def open_idx(data: DataConfig, split: str = "train") -> Source:
     images = _read_idx(Path(path), f"{split}-images", 3)
     labels = _read_idx(Path(path), f"{split}-labels", 1)
     if len(images) != len(labels) or images.shape[1] != images.shape[2] or len(images) == 0:
-        raise DataError(f"{path} holds images {images.shape} and labels {labels.shape}, which do not fit; check data.path.")
+        raise DataError(f"{path} holds images {images.shape} and labels {labels.shape}, which do not fit; check data.path")
     if size > images.shape[1]:
-        raise DataError(f"The images of {path} are {images.shape[1]} pixels wide; set data.image_size to that or less.")
+        raise DataError(f"The images of {path} are {images.shape[1]} pixels wide; set data.image_size to that or less")
     if size < images.shape[1]:
         images = np.stack([fit(image[..., None], size, "area")[..., 0] for image in images])
     numbers, count = numbered(labels.tolist(), path, data.classes, names)
@@ -43,7 +43,7 @@ def _read_idx(folder: Path, name: str, dimensions: int) -> Pixels:
         if file.is_file():
             break
     else:
-        raise DataError(f"{folder} has no {name}-idx{dimensions}-ubyte or .gz; check data.path.")
+        raise DataError(f"{folder} has no {name}-idx{dimensions}-ubyte or .gz; check data.path")
     try:
         with gzip.open(file) if file.suffix == ".gz" else open(file, "rb") as stream:
             magic = stream.read(4)
@@ -55,5 +55,5 @@ def _read_idx(folder: Path, name: str, dimensions: int) -> Pixels:
             if len(values) != count:
                 raise ValueError(f"it should hold {count} values")
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise DataError(f"{file} cannot be read ({error}); download it again.") from error
+        raise DataError(f"{file} cannot be read ({error}); download it again") from error
     return np.frombuffer(values, np.uint8).reshape(shape)

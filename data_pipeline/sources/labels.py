@@ -54,4 +54,4 @@ def numbered(labels: list[Any], path: str, classes: int | None, names: tuple[str
 def check_classes(what: str, found: int, stated: int | None) -> None:
     """Raises DataError where a number is stated that is not the one of the data: a class without images would be sampled."""
     if stated and stated != found:
-        raise DataError(f"{what}, but data.classes is {stated}; set data.classes={found}, or leave it out.")
+        raise DataError(f"{what}, but data.classes is {stated}; set data.classes={found}, or leave it out")

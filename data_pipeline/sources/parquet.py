@@ -30,7 +30,7 @@ def open_parquet(data: DataConfig) -> Source:
     root = Path(path)
     files = sorted(root.glob("*.parquet")) if root.is_dir() else [root] if root.is_file() else []
     if not path or not files:
-        raise DataError(f"There are no Parquet files at {path!r}; set data.path to a file or a folder of them.")
+        raise DataError(f"There are no Parquet files at {path!r}; set data.path to a file or a folder of them")
     groups = _row_groups(path, files, label)
     firsts = np.cumsum([0, *(len(group.labels) for group in groups)])
     labels, count = numbered([each for group in groups for each in group.labels], path, data.classes, names)

@@ -41,9 +41,9 @@ class FolderStore(Store):
                     raise FileNotFoundError
                 there = there.parent
         if not there.is_dir():
-            raise StoreError(f"{there} is a file; give a folder.")
+            raise StoreError(f"{there} is a file; give a folder")
         if not os.access(there, os.R_OK | os.X_OK | (os.W_OK if write else 0)):
-            raise Denied(f"{there} may not be {'written' if write else 'read'}; choose another folder or change its rights.")
+            raise Denied(f"{there} may not be {'written' if write else 'read'}; choose another folder or change its rights")
 
     def get(self, key: str, most: int = MEMORY) -> bytes:
         with self._errors(key), open(self.folder / checked(key), "rb") as file:
@@ -64,11 +64,11 @@ class FolderStore(Store):
         with self._errors(key), open(self.folder / checked(key), "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if etag is not None and etag != str(size):
-                raise ChangedObject(f"{self.uri}/{key} has changed since its manifest was written; {AGAIN}.")
+                raise ChangedObject(f"{self.uri}/{key} has changed since its manifest was written; {AGAIN}")
             file.seek(start)
             data = file.read(length)
         if len(data) < length:
-            raise StoreError(f"{self.uri}/{key} ends at byte {size}, before byte {start + length}; {AGAIN}.")
+            raise StoreError(f"{self.uri}/{key} ends at byte {size}, before byte {start + length}; {AGAIN}")
         elapsed = time.monotonic() - began
         self.traffic.read(length, elapsed, elapsed)
         return data
@@ -128,7 +128,7 @@ class FolderStore(Store):
                     inside = list(entries)
         except MissingObject as error:
             if isinstance(error.__cause__, NotADirectoryError):
-                raise StoreError(f"{self.folder / place} is a file; give a folder.") from error
+                raise StoreError(f"{self.folder / place} is a file; give a folder") from error
             return  # there is none, or no more
         for entry in inside if here not in above else ():
             key = f"{place}{entry.name}"
@@ -144,7 +144,7 @@ class FolderStore(Store):
             elif key.startswith(prefix):
                 yield ObjectInfo(key, size, str(size))
             else:
-                raise StoreError(f"{self.folder / key} is a file, and a folder of that name is looked for; move it away.")
+                raise StoreError(f"{self.folder / key} is a file, and a folder of that name is looked for; move it away")
 
     def delete(self, key: str) -> None:
         with self._errors(key):
@@ -168,12 +168,12 @@ class FolderStore(Store):
             for place in (path, *path.parents):
                 if place.is_symlink() and not place.exists():
                     raise StoreError(
-                        f"{place} is a link to nothing ({os.readlink(place)}); mount that or mend the link."
+                        f"{place} is a link to nothing ({os.readlink(place)}); mount that or mend the link"
                     ) from error
-            raise MissingObject(f"{where} does not exist; check the location.") from error
+            raise MissingObject(f"{where} does not exist; check the location") from error
         except OSError as error:
             kind = Denied if isinstance(error, PermissionError) else StoreError
-            raise kind(f"{where} cannot be used ({error.strerror}); check the disk and its rights.") from error
+            raise kind(f"{where} cannot be used ({error.strerror}); check the disk and its rights") from error
 
 
 def _name_new(temp: Path, path: Path) -> None:

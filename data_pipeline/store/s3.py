@@ -139,7 +139,7 @@ class S3Store(Store):
             if (etag := self._upload(key, size, part)) is not None:
                 return etag
         raise StoreError(
-            f"What was sent of {self.uri}/{key} was removed {UPLOADS} times before it was whole; see who aborts uploads."
+            f"What was sent of {self.uri}/{key} was removed {UPLOADS} times before it was whole; see who aborts uploads"
         )
 
     def _upload(self, key: str, size: int, part: Callable[[int, int], bytes]) -> str | None:

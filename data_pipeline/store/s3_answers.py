@@ -112,7 +112,7 @@ def explained(error: Exception, asked: Asked) -> StoreError:
     kind, text = StoreError, ""
     if isinstance(error, boto.ClientError):
         kind, text = _refusal(error, asked)
-    return kind(f"{text or _failure(error, asked.uri, asked.place)}.")
+    return kind(f"{text or _failure(error, asked.uri, asked.place)}")
 
 
 def _refusal(error: boto.ClientError, asked: Asked) -> tuple[type[StoreError], str]:
@@ -247,7 +247,7 @@ class Body:
         wanted = f"bytes {self.start + self.reached}-{self.start + self.length - 1}"
         got, _, total = str(answer.get("ContentRange", "")).partition("/")
         if total.isdecimal() and int(total) < self.start + self.length:
-            raise StoreError(f"{where} ends at byte {total}, before byte {self.start + self.length}; {AGAIN}.")
+            raise StoreError(f"{where} ends at byte {total}, before byte {self.start + self.length}; {AGAIN}")
         if got != wanted:
             raise Fault("wrong range")
         if self.etag is None:

@@ -58,7 +58,7 @@ def client(terms: Terms, uri: str, before_parsing: Callable[..., None]) -> Any:
                 made = session.client("s3", config=config)
             except ValueError as error:
                 raise StoreError(
-                    f"The AWS configuration for {uri} cannot be used ({str(error).rstrip('.')}); correct it."
+                    f"The AWS configuration for {uri} cannot be used ({str(error).rstrip('.')}); correct it"
                 ) from error
             made.meta.events.register("before-parse.s3", before_parsing)
             _clients[terms] = made
