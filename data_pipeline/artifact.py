@@ -55,7 +55,7 @@ def sealed_json(document: Mapping[str, Any]) -> bytes:
 
 
 def check_seal(data: bytes, where: str, remedy: str = _AGAIN) -> bool:
-    """Whether the object has a seal. Raises DataError where it does not fit: some bit is not the one that was written."""
+    """Whether the object has a seal. Raises DataError if it does not fit: some bit is not the one that was written."""
     at = data.rfind(TAG) + len(TAG)
     if at < len(TAG) or at + 64 > len(data):
         return False
@@ -137,7 +137,7 @@ def read_npy(data: bytes, dtype: str, axes: int) -> NDArray[Any]:
 
 
 def names_of(data: bytes) -> list[str]:
-    """Names of the arrays in an `.npz`, none where it is no archive; not whether they can be read."""
+    """Names of the arrays in an `.npz`, none if it is no archive; not whether they can be read."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             return [name.removesuffix(".npy") for name in archive.namelist()]

@@ -18,7 +18,7 @@ MARK_BYTES = 2**16  # at most
 def claim(store: Store, work: str, identity: str) -> bool:
     """Marks a place as being written by `work` (prepare, ...) of that identity; whether it was not marked so before.
 
-    Of two that begin at once one is the first; a second of the same identity joins it. Raises DataError where the first is of
+    Of two that begin at once one is the first; a second of the same identity joins it. Raises DataError if the first is of
     another identity and has not provably ended.
     """
     mine = json.dumps({"work": work, "identity": identity, "writer": writer()}).encode()
@@ -43,7 +43,7 @@ def claim(store: Store, work: str, identity: str) -> bool:
 
 
 def release(store: Store, identity: str) -> None:
-    """Takes away the mark of `claim`, where it is of that identity."""
+    """Takes away the mark of `claim`, if it is of that identity."""
     if marked(store, identity):
         store.delete(BEGUN)
 

@@ -35,7 +35,7 @@ MAX_BYTES = 32 * 2**20  # encoded bytes of one image
 MAX_PICTURE_BYTES = 256 * 2**20  # of one file of a source: scanners do not compress
 MAX_PIXELS = 64 * 10**6
 MAX_LABEL_BYTES = 64 * 2**10
-ANY_LABEL = 2**31  # classes, where nobody knows how many there are
+ANY_LABEL = 2**31  # classes, if nobody knows how many there are
 
 NPY_HEADER = re.compile(
     rb"\{'descr': '(\|u1|<f2|<f4)', 'fortran_order': False, 'shape': \((\d{1,8}), (\d{1,8}), (\d{1,8})\), \} *\n"
@@ -302,7 +302,7 @@ def fit(image: Pixels, size: int, resize: str = "adm") -> Pixels:
 
     adm: halve by box while the short side is at least twice `size`, then bicubic, then the centre. area: the centre square, of
     which each new pixel is the mean of what it covers, parts of pixels by their part. box: Pillow's box filter on that square,
-    which takes whole pixels only, so it is `area` where the side is a multiple of `size`.
+    which takes whole pixels only, so it is `area` if the side is a multiple of `size`.
     """
     if image.shape[:2] == (size, size):
         return image

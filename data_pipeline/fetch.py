@@ -3,7 +3,7 @@
 `plan` turns the order into ranged reads. Within one generation (every stream's current window) it collects the samples of this
 rank, groups them by chunk, joins neighbouring chunks into reads of up to 8 MiB, and sorts the reads by first use. `Fetcher` makes
 them: every chunk must have its CRC and hold its q samples. A copy of the data has the same content under other etags: an object
-with another etag is read as what it is now, where its size fits, and the CRCs tell. What the store cannot repair by itself is
+with another etag is read as what it is now, if its size fits, and the CRCs tell. What the store cannot repair by itself is
 repaired here: a wrong CRC is read again, a read slower than nearly all others is raced by a second one (hedging, Dean & Barroso
 2013), and the number of concurrent reads is halved when the server is overloaded and grows by one per round when it is not (AIMD).
 """
@@ -47,7 +47,7 @@ class Fetch:
 def plan(manifest: Manifest, order: AnyOrder, global_batch: int, slots: Ints, start: int, resident: bool) -> Iterator[Fetch]:
     """Every read of a rank from step `start` on, without end; with `resident`, every chunk once and then nothing more.
 
-    Samples are kept under their global position, or under their id where they stay resident. The chunks of the first batch come
+    Samples are kept under their global position, or under their id if they stay resident. The chunks of the first batch come
     first, not joined to what stands beside them: a start, a resume too, waits for them alone.
     """
     begun = start * global_batch // order.generation
@@ -81,7 +81,7 @@ def _join(manifest: Manifest, ids: Ints, slots: Ints, positions: Ints) -> list[F
     groups: list[list[int]] = []
     sizes: list[int] = []
     for row, chunk in enumerate(numbers.tolist()):
-        windows = -(-int(ends[row] - begins[row]) // manifest.chunk_samples)  # two where an epoch ends inside the generation
+        windows = -(-int(ends[row] - begins[row]) // manifest.chunk_samples)  # two if an epoch ends inside the generation
         size = windows * sum(end - start for _, start, end in manifest.ranges(chunk))
         if row == 0 or chunk != numbers[row - 1] + 1 or sizes[-1] + size > JOINED:
             groups.append([])
@@ -207,7 +207,7 @@ class Fetcher:
         return crc
 
     def _get(self, shard: int, start: int, end: int) -> bytes:
-        """One ranged read of the object that was indexed, or of what stands in its place where that has the same size."""
+        """One ranged read of the object that was indexed, or of what stands in its place if that has the same size."""
         etag = self._etags.get(shard, self.manifest.shards[shard].etag)
         try:
             return self._race(shard, start, end, etag)
@@ -225,7 +225,7 @@ class Fetcher:
         store.forget(key, start, end - start, self._etags.get(shard, self.manifest.shards[shard].etag))
 
     def _race(self, shard: int, start: int, end: int, etag: str) -> bytes:
-        """One ranged read; where it takes longer than nearly all others did, the faster of two."""
+        """One ranged read; if it takes longer than nearly all others did, the faster of two."""
         cancels = [threading.Event(), threading.Event()]
         try:
             first = self._submit(shard, start, end, etag, cancels[0])
@@ -271,7 +271,7 @@ class Fetcher:
         return (self.store, key) if uri is None else (self.parts[uri], key[len(uri) + 1 :])
 
     def _patience(self) -> float | None:
-        """Seconds after which a read is raced; None where nothing is known yet or a twentieth of the reads has been raced."""
+        """Seconds after which a read is raced; None if nothing is known yet or a twentieth of the reads has been raced."""
         traffic = self.store.traffic
         with traffic.lock:
             times = sorted(traffic.total_s)

@@ -40,7 +40,7 @@ class Broken:
 def expand(pattern: str) -> list[str]:
     """Brace notation as webdataset's users write it: `a-{000..002}.tar` and `{train,val}.tar`, in any number and order.
 
-    Raises DataError where a brace is malformed.
+    Raises DataError if a brace is malformed.
     """
     pieces = re.split(r"\{([^{}]*)\}", pattern)
     if any(mark in piece for piece in pieces for mark in "{}"):
@@ -70,11 +70,11 @@ def index_shards(
     progress: Callable[[int, int], None] | None = None,
     report: Callable[[str], None] = print,
 ) -> tuple[Manifest, list[Broken]]:
-    """Writes the manifest of the tars that `pattern` names (all `*.tar` where it is empty), and returns it with what is broken.
+    """Writes the manifest of the tars that `pattern` names (all `*.tar` if it is empty), and returns it with what is broken.
 
-    What a manifest that stands there already knows stays: the names of the classes, and where the tars are still those that it
+    What a manifest that stands there already knows stays: the names of the classes, and if the tars are still those that it
     speaks of, all else that does not follow from their bytes. So tars that were only copied are the same data set as before.
-    Besides the walk, the first sample of each tar must decode. Broken tars are left out whole where `skip_broken` says so, else
+    Besides the walk, the first sample of each tar must decode. Broken tars are left out whole if `skip_broken` says so, else
     DataError names them. `report` is told what a person should know. Memory: one tar per thread.
     """
     tars = _find(store, pattern)  # before anything is written there
@@ -143,7 +143,7 @@ def _indexed(
 def _classes(store: Store, schema: Schema, labels: list[int], counting: bool, report: Callable[[str], None]) -> Schema:
     """The schema with the number of classes that the labels say, if nobody else did. Classes without pictures are named.
 
-    Raises DataError where nobody has said that there are such classes.
+    Raises DataError if nobody has said that there are such classes.
     """
     if not labels:
         return schema
@@ -162,7 +162,7 @@ def _classes(store: Store, schema: Schema, labels: list[int], counting: bool, re
 
 
 def _before(store: Store) -> Manifest | None:
-    """The manifest that stands there, where it can be used and is of tars beside it."""
+    """The manifest that stands there, if it can be used and is of tars beside it."""
     try:
         found = load_manifest(store)
     except DataError:
@@ -194,7 +194,7 @@ def _find(store: Store, pattern: str) -> list[ObjectInfo]:
 
 
 def _check_parts(store: Store, keys: list[str]) -> None:
-    """Raises DataError where the tars are those of several parts, as train-000.tar and val-000.tar: an epoch would mix them."""
+    """Raises DataError if the tars are those of several parts, as train-000.tar and val-000.tar: an epoch would mix them."""
     parts: dict[str, list[str]] = {}
     for key in keys:
         words = [word for word in re.split(r"[^a-z]+", key.lower()) if word in SPLITS]

@@ -62,7 +62,7 @@ class Schema:
 
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> Schema:
-        """Raises ValueError, KeyError or TypeError where that is no schema."""
+        """Raises ValueError, KeyError or TypeError if that is no schema."""
         names = facts["class_names"]
         schema = cls(**{**facts, "class_names": tuple(names)})
         if schema.dtype not in DTYPES:
@@ -106,7 +106,7 @@ class ShardIndex:
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str = "the index of a shard") -> ShardIndex:
-        """Raises DataError where it is damaged."""
+        """Raises DataError if it is damaged."""
         arrays = read_npz(data, where, most=len(data))  # nothing in it is packed
         try:
             key, size, etag, bad, *more = parse_json(arrays["facts"].tobytes())
@@ -177,7 +177,7 @@ class Manifest:
         return ids - self.first_samples[shard] < self._counts[shard]
 
     def in_chunk(self, chunk: int) -> int:
-        """How many samples a chunk holds: q, or fewer where a data set ends."""
+        """How many samples a chunk holds: q, or fewer at the end of a data set."""
         q = self.chunk_samples
         if self.parts:
             return int(self.exists(np.arange(chunk * q, (chunk + 1) * q)).sum())
@@ -203,11 +203,11 @@ class Manifest:
 
     @cached_property
     def content(self) -> str:
-        """The fingerprint without the names of the classes, which tars do not hold: it stays where a copy was indexed anew."""
+        """The fingerprint without the names of the classes, which tars do not hold: a copy that was indexed anew has the same."""
         return replace(self, schema=replace(self.schema, class_names=())).fingerprint
 
     def ranges(self, chunk: int) -> list[tuple[int, int, int]]:
-        """The (shard, first byte, end byte) that make up a chunk, in order; mostly one, more where it straddles shards."""
+        """The (shard, first byte, end byte) that make up a chunk, in order; mostly one, more if it straddles shards."""
         first = chunk * self.chunk_samples
         shard = int(np.searchsorted(self.first_samples, first, side="right")) - 1
         at = int(self.starts[chunk]) * BLOCK
@@ -244,7 +244,7 @@ def choose_chunk(samples: int, total_bytes: int) -> int:
 def build_manifest(schema: Schema, shards: Sequence[ShardIndex], source: str = "", chunk_samples: int | None = None) -> Manifest:
     """The manifest of finished shards, from their indexes alone. Shards without a sample are left out.
 
-    Raises DataError where there is no sample at all.
+    Raises DataError if there is no sample at all.
     """
     shards = [shard for shard in shards if len(shard.starts)]
     if not shards:

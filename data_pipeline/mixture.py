@@ -26,7 +26,7 @@ def coarser(manifest: Manifest, chunk_samples: int) -> Manifest:
 
 
 def join(parts: Sequence[tuple[str, int, Manifest]]) -> Manifest:
-    """The mixture of data sets, each with its URI and weight. Raises DataError where they do not fit together."""
+    """The mixture of data sets, each with its URI and weight. Raises DataError if they do not fit together."""
     schema = parts[0][2].schema
     q = max(manifest.chunk_samples for _, _, manifest in parts)
     for uri, _, manifest in parts:

@@ -1,6 +1,6 @@
 """People's own folders: which files are pictures, which folders are classes, and what is passed over.
 
-The bytes decide what is a picture. Only where an extension leaves it open are they looked at; what is not one is counted by its
+The bytes decide what is a picture. Only if an extension leaves it open are they looked at; what is not one is counted by its
 kind and never forgotten. Names may have any bytes: they are kept as the system gives them and shown as `named` shows them.
 """
 
@@ -68,7 +68,7 @@ class File:
 @dataclass(frozen=True)
 class Found:
     files: tuple[File, ...]  # class by class, by their paths
-    classes: tuple[str, ...]  # names, as `named` shows them; none where there are no class folders
+    classes: tuple[str, ...]  # names, as `named` shows them; none if there are no class folders
     empty: tuple[str, ...]  # class folders without a picture
     flat: bool  # whether there are no class folders, and all pictures are of one class
     folders: int  # below the root
@@ -79,7 +79,7 @@ def find(root: Path, extensions: set[str] = PICTURES, depth: int = 1, names: Seq
     """The pictures below `root` with the numbers of their classes, the folders `depth` levels down (0: no classes).
 
     Classes are numbered by their sorted names, or as in `names`. With other extensions than those of pictures, exactly they are
-    taken. Raises DataError where a folder cannot be read, or nobody could tell what the classes are.
+    taken. Raises DataError if a folder cannot be read, or nobody could tell what the classes are.
     """
     paths, folders, passed = _listed(root)
     taken = _pictures(paths, passed, extensions, lambda file: _is_picture(root / file.path))
@@ -159,7 +159,7 @@ def count_of(passed_over: Mapping[str, int]) -> str:
 
 
 def without_pictures(labels: Iterable[int], classes: int) -> str:
-    """The first classes that have no label, and what to do if it is only that labels begin at 1; "" where each has one."""
+    """The first classes that have no label, and what to do if it is only that labels begin at 1; "" if each has one."""
     there = set(labels)
     lacking = list(itertools.islice((label for label in range(classes) if label not in there), 6)) if classes > len(there) else []
     begin = "; if labels begin at 1, list them in data.class_names, one a line" if lacking[:1] == [0] else ""

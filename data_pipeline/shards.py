@@ -72,7 +72,7 @@ class PackedShard:
 def pack_shard(samples: Iterable[Sample], first: int = 0, dtype: str = "uint8") -> PackedShard:
     """One WebDataset tar: `.png`, or `.npy` of latents, and `.cls` per sample. Deterministic bytes.
 
-    Keys are counted from `first` where a sample has none. Raises ValueError where a key has a dot or a slash, an image is not uint8
+    Keys are counted from `first` if a sample has none. Raises ValueError if a key has a dot or a slash, an image is not uint8
     (H, W, 1 or 3), or latents are not `dtype` (C, H, W).
     """
     ext = "png" if dtype == "uint8" else "npy"
@@ -113,12 +113,12 @@ def write_shards(
     progress: Progress | None = None,
     elsewhere: Elsewhere | None = None,
 ) -> Manifest:
-    """Writes the source as shards and a manifest. Run again, it continues; where the data set is already whole, it does nothing.
+    """Writes the source as shards and a manifest. Run again, it continues; if the data set is already whole, it does nothing.
 
     `bad_images` is the share of unreadable items that may be left out. `elsewhere` lets other processes write the shards that are
     missing: it calls `Plan.write` for each unit somewhere, and yields the units in the order in which they get done. What an
     unfinished call has left of another source, as of the same folder before a picture was repaired, is replaced, which is said.
-    Raises DataError where there are more bad images, or where the store holds another data set.
+    Raises DataError if there are more bad images, or if the store holds another data set.
     """
     plan = Plan.make(source, shard_samples)
     there = plan.existing(store)
@@ -168,7 +168,7 @@ class Plan:
 
     @classmethod
     def make(cls, source: Source, shard_samples: int) -> Plan:
-        """Raises DataError where the source is empty."""
+        """Raises DataError if the source is empty."""
         if source.items == 0:
             raise DataError("The source has no images; check data.path")
 
@@ -179,7 +179,7 @@ class Plan:
         return cls(named(source.identity), source.items, -(-source.items // shard_samples), named(source.formerly))
 
     def existing(self, store: Store) -> Manifest | None:
-        """The manifest of this very data set where it is complete. Raises DataError where something else is in the way.
+        """The manifest of this very data set if it is complete. Raises DataError if something else is in the way.
 
         What is left of the making is taken away then.
         """
@@ -196,7 +196,7 @@ class Plan:
     def begin(self, store: Store) -> bool:
         """Says whose the shards are that will come: tars without an index are then known to be ours. Whether that is new.
 
-        Raises DataError where somebody else is at work.
+        Raises DataError if somebody else is at work.
         """
         return claim(store, "prepare", self.identity)
 
@@ -218,7 +218,7 @@ class Plan:
         return [unit for unit in range(self.units) if self._part(f"{unit:06d}.npz") not in there]
 
     def write(self, source: Source, store: Store, unit: int) -> ShardIndex:
-        """Shard number `unit`: reads its items, writes the tar, then its index. Returns at once where the index is there."""
+        """Shard number `unit`: reads its items, writes the tar, then its index. Returns at once if the index is there."""
         part = self._part(f"{unit:06d}.npz")
         with contextlib.suppress(MissingObject, DataError):  # a damaged one is written anew
             return ShardIndex.from_bytes(store.get(part))

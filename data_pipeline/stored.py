@@ -24,7 +24,7 @@ from freeguide.data_pipeline.store.base import MissingObject, Store, checked
 from freeguide.data_pipeline.store.open import open_like
 
 NAME = "manifest.json"
-MANIFEST = "freeguide manifest"  # its format, where the data set is no mixture
+MANIFEST = "freeguide manifest"  # its format, if the data set is no mixture
 MIXTURE = "freeguide mixture"
 VERSION = 1
 MANIFEST_BYTES = 2**31  # 10 million shards
@@ -32,7 +32,7 @@ MOST_PARTS = 10**4  # data sets of a mixture
 
 
 def load_manifest(store: Store) -> Manifest:
-    """Raises DataError where there is no manifest, or one that is damaged or of another version."""
+    """Raises DataError if there is no manifest, or one that is damaged or of another version."""
     return _load(store, parts=True)
 
 
@@ -68,7 +68,7 @@ def save_manifest(store: Store, manifest: Manifest, new: bool = False) -> None:
 def save_mixture(store: Store, weights: Mapping[str, int]) -> Manifest:
     """Writes the mixture of the data sets at these URIs.
 
-    Raises DataError where one is missing or does not fit to the others, and where a data set with tars of its own stands already.
+    Raises DataError if one is missing or does not fit to the others, and if a data set with tars of its own stands already.
     """
     if (before := _header(store)) and before.get("format") == MANIFEST:
         raise DataError(
@@ -88,7 +88,7 @@ def save_mixture(store: Store, weights: Mapping[str, int]) -> Manifest:
 
 
 def stored_schema(store: Store) -> Schema | None:
-    """What a manifest says of its samples, even where all else of it is damaged; None where it does not."""
+    """What a manifest says of its samples, even if all else of it is damaged; None if it does not."""
     try:
         return Schema.from_dict(parse_json(store.get(NAME, MANIFEST_BYTES), MANIFEST_BYTES)["schema"])
     except (MissingObject, *MALFORMED):
@@ -101,7 +101,7 @@ def is_run(store: Store) -> bool:
 
 
 def _header(store: Store) -> dict[str, Any] | None:
-    """What the manifest at a place says first, whatever the rest of it; None where there is none, or no JSON."""
+    """What the manifest at a place says first, whatever the rest of it; None if there is none, or no JSON."""
     try:
         found = parse_json(store.get(NAME), MANIFEST_BYTES)
     except (MissingObject, *MALFORMED):
@@ -158,7 +158,7 @@ def _load_mixture(store: Store, where: str, header: dict[str, Any]) -> Manifest:
 
 
 def _parsed(header: dict[str, Any], table: npt.NDArray[Any]) -> Manifest:
-    """Raises one of MALFORMED where the shards and their chunks cannot be."""
+    """Raises one of MALFORMED if the shards and their chunks cannot be."""
     columns, q = header["shards"], whole(header["chunk_samples"], 1, MOST_SAMPLES)
     rows = [
         Shard(checked(key), whole(size, most=MOST_BYTES), etag, whole(samples, 1, MOST_SAMPLES))

@@ -53,8 +53,8 @@ class Batch:
 class Reader:
     """Iterates over the batches of steps start_step, start_step + 1, ... without end.
 
-    Raises ConfigError where the batch does not divide by the world size or the windows do not fit into the cache. Iteration raises
-    DataError over the budget of bad samples and StoreError where the store fails for good; both name the shard and the place.
+    Raises ConfigError if the batch does not divide by the world size or the windows do not fit into the cache. Iteration raises
+    DataError over the budget of bad samples and StoreError if the store fails for good; both name the shard and the place.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Reader:
         self._fetcher = Fetcher(_cached(store, data), manifest, data.fetch_threads, parts)
         self._plan = plan(manifest, order, global_batch, self.slots, start_step, self._resident)
         self._step = self._next_build = start_step  # next to be consumed; next to be built
-        self._kept: dict[int, Fields | BadSample] = {}  # by position, or by id where the data set stays resident
+        self._kept: dict[int, Fields | BadSample] = {}  # by position, or by id if the data set stays resident
         self._held = self._peak = 0  # bytes kept and under way
         self._under_way = 0
         self._ready: dict[int, Batch] = {}
@@ -263,7 +263,7 @@ class Reader:
         return Batch(x, torch.from_numpy(labels), torch.from_numpy(index))
 
     def _usable(self, step: int, use: Callable[[Fields], T]) -> Iterator[tuple[int, T]]:
-        """For each position of a step: the position, and `use` of its sample, or of a donor where that raises BadSample."""
+        """For each position of a step: the position, and `use` of its sample, or of a donor if that raises BadSample."""
         positions = step * self.global_batch + self.slots
         ids = self.order.locate(positions)[1]
         for position, id_, sample in zip(positions.tolist(), ids.tolist(), self._take(positions, ids), strict=True):

@@ -76,7 +76,7 @@ def _ends_grey(image: Image.Image) -> bool:
 
 
 def _load_jpeg(image: ImageFile.ImageFile, data: bytes) -> None:
-    """Decodes without the end marker. Raises Damaged where a scan is missing or one stops early."""
+    """Decodes without the end marker. Raises Damaged if a scan is missing or one stops early."""
     codec, extents, start, arguments = image.tile[0]
     end, scans = _scans(data, start)
     if end is None:
@@ -105,7 +105,7 @@ def _load_jpeg(image: ImageFile.ImageFile, data: bytes) -> None:
 def _scans(data: bytes, start: int) -> tuple[int | None, int]:
     """Where the end marker of the JPEG at `start` is (None if it cannot be told), and how many scans stand before it.
 
-    Raises Damaged where scans are missing.
+    Raises Damaged if scans are missing.
     """
     names = b""  # of its components
     lacking: list[int] = []  # of each component the coefficients, as bits, of which not every bit has been seen

@@ -69,7 +69,7 @@ def open_folder(data: DataConfig) -> Source:
 
 
 def _found(data: DataConfig, class_names: Sequence[str]) -> tuple[Found, int]:
-    """The files of a folder, and how many classes they have. Raises DataError where they are not those of a data set."""
+    """The files of a folder, and how many classes they have. Raises DataError if they are not those of a data set."""
     path, raw = data.path, data.dtype == "uint8"
     root, where = Path(path), named(path)
     if not path or not root.is_dir():
@@ -92,7 +92,7 @@ def _found(data: DataConfig, class_names: Sequence[str]) -> tuple[Found, int]:
 
 
 def picture(file: File, read: Callable[[], bytes], channels: int, background: int = WHITE) -> Pixels:
-    """The picture of a file as a person sees it, uint8 (H, W, channels). Raises BadSample, before `read` where the name says it."""
+    """The picture of a file as a person sees it, uint8 (H, W, channels). Raises BadSample, before `read` if the name says it."""
     if file.bytes > MAX_PICTURE_BYTES:
         raise BadSample("size", f"it has {file.bytes} bytes, over the cap of {MAX_PICTURE_BYTES}")
     if file.path.lower().endswith(tuple(RAW)):

@@ -15,7 +15,7 @@ from freeguide.data_pipeline.store.open import access_to, open_store
 
 
 def read_class_names(data: DataConfig) -> tuple[str, ...]:
-    """The names of the classes in their order from a text file, one a line, or a JSON list. Empty where none is named."""
+    """The names of the classes in their order from a text file, one a line, or a JSON list. Empty if none is named."""
     if not (uri := data.class_names):
         return ()
     place, _, name = uri.rpartition("/")
@@ -52,6 +52,6 @@ def numbered(labels: list[Any], path: str, classes: int | None, names: tuple[str
 
 
 def check_classes(what: str, found: int, stated: int | None) -> None:
-    """Raises DataError where a number is stated that is not the one of the data: a class without images would be sampled."""
+    """Raises DataError if a number is stated that is not the one of the data: a class without images would be sampled."""
     if stated and stated != found:
         raise DataError(f"{what}, but data.classes is {stated}; set data.classes={found}, or leave it out")

@@ -120,14 +120,14 @@ class Store(ABC):
 
     @abstractmethod
     def check(self, write: bool = True) -> None:
-        """Raises StoreError, within 15 s, where the store cannot be used: no such bucket, credentials, endpoint, rights.
+        """Raises StoreError, within 15 s, if the store cannot be used: no such bucket, credentials, endpoint, rights.
 
         Without `write` it need not be there, nor be more than readable. What a bucket lets one write, the first write tells.
         """
 
     @abstractmethod
     def get(self, key: str, most: int = MEMORY) -> bytes:
-        """The whole object. Raises MissingObject, and DataError, before it is read, where it has more than `most` bytes."""
+        """The whole object. Raises MissingObject, and DataError, before it is read, if it has more than `most` bytes."""
 
     @abstractmethod
     def get_range(
@@ -140,7 +140,7 @@ class Store(ABC):
         cancel: threading.Event | None = None,
         on_retry: Callable[[str], None] | None = None,
     ) -> bytes:
-        """Exactly `length` bytes from `start`. Raises MissingObject, ChangedObject where `etag` differs, StoreError past the end.
+        """Exactly `length` bytes from `start`. Raises MissingObject, ChangedObject if `etag` differs, StoreError past the end.
 
         Setting `cancel` ends it with Cancelled; `on_retry` hears the cause of every retry.
         """
@@ -155,7 +155,7 @@ class Store(ABC):
 
     @abstractmethod
     def create(self, key: str, data: bytes) -> bytes:
-        """Writes the object where there is none, and returns what is there now: of two that write, both get the first one's."""
+        """Writes the object if there is none, and returns what is there now: of two that write, both get the first one's."""
 
     @abstractmethod
     def stat(self, key: str) -> ObjectInfo:
@@ -167,7 +167,7 @@ class Store(ABC):
 
     @abstractmethod
     def delete(self, key: str) -> None:
-        """Removes the object; no error where there is none."""
+        """Removes the object; no error if there is none."""
 
     @abstractmethod
     def sweep(self) -> int:
@@ -206,7 +206,7 @@ def check_size(where: str, size: int, most: int) -> None:
 
 
 def checked(key: str) -> str:
-    """The key. Raises ValueError where it is none."""
+    """The key. Raises ValueError if it is none."""
     if (
         not isinstance(key, str)
         or not key

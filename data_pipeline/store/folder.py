@@ -81,7 +81,7 @@ class FolderStore(Store):
             return self._publish(key, lambda file: shutil.copyfileobj(source, file))
 
     def _publish(self, key: str, write: Callable[[BinaryIO], object], *, new: bool = False) -> str:
-        """Writes the object; with `new`, only where there is none."""
+        """Writes the object; with `new`, only if there is none."""
         path = self.folder / checked(key)
         with self._errors(key):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -167,9 +167,7 @@ class FolderStore(Store):
                 raise StoreError(f"{where} is a folder, and a file is looked for; correct the path") from error
             for place in (path, *path.parents):
                 if place.is_symlink() and not place.exists():
-                    raise StoreError(
-                        f"{place} is a link to nothing ({os.readlink(place)}); mount that or mend the link"
-                    ) from error
+                    raise StoreError(f"{place} is a link to nothing ({os.readlink(place)}); mount that or mend the link") from error
             raise MissingObject(f"{where} does not exist; check the location") from error
         except OSError as error:
             kind = Denied if isinstance(error, PermissionError) else StoreError

@@ -44,7 +44,7 @@ def read_object(uri: str, remedy: str, access: Access | None = None, most: int =
 
 
 def create_bucket(uri: str) -> None:
-    """Make the bucket of `s3://bucket`, for a server of one's own; no error where it exists."""
+    """Make the bucket of `s3://bucket`, for a server of one's own; no error if it exists."""
     from freeguide.data_pipeline.store.s3 import S3Store
 
     store = open_store(uri)
@@ -67,7 +67,7 @@ def access_to(data: DataConfig, uri: str) -> Access:
 
 
 class DataStore(Store):
-    """`tars`, with what belongs to them in `beside`, or among them where that is None."""
+    """`tars`, with what belongs to them in `beside`, or among them if that is None."""
 
     def __init__(self, tars: Store, beside: Store | None) -> None:
         self.tars, self.beside = tars, beside

@@ -55,7 +55,7 @@ PIECE = 2**18  # most bytes of one read of a body: smaller ones cost CPU for cal
 MULTIPART = 64 * 2**20  # bytes above which an upload goes in parts; S3 still publishes it at once
 MOST_PARTS = 10_000  # of one upload; S3 takes no more
 PARTS_AT_ONCE = 4  # each is in memory
-UPLOADS = 3  # uploads in parts of one object, where somebody else removes what has arrived
+UPLOADS = 3  # uploads in parts of one object, if somebody else removes what has arrived
 
 T = TypeVar("T")
 
@@ -143,7 +143,7 @@ class S3Store(Store):
         )
 
     def _upload(self, key: str, size: int, part: Callable[[int, int], bytes]) -> str | None:
-        """The etag, or None where the server does not know the upload any more and the object is not there."""
+        """The etag, or None if the server does not know the upload any more and the object is not there."""
         place = self._object(key)
         length = max(MULTIPART, -(-size // MOST_PARTS))
         upload = place | {"UploadId": self._retrying(key, lambda: self._client().create_multipart_upload(**place))["UploadId"]}
@@ -277,7 +277,7 @@ class S3Store(Store):
         began: float,
         on_retry: Callable[[str], None] | None = None,
     ) -> None:
-        """Returns where another try makes sense, else raises the StoreError that explains `error`."""
+        """Returns if another try makes sense, else raises the StoreError that explains `error`."""
         why = cause(error)
         new = (self._terms(), self.bucket) not in _contacted
         late = time.monotonic() - began + self.retry.read_s > self.retry.first_s or (why == "no connection" and tries >= 3)
@@ -323,7 +323,7 @@ class S3Store(Store):
         return b"".join(body.pieces)
 
     def _receive(self, key: str, body: Body, cancel: threading.Event | None) -> None:
-        """One answer: as many of the missing bytes as it brings. Raises one of FAULTS where it does not bring them all."""
+        """One answer: as many of the missing bytes as it brings. Raises one of FAULTS if it does not bring them all."""
         query = self._object(key)
         if body.length is not None:
             query["Range"] = f"bytes={body.start + body.reached}-{body.start + body.length - 1}"

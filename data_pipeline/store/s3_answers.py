@@ -50,7 +50,7 @@ STRANGERS = {  # what is reached is no S3 server, or not the one that has the bu
 
 
 def cause(error: Exception) -> str | None:
-    """The name under which a fault is counted, or None where trying again cannot help."""
+    """The name under which a fault is counted, or None if trying again cannot help."""
     if isinstance(error, Fault):
         return error.cause
     if isinstance(error, boto.ClientError):
@@ -116,7 +116,7 @@ def explained(error: Exception, asked: Asked) -> StoreError:
 
 
 def _refusal(error: boto.ClientError, asked: Asked) -> tuple[type[StoreError], str]:
-    """The kind of error and the sentence, empty where there is none, of an answer of the server that is an error."""
+    """The kind of error and the sentence, empty if there is none, of an answer of the server that is an error."""
     code, status = code_of(error)
     where, place = asked.where, asked.place
     if code == "NoSuchBucket":
@@ -154,7 +154,7 @@ def _refusal(error: boto.ClientError, asked: Asked) -> tuple[type[StoreError], s
             "or a profile" + (", and data.unsigned=false" if asked.access.unsigned else "")
         )
     if status in (401, 403):
-        pays = "" if asked.access.request_payer else ", or set data.request_payer=true where those who read pay"
+        pays = "" if asked.access.request_payer else ", or set data.request_payer=true if those who read pay"
         which = "this" if where == asked.uri else "this (S3 says the same of what is missing, to those who may not list)"
         ask = f"ask for the right to read, list and write{pays}"
         return Denied, f"The credentials do not allow {which} at {where} ({code or status}); {ask}"
@@ -233,7 +233,7 @@ class Body:
         return self.length - self.reached
 
     def accept(self, answer: dict[str, Any], where: str) -> None:
-        """Checks the headers of an answer against what was asked for. Raises Fault, StoreError where the object is too short."""
+        """Checks the headers of an answer against what was asked for. Raises Fault, StoreError if the object is too short."""
         status = answer["ResponseMetadata"]["HTTPStatusCode"]
         etag = str(answer.get("ETag", "")).strip('"') or None
         if self.length is None:

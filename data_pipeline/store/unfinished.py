@@ -37,7 +37,7 @@ def unfinished(folder: Path) -> Iterator[tuple[Path, BinaryIO]]:
 
 
 def swept(path: Path) -> int:
-    """Deletes the file if a killed writer left it; the bytes that are gone with it, 0 where it stays. Never raises."""
+    """Deletes the file if a killed writer left it; the bytes that are gone with it, 0 if it stays. Never raises."""
     named = _NAME.fullmatch(path.name)
     if named is None:
         return 0
@@ -85,7 +85,7 @@ def writer() -> list[str]:
 
 
 def ended(writer: object) -> bool:
-    """Whether that process has provably ended; False where it cannot be known from here."""
+    """Whether that process has provably ended; False if it cannot be known from here."""
     if not (isinstance(writer, list) and len(writer) == 4 and writer[0] == _kernel()):
         return False
     number, here = str(writer[2]), _process(os.getpid())
@@ -133,7 +133,7 @@ def _kernel() -> str:
 
 
 def _process(number: int) -> list[str]:
-    """Namespace, number and start of a process; without a start where there is none or it cannot be looked up."""
+    """Namespace, number and start of a process; without a start if there is none or it cannot be looked up."""
     space, began = "", ""
     with contextlib.suppress(OSError, IndexError):
         space = os.readlink("/proc/self/ns/pid")
