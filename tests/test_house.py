@@ -165,7 +165,7 @@ def test_the_tests_do_not_depend_on_the_settings_of_a_user() -> None:
     """AWS settings of any kind, a proxy, and a cluster that does not answer; tried on one test that talks to a server."""
     theirs = {"AWS_PROFILE": "none", "AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9", "AWS_USE_FIPS_ENDPOINT": "true"}
     theirs |= dict.fromkeys(("http_proxy", "HTTP_PROXY", "all_proxy"), "http://127.0.0.1:9") | {"RAY_ADDRESS": "127.0.0.1:9"}
-    one = "tests/data_pipeline/test_store.py::test_put_get_stat_list_delete"
+    one = "tests/data_pipeline/store/test_store.py::test_put_get_stat_list_delete"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")} | theirs
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", one]
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
