@@ -149,7 +149,7 @@ def overridden(config: Config, group: str, overrides: Sequence[str], command: st
     for override in overrides:
         key = override.partition("=")[0].strip()
         _override(merged, override)
-        if not key.startswith(f"{group}."):
+        if key.partition(".")[0] != group:
             raise ConfigError(f"argument {shown(override, quoted=True)}: {key} is settled here; give options of {group} only")
     config = _resolved(merged, "arguments")
     validate(config, command)

@@ -53,6 +53,7 @@ class Sampler:
     def load(uri: str, *overrides: str, device: torch.device | str | None = None) -> "Sampler":
         """The run at `uri` as it was trained, with its newest weights: the run's own config says all that has to be known.
 
+        Images are those that `freeguide generate` makes of the run, and cuDNN keeps to fp32 for that, in the whole process.
         `overrides` are options of sampling as the commands take them: `Sampler.load("runs/x", "sampling.steps=32")`. `device` is
         the GPU if there is one, unless it is named. Nothing in the stored config is resolved. Raises UserError, one sentence: there
         is no such run, average or checkpoint, or an option is not one of sampling or contradicts the run.

@@ -18,6 +18,7 @@ from freeguide.data_pipeline.store.open import open_store
 from freeguide.trainer.checkpoints import search
 from freeguide.trainer.checkpoints.profiles import profiles
 from freeguide.trainer.checkpoints.values import load
+from freeguide.trainer.sampler import Sampler
 from freeguide.trainer.training.loop import learning_rate
 from tests.runs import assert_same_bits, losses, state
 
@@ -194,6 +195,18 @@ def test_sample_grids_have_a_w_of_their_own(runs: dict[str, Path]) -> None:
         log.Reload()
         assert log.Tags()["images"] == [f"samples/w={w}"]
         assert [image.step for image in log.Images(f"samples/w={w}")] == [6]
+
+
+def test_a_trained_run_is_sampled_by_its_uri_alone(runs: dict[str, Path]) -> None:
+    trained = load_config(runs["dit"])
+    index = torch.arange(20)
+    drawn = Sampler.load(trained.run, device="cpu").sample(index, index % 10, 0.5)
+    store = open_store(trained.run)
+    direct = Sampler.from_weights(trained, load(store, search.find(store), "ema"))
+    assert drawn.shape == (20, 1, 8, 8)
+    assert torch.equal(drawn, direct.sample(index, index % 10, 0.5))
+    longer = Sampler.load(trained.run, "sampling={steps: 3}", device="cpu").sample(index, index % 10, 0.5)
+    assert not torch.equal(drawn, longer)
 
 
 def test_weights_move_and_every_parameter_is_trained(runs: dict[str, Path]) -> None:
