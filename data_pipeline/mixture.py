@@ -1,6 +1,6 @@
 """Several data sets as one: the chunks of all of them, one data set after the other.
 
-Where the last chunk of one is not full, the ids that it lacks stand for no sample. `order.Mixture` deals the windows.
+If the last chunk of one is not full, the ids that it lacks stand for no sample. `order.Mixture` deals the windows.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Objects of an S3 bucket; the only user of boto3.
+"""Objects of an S3 bucket. `s3_client.py` makes the clients, `s3_answers.py` says what an answer means.
 
 boto3 retries what fails before the headers of an answer, but not a body that is cut, reset, stalled or slow, and it does not notice
 an ignored `Range`. So its own retries are switched off, and `_download` does the work: check the status, `Content-Range` and
