@@ -148,6 +148,10 @@ def _train_checks(config: Config, command: str) -> Checks:
         command != "train" or not config.model.learn_sigma,
         "model.learn_sigma=true cannot be trained: the objective fixes the variance with v (sampling.v); set it to false",
     )
+    yield (
+        command != "train" or config.cluster.engine != "local" or workers == 1,
+        f"cluster.engine=local trains in one process and cluster.workers={workers}; set cluster.workers=1, or cluster.engine=ray",
+    )
     fewest = config.cluster.min_workers
     yield 0 <= fewest <= workers, f"cluster.min_workers={fewest}: must lie between 0 and cluster.workers={workers}"
     for count in range(fewest, workers) if fewest else ():

@@ -1,4 +1,5 @@
 """The training job: Ray Train places the workers and restarts them after failures, `trainer.training.loop.train` runs in each.
+With `cluster.engine=local` it runs in this process instead.
 
 A restarted worker group goes on from the newest whole checkpoint by itself, and so does the same command given again; Ray's own
 checkpoint mechanism is not used. With `cluster.min_workers` the group may be smaller for a while: the global batch stays.
@@ -37,10 +38,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from freeguide.cluster.evaluation.executor import Resources
 from freeguide.cluster.runtime import ending
-from freeguide.cluster.runtime.folders import temporary
+from freeguide.cluster.runtime.folders import environment, temporary
+from freeguide.cluster.runtime.here import as_worker, gpus_here
 from freeguide.cluster.runtime.session import session
 from freeguide.configs.errors import StoreError, UserError
 from freeguide.configs.schema import Config
+from freeguide.trainer.training import loop
 from freeguide.trainer.training.failures import HUNG, Terminated
 from freeguide.trainer.training.loop import preflight
 
@@ -52,7 +55,7 @@ _left = threading.Event()  # set once this worker's training has ended
 
 
 def train(config: Config) -> None:
-    """Train `config` on the cluster until `train.steps`. Raises UserError before Ray starts for whatever can be known before.
+    """Train `config` until `train.steps`, where `cluster.engine` says. Raises UserError, before Ray starts where it can.
 
     Raises KeyboardInterrupt after Ctrl-C and SystemExit with code 143 after SIGTERM, once the run is saved, or at once while no
     worker trains.
@@ -61,11 +64,39 @@ def train(config: Config) -> None:
     if start >= config.train.steps:
         print(f"{config.run} is trained: step {start} of {config.train.steps}, nothing to do")
         return
+    began = time.monotonic()
+    if config.cluster.engine == "local":
+        _train_here(config)
+    else:
+        _train_on_ray(config, start)
+    print(f"trained to step {config.train.steps} in {timedelta(seconds=round(time.monotonic() - began))}: {config.run}")
+
+
+def _train_here(config: Config) -> None:
+    """Train with one worker, which is this process. If it is to end, it saves first, once it has begun with the steps."""
+    terminated = Terminated()
+
+    def stop() -> bool:
+        terminated.ask()
+        return terminated.heard
+
+    gpus = config.cluster.gpus_per_worker
+    with environment({} if gpus else {"CUDA_VISIBLE_DEVICES": ""}), ending.gently(stop):
+        resources = Resources(config.cluster.cpus_per_worker, gpus_here(gpus, 1, together=True))
+        try:
+            with as_worker(config, resources):
+                loop.train(config, terminated)
+        except SystemExit:
+            if ending.asked():
+                ending.leave()
+            raise
+
+
+def _train_on_ray(config: Config, start: int) -> None:
     # Workers stay in the folder of the command, as mixtures that older versions wrote may name their data sets from there.
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
-    began = time.monotonic()
     with session(config, config.cluster.min_workers or config.cluster.workers, together=True) as resources:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         note = _Note.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
@@ -79,7 +110,6 @@ def train(config: Config) -> None:
                 if ending.asked():
                     ending.leave()
                 print("the workers had to leave; starting them again", flush=True)
-    print(f"trained to step {config.train.steps} in {timedelta(seconds=round(time.monotonic() - began))}: {config.run}")
 
 
 def _fit(config: Config, resources: Resources, note: Any) -> bool:
