@@ -245,7 +245,7 @@ ODD = ["with space.png", "umläut é.jpg", "emoji 🦜.webp", "-rf.png", "no ext
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_flat_folder_of_odd_pictures_goes_all_the_way_to_a_report_and_is_scored(  # type: ignore[no-untyped-def]
-    freeguide, ray_head, tmp_path: Path
+    freeguide, tmp_path: Path
 ) -> None:
     """Bright above, dark below, of mixed sizes, modes and codecs, some deeper than others, with strays beside them."""
     random, images = np.random.default_rng(0), tmp_path / "my photos"
@@ -264,12 +264,10 @@ def test_a_flat_folder_of_odd_pictures_goes_all_the_way_to_a_report_and_is_score
     steps = ["train.steps=4", "train.global_batch=8", "train.checkpoint_every=2", "train.precision=fp32", "train.warmup_steps=0"]
     measured = ["sampling.steps=3", "evaluate.images=70", "evaluate.unit=40", "evaluate.w=[0]", "evaluate.evaluator_epochs=3"]
     places = [f"data.path={images}", "data.class_depth=0", f"data.uri={tmp_path}/data", f"run={tmp_path}/run"]
-    places.append("evaluate.dataset=photos")  # not after the folder "data"
+    places += ["evaluate.dataset=photos", "cluster.engine=local"]  # not called after the folder "data"
 
     def ok(command: str, *more: str) -> "subprocess.CompletedProcess[str]":
-        ended = freeguide(
-            command, "configs/image_folder.yaml", *places, *network, *steps, *measured, *more, RAY_ADDRESS=ray_head[0]
-        )
+        ended = freeguide(command, "configs/image_folder.yaml", *places, *network, *steps, *measured, *more)
         assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
         assert "Traceback" not in ended.stdout + ended.stderr
         return ended  # type: ignore[no-any-return]
