@@ -65,9 +65,10 @@ def test_both_engines_make_the_same_bytes(ray_head: tuple[str, str], tmp_path: P
 
 def test_what_the_local_engine_runs_does_not_import_ray(tmp_path: Path) -> None:
     config = config_at(tmp_path, "cluster.engine=local")
-    commands = [
-        [command, str(DIGITS), f"data.uri={tmp_path}/data", f"run={tmp_path}/run", *SMALL, *ASKED, "cluster.engine=local"]
-        for command in ("prepare", "fit-evaluator", "evaluate", "generate")
+    rest = [f"run={tmp_path}/run", *SMALL, *ASKED, "cluster.engine=local"]
+    commands = [["prepare", str(DIGITS), f"data.uri={tmp_path}/other", *rest]]
+    commands += [
+        [command, str(DIGITS), f"data.uri={tmp_path}/data", *rest] for command in ("fit-evaluator", "evaluate", "generate")
     ]
     prepare(config)
     write_run(config)
