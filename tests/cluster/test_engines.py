@@ -59,7 +59,7 @@ def test_both_engines_make_the_same_bytes(ray_head: tuple[str, str], tmp_path: P
         shutil.rmtree(tmp_path / "place")
     assert made["ray"].keys() == made["local"].keys()
     assert {name for name in made["ray"] if made["ray"][name] != made["local"][name]} == set()
-    for part in ("data/000017", "data/evaluators/", "report/report.json", "/generate/", "samples.npz"):
+    for part in ("data/shards/000017", "data/evaluators/", "report/report.json", "/generate/", "samples.npz"):
         assert any(part in name for name in made["local"]), part
 
 
