@@ -16,8 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from freeguide.configs.errors import CheckpointError, ConfigError, DataError
-from freeguide.configs.load import from_yaml
 from freeguide.configs.schema import Config
+from freeguide.configs.stored import from_yaml
 from freeguide.configs.untrusted import JSON_BYTES, parse_json
 from freeguide.data_pipeline.artifact import check_seal, fingerprint, get_sealed, read_safetensors, sealed_json, to_safetensors
 from freeguide.data_pipeline.store.base import MissingObject, Store

@@ -28,8 +28,9 @@ from freeguide.cluster.evaluation.measure import Yardstick
 from freeguide.cluster.evaluation.rows import MODEL, Row
 from freeguide.cluster.evaluation.units import Unit
 from freeguide.configs.errors import ConfigError, DataError
-from freeguide.configs.load import sweep, validate
+from freeguide.configs.load import validate
 from freeguide.configs.schema import Config
+from freeguide.configs.sweep import sweep
 from freeguide.data_pipeline.artifact import fingerprint, to_npz
 from freeguide.data_pipeline.closure import code_version
 from freeguide.data_pipeline.manifest import Manifest

@@ -47,8 +47,8 @@ from freeguide.cluster.evaluation.yardstick import warn_of_few, yardsticks_of
 from freeguide.cluster.runtime.engines import executor
 from freeguide.cluster.runtime.progress import progress
 from freeguide.configs.errors import StoreError, counted
-from freeguide.configs.load import screen_images
 from freeguide.configs.schema import Config
+from freeguide.configs.sweep import screen_images
 from freeguide.data_pipeline.artifact import fingerprint
 from freeguide.data_pipeline.store.base import MissingObject
 from freeguide.data_pipeline.store.open import access_to, open_data, open_store

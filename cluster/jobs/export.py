@@ -9,8 +9,8 @@ from freeguide.cluster.evaluation.report.page import read_latest, read_part
 from freeguide.cluster.evaluation.rows import model_conditions
 from freeguide.cluster.evaluation.series import as_trained
 from freeguide.configs.errors import DataError
-from freeguide.configs.load import from_yaml, to_yaml
 from freeguide.configs.schema import Config
+from freeguide.configs.stored import from_yaml, to_yaml
 from freeguide.configs.untrusted import JSON_BYTES, parse_json
 from freeguide.data_pipeline.artifact import check_seal
 from freeguide.data_pipeline.claim import claim, release

@@ -8,9 +8,10 @@ import torch
 
 from freeguide.cluster.evaluation.report.figure_2 import draw_figure_2
 from freeguide.configs.errors import CheckpointError, UserError
-from freeguide.configs.load import screen_images, sweep, to_yaml
 from freeguide.configs.locations import check_target
 from freeguide.configs.schema import Config, TrainConfig
+from freeguide.configs.stored import to_yaml
+from freeguide.configs.sweep import screen_images, sweep
 from freeguide.data_pipeline import quality
 from freeguide.data_pipeline.order import choose_order
 from freeguide.data_pipeline.store.base import Retry

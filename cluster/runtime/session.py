@@ -27,8 +27,8 @@ from freeguide.cluster.runtime.here import gpus_here
 from freeguide.cluster.runtime.room import room_for
 from freeguide.cluster.runtime.submit import HOME, copy_package
 from freeguide.configs.errors import ConfigError, UserError
-from freeguide.configs.load import to_yaml
 from freeguide.configs.schema import Config
+from freeguide.configs.stored import to_yaml
 
 LOG = "ray.log"  # what Ray writes to the standard error of this process
 

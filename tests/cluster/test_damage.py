@@ -16,7 +16,8 @@ from freeguide.cluster.jobs.evaluate import evaluate, fetch_report
 from freeguide.cluster.jobs.export import export
 from freeguide.cluster.jobs.generate import generate
 from freeguide.configs.errors import UserError
-from freeguide.configs.load import load_config, sealed, to_yaml
+from freeguide.configs.load import load_config
+from freeguide.configs.stored import sealed, to_yaml
 from freeguide.data_pipeline.scan import scan_all
 from freeguide.data_pipeline.store.open import open_store
 from freeguide.data_pipeline.stored import load_manifest

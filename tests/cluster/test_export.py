@@ -12,7 +12,8 @@ import torch
 from freeguide.cluster.evaluation.report.page import LATEST
 from freeguide.cluster.jobs.export import export
 from freeguide.configs.errors import CheckpointError
-from freeguide.configs.load import from_yaml, load_config
+from freeguide.configs.load import load_config
+from freeguide.configs.stored import from_yaml
 from freeguide.data_pipeline.manifest import Schema
 from freeguide.data_pipeline.shards import Sample, Source, write_shards
 from freeguide.data_pipeline.store.open import open_store

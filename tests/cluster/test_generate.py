@@ -26,8 +26,9 @@ from freeguide.cluster.jobs import generate as generation
 from freeguide.cluster.jobs.generate import NPZ, _check_disk, _Generate, generate, write_npz
 from freeguide.cluster.runtime.engines import ENGINES
 from freeguide.configs.errors import CheckpointError, ConfigError, StoreError
-from freeguide.configs.load import load_config, to_yaml
+from freeguide.configs.load import load_config
 from freeguide.configs.schema import Config, DataConfig
+from freeguide.configs.stored import to_yaml
 from freeguide.data_pipeline.manifest import Schema, ShardIndex, build_manifest
 from freeguide.data_pipeline.scan import scan_all
 from freeguide.data_pipeline.shards import Sample, Source, pack_shard, write_shards

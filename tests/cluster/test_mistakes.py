@@ -16,7 +16,8 @@ from PIL import Image
 
 from freeguide.cluster.cli import COMMANDS, main
 from freeguide.configs.checks import value_of
-from freeguide.configs.load import load_config, to_yaml
+from freeguide.configs.load import load_config
+from freeguide.configs.stored import to_yaml
 from tests.cluster.untrained import small, write_lab, write_run
 
 OF_CONFIGS = "those that come with freeguide are: digits, fashion_mnist"

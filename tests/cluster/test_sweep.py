@@ -35,9 +35,11 @@ from freeguide.cluster.jobs.export import export
 from freeguide.cluster.jobs.inspect import inspect
 from freeguide.cluster.jobs.score import score
 from freeguide.configs.errors import CheckpointError, ConfigError, DataError, UserError
-from freeguide.configs.load import from_yaml, load_config, screen_images, to_yaml
-from freeguide.configs.load import sweep as combinations
+from freeguide.configs.load import load_config
 from freeguide.configs.schema import Config, SamplingConfig
+from freeguide.configs.stored import from_yaml, to_yaml
+from freeguide.configs.sweep import screen_images
+from freeguide.configs.sweep import sweep as combinations
 from freeguide.data_pipeline.store.open import open_store
 from freeguide.data_pipeline.stored import load_manifest
 from freeguide.trainer.sampler import Sampler, evaluations, sweep_evaluations

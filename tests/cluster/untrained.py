@@ -14,8 +14,9 @@ from freeguide.cluster.evaluation import reference
 from freeguide.cluster.evaluation.executor import Executor
 from freeguide.cluster.evaluation.extractors import evaluator
 from freeguide.cluster.runtime.here import here
-from freeguide.configs.load import load_config, to_yaml
+from freeguide.configs.load import load_config
 from freeguide.configs.schema import Config
+from freeguide.configs.stored import to_yaml
 from freeguide.data_pipeline.scan import scan_all
 from freeguide.data_pipeline.shards import write_shards
 from freeguide.data_pipeline.sources.digits import digits

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from freeguide.configs.errors import ConfigError
-from freeguide.configs.load import find_config, from_yaml, load_config, sealed, to_yaml
+from freeguide.configs.load import find_config, load_config
 from freeguide.configs.schema import Config
+from freeguide.configs.stored import from_yaml, sealed, to_yaml
 
 ROOT = Path(__file__).parents[2]
 MINIMAL = "name: a\nrun: /tmp/run\ndata: {uri: /tmp/data}\n"

@@ -7,8 +7,11 @@ from typing import Annotated, get_args, get_origin
 import pytest
 
 from freeguide.configs.errors import ConfigError
-from freeguide.configs.load import load_config, locations, sweep, to_yaml
+from freeguide.configs.load import load_config
+from freeguide.configs.places import locations
 from freeguide.configs.schema import LOCATION, options
+from freeguide.configs.stored import to_yaml
+from freeguide.configs.sweep import sweep
 
 MINIMAL = "name: a\nrun: runs/a\ndata: {uri: data/a}\n"
 # Texts that name no place. A new option of text has to be a `Uri`, or stand here.

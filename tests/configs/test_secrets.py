@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from freeguide.configs.errors import ConfigError, UserError
-from freeguide.configs.load import from_yaml, load_config, sweep, to_yaml
+from freeguide.configs.load import load_config
 from freeguide.configs.secrets import HIDDEN, masked
+from freeguide.configs.stored import from_yaml, to_yaml
+from freeguide.configs.sweep import sweep
 
 MINIMAL = "name: a\nrun: /tmp/run\ndata: {uri: /tmp/data}\n"
 SECRET = "hunter2/correct horse" + "\n"  # of no known shape

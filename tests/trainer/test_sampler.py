@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from freeguide.configs.errors import CheckpointError, UserError
-from freeguide.configs.load import load_config, to_yaml
+from freeguide.configs.load import load_config
 from freeguide.configs.schema import Config
+from freeguide.configs.stored import to_yaml
 from freeguide.data_pipeline.shards import write_shards
 from freeguide.data_pipeline.sources.digits import digits
 from freeguide.data_pipeline.store.open import open_store

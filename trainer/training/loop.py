@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from freeguide.configs.errors import ConfigError, UserError
-from freeguide.configs.load import sealed, to_yaml
 from freeguide.configs.schema import Config, TrainConfig
+from freeguide.configs.stored import sealed, to_yaml
 from freeguide.data_pipeline.manifest import Manifest
 from freeguide.data_pipeline.order import AnyOrder, choose_order
 from freeguide.data_pipeline.store.base import Retry, Store
