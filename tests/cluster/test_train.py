@@ -82,6 +82,25 @@ def test_no_failure_is_repaired_where_none_may_be(config: Config, stand_in: Call
         train.train(config)
 
 
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (
+            "[/src/gloo/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:35977: Connection reset by peer. This is typically "
+            "caused by a remote worker hanging or bugs in the application. Check the logs of the remote worker. GLHF!",
+            "Read error [127.0.0.1]:35977: Connection reset by peer",
+        ),
+        (
+            "The actor died unexpectedly before finishing this task.\n\tclass_name: RayTrainWorker",
+            "The actor died unexpectedly before finishing this task.",
+        ),
+        ("", "RuntimeError"),
+    ],
+)
+def test_why_a_rank_has_failed_is_told_in_a_line(said: str, told: str) -> None:
+    assert train._reason(RuntimeError(said)) == told
+
+
 def causes() -> Iterator[tuple[Exception, type[Exception], str]]:
     yield ConfigError("set it to 1"), ConfigError, "set it to 1"  # only without restarts: else the worker's note brings it
     yield StoreError("it does not answer"), StoreError, "it does not answer"
