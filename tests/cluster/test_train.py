@@ -133,7 +133,10 @@ def test_a_run_in_relative_folders_trains_where_the_command_is_typed(freeguide, 
     manifest = tmp_path / "data/mixed/manifest.json"
     assert json.loads(manifest.read_text())["parts"][0]["uri"] == f"{tmp_path}/data/one"
     ok("train")
-    manifest.write_text(manifest.read_text().replace(f"{tmp_path}/data/one", "data/one"))
+    formerly = json.loads(manifest.read_text())
+    del formerly["seal"]
+    formerly["parts"][0]["uri"] = "data/one"
+    manifest.write_text(json.dumps(formerly))
     ok("train", "train.steps=4")
     assert f"run: {tmp_path}/runs/a\n" in (tmp_path / "runs/a/config.yaml").read_text()
     assert sorted(path.name for path in (tmp_path / "runs/a/checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
