@@ -19,6 +19,7 @@ import contextlib
 import io
 import logging
 import os
+import re
 import sys
 import tempfile
 import threading
@@ -52,6 +53,8 @@ _LISTEN_SECONDS = 1.0  # between two questions of a worker whether it should lea
 _LEAVE_SECONDS = 120.0  # for saving, before a resize
 _this_worker = Terminated()  # in a worker's process
 _left = threading.Event()  # set once this worker's training has ended
+# What gloo says where a neighbour has gone: the place in its source, what it is, and advice that is not for our users.
+_GLOO = re.compile(r"\[\S+\.cc:\d+\] (.*?)\. This is typically caused by .*")
 
 
 def train(config: Config) -> None:
@@ -233,7 +236,8 @@ def _reason(failure: Exception) -> str:
     text = str(failure).strip()
     if f"exit code {HUNG}" in text:
         return "it made no progress for train.watchdog_seconds, and was ended"
-    return (text.splitlines() or [type(failure).__name__])[0]
+    first = (text.splitlines() or [type(failure).__name__])[0]
+    return _GLOO.sub(r"\1", first)
 
 
 class _Group(TorchConfig):
