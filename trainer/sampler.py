@@ -21,7 +21,7 @@ from freeguide.data_pipeline.store.open import open_store
 from freeguide.trainer.checkpoints.search import check_shapes
 from freeguide.trainer.diffusion.guidance import Weight, classifier_free, first_guided, interval, weight_at
 from freeguide.trainer.diffusion.randomness import Purpose, bits
-from freeguide.trainer.diffusion.samplers import LOOK_AHEAD, SAMPLERS, State, ancestral, sample
+from freeguide.trainer.diffusion.samplers import SAMPLERS, State, sample
 from freeguide.trainer.diffusion.schedule import SCHEDULES, Schedule, alpha_sigma, levels, posterior
 from freeguide.trainer.networks.build import build_network
 from freeguide.trainer.networks.kernels import choose_kernels
@@ -118,7 +118,7 @@ class Sampler:
             p_uncond=self.config.diffusion.p_uncond,
             kind=self.config.diffusion.prediction,
         )
-        transition = ancestral(options.v) if options.sampler == "ancestral" else SAMPLERS[options.sampler]()
+        transition = SAMPLERS[options.sampler].make(options)
         images = []
         for number, (index, labels) in enumerate(batches):
             passed: dict[int, State] = {}
@@ -168,15 +168,15 @@ def shared_steps(config: Config, weights: Sequence[float]) -> int:
     """Transitions at the beginning that are the same at all `weights`, because none guides at a level that they look at."""
     ladder = sampling_levels(config)
     first = min(first_guided(guidance_weight(config, w), ladder) for w in weights)
-    return max(0, min(first - LOOK_AHEAD[config.sampling.sampler], len(ladder) - 1))
+    return max(0, min(first - max(SAMPLERS[config.sampling.sampler].asks_at), len(ladder) - 1))
 
 
 def evaluations(config: Config, w: float, start: int = 0) -> int:
-    """Network evaluations per image from step `start` on: one per level, two where it is guided, and Heun's second ones."""
+    """Network evaluations per image from step `start` on: one per call of a transition and at the last level, two if guided."""
     weight = guidance_weight(config, w)
-    guided = [weight_at(weight, logsnr) != 0 for logsnr in sampling_levels(config).tolist()][start:]
-    again = guided[1:] if LOOK_AHEAD[config.sampling.sampler] else []
-    return sum(1 + bool(g) for g in [*guided, *again])
+    calls = [1 + bool(weight_at(weight, logsnr) != 0) for logsnr in sampling_levels(config).tolist()]
+    asks_at = SAMPLERS[config.sampling.sampler].asks_at
+    return sum(calls[step + ahead] for step in range(start, len(calls) - 1) for ahead in asks_at) + calls[-1]
 
 
 def sweep_evaluations(config: Config, weights: Sequence[float]) -> int:

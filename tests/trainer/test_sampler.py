@@ -19,7 +19,7 @@ from freeguide.data_pipeline.shards import write_shards
 from freeguide.data_pipeline.sources.digits import digits
 from freeguide.data_pipeline.store.open import open_store
 from freeguide.trainer.diffusion.oracles import GaussianClasses
-from freeguide.trainer.diffusion.samplers import SAMPLERS
+from freeguide.trainer.diffusion.samplers import SAMPLERS, Evaluate, Kind, Noise, State
 from freeguide.trainer.networks.build import build_network
 from freeguide.trainer.sampler import (
     Sampler,
@@ -114,6 +114,28 @@ def test_evaluations_are_those_that_the_network_is_asked_for(
     one.network.rows.clear()  # type: ignore[union-attr, operator]
     list(one.sweep(INDEX, INDEX % 10, WEIGHTS))
     assert sum(one.network.rows) == len(INDEX) * sweep_evaluations(one.config, WEIGHTS)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("asks_at", [(0,), (0, 0), (0, 1, 1), (1, 0)])
+def test_calls_and_shared_steps_follow_from_where_a_transition_asks(
+    sampler: Callable[..., Sampler], monkeypatch: pytest.MonkeyPatch, asks_at: tuple[int, ...]
+) -> None:
+    """A sampler that nothing but its entry knows."""
+
+    def transition(evaluate: Evaluate, state: State, levels: Tensor, noise: Noise) -> State:
+        asked = [evaluate(state.z, state.step + ahead, state.previous) for ahead in asks_at]
+        return State(state.step + 1, sum(p.x for p in asked) / len(asked) + state.z, asked[0])  # type: ignore[arg-type]
+
+    monkeypatch.setitem(SAMPLERS, "ddim", Kind(lambda options: transition, asks_at))
+    one = sampler("sampling.sampler=ddim", INTERVAL)
+    expected = [alone(one, w) for w in WEIGHTS]
+    one.network.rows.clear()  # type: ignore[union-attr, operator]
+    drawn = list(one.sweep(INDEX, INDEX % 10, WEIGHTS))
+    assert all(torch.equal(d.images, images) for d, images in zip(drawn, expected, strict=True))
+    assert sum(one.network.rows) == len(INDEX) * sweep_evaluations(one.config, WEIGHTS)  # type: ignore[arg-type]
+    assert evaluations(one.config, 0.0) == 11 * len(asks_at) + 1
+    guided = [-1.0 <= logsnr < 3.0 for logsnr in sampling_levels(one.config).tolist()]
+    assert shared_steps(one.config, WEIGHTS) == guided.index(True) - max(asks_at)
 
 
 def test_the_papers_list_of_w_in_a_published_interval_costs_less_than_six_tenths_of_the_naive_sweep() -> None:

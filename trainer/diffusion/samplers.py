@@ -15,11 +15,13 @@ With the eps-parametrisation, an error d of eps at lambda = -20 becomes 22026 d 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from freeguide.configs.schema import SamplingConfig
 from freeguide.trainer.diffusion.guidance import Denoiser, clipped
 from freeguide.trainer.diffusion.parametrisation import Prediction
 from freeguide.trainer.diffusion.randomness import Purpose, normal
@@ -129,8 +131,20 @@ def heun() -> Sampler:
     return transition
 
 
-SAMPLERS: dict[str, Callable[..., Sampler]] = {"ancestral": ancestral, "ddim": ddim, "dpmpp_2m": dpmpp_2m, "heun": heun}
-LOOK_AHEAD = {"ancestral": 0, "ddim": 0, "dpmpp_2m": 0, "heun": 1}  # levels past its own at which a transition asks the network
+@dataclass(frozen=True)
+class Kind:
+    """A sampler that `sampling.sampler` can name."""
+
+    make: Callable[[SamplingConfig], Sampler]
+    asks_at: tuple[int, ...] = (0,)  # levels at which one transition asks the network, counted from its own: one call for each
+
+
+SAMPLERS = {
+    "ancestral": Kind(lambda options: ancestral(options.v)),
+    "ddim": Kind(lambda options: ddim()),
+    "dpmpp_2m": Kind(lambda options: dpmpp_2m()),
+    "heun": Kind(lambda options: heun(), asks_at=(0, 1)),
+}
 
 
 @torch.no_grad()

@@ -1,13 +1,16 @@
 """Samplers against the exact finite-T recursion, against each other, and in the precision that networks really have."""
 
+import functools
 import itertools
 import math
+from typing import get_args
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from freeguide.configs.schema import SamplerName, SamplingConfig
 from freeguide.trainer.diffusion.guidance import classifier_free, interval
 from freeguide.trainer.diffusion.oracles import GaussianClasses, finite_t
 from freeguide.trainer.diffusion.parametrisation import KINDS, output_of, predict
@@ -18,6 +21,7 @@ from freeguide.trainer.diffusion.schedule import CosineSchedule, alpha_sigma, le
 ORACLE = GaussianClasses(means=(0.8,), variance=0.25, mean=0.0, total_variance=1.0)
 WEIGHTS = torch.tensor([0.0, 0.1, 0.3, 1.0, 4.0], dtype=torch.float64)
 STEPS = [1, 2, 3, 8, 64, 256, 1024]
+MAKES = [functools.partial(kind.make, SamplingConfig()) for kind in SAMPLERS.values()]
 SLOW_STEPS = [1, 2, 3, 8, 64, pytest.param(256, marks=pytest.mark.slow), pytest.param(1024, marks=pytest.mark.slow)]
 
 
@@ -153,7 +157,7 @@ def test_the_first_order_solver_is_ddim():
 def test_every_sampler_ends_with_the_prediction_at_the_last_level():
     z = torch.tensor([[0.3, -2.0]], dtype=torch.float64)
     ladder = levels(CosineSchedule(), 5)
-    for make in SAMPLERS.values():
+    for make in MAKES:
         x = integrate(
             cfg(ORACLE, 0.0),
             torch.zeros(1).long(),
@@ -182,7 +186,11 @@ def test_network_evaluations(make, evaluations):
         assert torch.equal(torch.stack([logsnr[0] for _, logsnr in calls]), levels(CosineSchedule(), 9))
 
 
-@pytest.mark.parametrize("make", SAMPLERS.values())
+def test_each_sampler_that_a_config_can_name_is_there():
+    assert set(SAMPLERS) == set(get_args(SamplerName))
+
+
+@pytest.mark.parametrize("make", MAKES)
 def test_image_i_is_image_i_in_any_batch(make):
     whole = run(make(), count=6, dtype=torch.float32)
     alone = torch.cat([run(make(), index=torch.tensor([i]), dtype=torch.float32) for i in range(6)])
@@ -191,7 +199,7 @@ def test_image_i_is_image_i_in_any_batch(make):
     assert not torch.equal(run(make(), count=6, dtype=torch.float32, seed=2), whole)
 
 
-@pytest.mark.parametrize("make", SAMPLERS.values())
+@pytest.mark.parametrize("make", MAKES)
 def test_a_sample_can_go_on_from_any_state_bit_for_bit(make):
     states = []
     whole = run(make(), on_step=states.append)
@@ -260,7 +268,7 @@ def test_without_clipping_bf16_eps_adds_noise_of_the_predicted_size():
     assert abs(found**2 - exact**2 - added**2) < 4 * found**2 * math.sqrt(2 / 200_000)  # 4 standard errors of a variance
 
 
-@pytest.mark.parametrize("make", SAMPLERS.values())
+@pytest.mark.parametrize("make", MAKES)
 def test_the_float32_sampler_follows_the_float64_one(make):
     narrow, wide = (run(make(), steps=64, dtype=dtype, w=1.0, count=64) for dtype in (torch.float32, torch.float64))
     # Same noise up to rounding. Clipped x at lambda = -20 hides e^10 * 6e-8; what is left at the end is a hundred roundings.
@@ -300,7 +308,7 @@ def test_any_sampler_gives_finite_images_of_the_asked_shape_and_dtype(
         torch.arange(batch),
         shape,
         levels=levels(CosineSchedule(), steps, spacing),
-        sampler=SAMPLERS[name](v) if name in ("ancestral", "ddim") else SAMPLERS[name](),
+        sampler=ddim(v) if name == "ddim" else SAMPLERS[name].make(SamplingConfig(v=v)),
         seed=0,
         dtype=dtype,
     )
