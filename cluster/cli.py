@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from freeguide.cluster.runtime import ending
+from freeguide.cluster.runtime.checks import contradictions
 from freeguide.configs.checks import choices
 from freeguide.configs.errors import ConfigError, UserError, visible
 from freeguide.configs.load import SUFFIXES, find_config, load_config
@@ -158,7 +159,7 @@ def _command(options: argparse.Namespace) -> int:
             )
         inspect_run(options.config)
         return 0
-    config = load_config(options.config, options.overrides, options.command)
+    config = load_config(options.config, options.overrides, options.command, contradictions=contradictions)
     if getattr(options, "dry_run", False):
         options.command = "inspect"
     if getattr(options, "submit", None):

@@ -4,6 +4,7 @@ Values are merged one by one (`configs.merge`) and `${...}` is resolved in them 
 here, where the command is typed: the processes of a cluster stand in other folders (`configs.places`).
 """
 
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from freeguide.configs.checks import checks, nearest, shown, value_of
+from freeguide.configs.checks import Contradictions, checks, nearest, no_contradictions, shown, value_of
 from freeguide.configs.errors import ConfigError
 from freeguide.configs.merge import document, merge, override_with
 from freeguide.configs.places import absolute, placed
@@ -28,12 +29,14 @@ def load_config(
     overrides: list[str] | None = None,
     command: str = "train",
     place: Callable[[str, str], str] | None = None,
+    contradictions: Contradictions = no_contradictions,
 ) -> Config:
     """Read `path` (see `find_config`), apply overrides such as `train.lr=1e-4`, check the result for `command`, and return it.
 
-    `place(key, location)` says what each location means, given as it was typed; by default, it is made absolute here. Raises
-    ConfigError, one sentence, for a missing or malformed file, an unknown or ill-typed key, a location that means no place, or
-    values that are out of range or contradict each other.
+    `place(key, location)` says what each location means, given as it was typed; by default, it is made absolute here.
+    `contradictions(config, command)` are the checks of the rooms that read the config; by default, options are checked one by one.
+    Raises ConfigError, one sentence, for a missing or malformed file, an unknown or ill-typed key, a location that means no place,
+    or values that are out of range or contradict each other.
     """
     path = find_config(path)
     merged = OmegaConf.structured(Config)
@@ -43,7 +46,7 @@ def load_config(
     config = resolved(merged, str(path))
     try:
         config = placed(config, place or absolute)
-        validate(config, command)
+        validate(config, command, contradictions)
     except ConfigError as error:
         raise ConfigError(as_written(str(error), config)) from None
     return replace(config, written={key: (text, value_of(config, key)) for key, (text, _) in config.written.items()})
@@ -73,7 +76,9 @@ def find_config(name: str | Path) -> Path:
     raise ConfigError(f"{str(name).strip() or 'the name of the config is empty'}: no such config file; {those}")
 
 
-def overridden(config: Config, group: str, overrides: Sequence[str], command: str) -> Config:
+def overridden(
+    config: Config, group: str, overrides: Sequence[str], command: str, contradictions: Contradictions = no_contradictions
+) -> Config:
     """`config` with overrides of the options of `group`, which names no locations; checked for `command`.
 
     It may come from anybody (`from_yaml`): nothing in it is resolved. Raises ConfigError as `load_config` does.
@@ -88,15 +93,15 @@ def overridden(config: Config, group: str, overrides: Sequence[str], command: st
         if key.partition(".")[0] != group:
             raise ConfigError(f"argument {shown(override, quoted=True)}: {key} is settled here; give options of {group} only")
     config = resolved(merged, "arguments")
-    validate(config, command)
+    validate(config, command, contradictions)
     return config
 
 
-def validate(config: Config, command: str = "train") -> None:
+def validate(config: Config, command: str, contradictions: Contradictions) -> None:
     """Raise ConfigError for the first value that is out of range or that contradicts another one for `command`."""
-    for holds, sentence in checks(config, command):
+    for holds, sentence in itertools.chain(checks(config), contradictions(config, command)):
         if not holds:
             raise ConfigError(sentence)
     if config.evaluate.sweep:
         for series in sweep(config):
-            validate(series, command)
+            validate(series, command, contradictions)

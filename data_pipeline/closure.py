@@ -17,7 +17,16 @@ NAME = "freeguide"  # the package that they are parts of
 
 # Where the walk ends, and why: modules, and rooms with all that is in them. What is not named here counts.
 HARMLESS = {
-    "freeguide.configs": "reads options or refuses them; their values are conditions, see freeguide.cluster.evaluation.conditions",
+    "freeguide.configs.errors": "the kinds of errors decide no number",
+    "freeguide.configs.schema": "options are conditions by their values, see freeguide.cluster.evaluation.conditions",
+    "freeguide.configs.locations": "says where things are",
+    **{
+        f"freeguide.configs.{module}": "makes a config out of text; its values are conditions"
+        for module in ("load", "merge", "references", "places", "stored", "sweep", "checks")
+    },
+    **dict.fromkeys(
+        ("freeguide.data_pipeline.checks", "freeguide.trainer.checks", "freeguide.cluster.evaluation.checks"), "refuses options"
+    ),
     "freeguide.data_pipeline.artifact": "what it reads is what was written, or an error",
     "freeguide.data_pipeline.closure": "names the code, and decides nothing that it names",
     "freeguide.data_pipeline.store": "the room moves bytes, whole or not at all",

@@ -12,6 +12,7 @@ from typing import Any
 
 from freeguide.configs.errors import UserError, visible
 from freeguide.configs.load import load_config
+from freeguide.trainer.checks import contradictions
 from freeguide.trainer.training.failures import Terminated
 from freeguide.trainer.training.loop import train
 
@@ -35,7 +36,7 @@ def main() -> int:
 
     signal.signal(signal.SIGINT, interrupt)
     try:
-        train(load_config(sys.argv[1], sys.argv[2:]), terminated)
+        train(load_config(sys.argv[1], sys.argv[2:], contradictions=contradictions), terminated)
     except UserError as error:
         print(f"freeguide: error: {visible(str(error))}", file=sys.stderr)
         return 2

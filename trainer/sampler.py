@@ -19,6 +19,7 @@ from freeguide.configs.locations import locate
 from freeguide.configs.schema import Config
 from freeguide.data_pipeline.store.open import open_store
 from freeguide.trainer.checkpoints.search import check_shapes
+from freeguide.trainer.checks import contradictions
 from freeguide.trainer.diffusion.guidance import Weight, classifier_free, first_guided, interval, weight_at
 from freeguide.trainer.diffusion.randomness import Purpose, bits
 from freeguide.trainer.diffusion.samplers import SAMPLERS, State, sample
@@ -60,7 +61,7 @@ class Sampler:
         """
         run = locate(uri).uri
         open_store(run).check(write=False)
-        config = overridden(replace(stored_config(run), run=run), "sampling", overrides, "generate")
+        config = overridden(replace(stored_config(run), run=run), "sampling", overrides, "generate", contradictions)
         check_interval(config)
         choose_kernels(torch.are_deterministic_algorithms_enabled())
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

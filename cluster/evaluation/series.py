@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from freeguide.cluster.evaluation import units
+from freeguide.cluster.evaluation.checks import contradictions
 from freeguide.cluster.evaluation.conditions import decisive, sampled
 from freeguide.cluster.evaluation.executor import Resources
 from freeguide.cluster.evaluation.extractors.features import measure_with
@@ -133,7 +134,7 @@ def as_trained(config: Config, command: str) -> Trained:
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, classes=made))
         elif made != asked:
             raise ConfigError(f"{config.run} was trained with data.{name}={made}, now it is {asked}; set data.{name}={made}")
-    validate(config, command)
+    validate(config, command, contradictions)
     step, steps = weights.step, config.train.steps
     if not config.sampling.checkpoint and step < steps and command != "export":
         print(f"{config.run} is at step {step} of {steps}: sampling.checkpoint={step} goes on with this later", flush=True)

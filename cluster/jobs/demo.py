@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
+from freeguide.cluster.runtime.checks import contradictions
 from freeguide.configs.errors import UserError
 from freeguide.configs.load import PACKAGED, load_config
 from freeguide.configs.loopback import reach_loopback_directly
@@ -40,7 +41,7 @@ def demo(overrides: list[str], run: Callable[[list[str]], int]) -> int:
     """
     began = time.monotonic()
     for command in COMMANDS:
-        load_config(CONFIG, overrides, command)  # refused here, before anything is begun
+        load_config(CONFIG, overrides, command, contradictions=contradictions)  # refused here, before anything is begun
     with contextlib.nullcontext() if _on_own_store(overrides) else local_s3(KEPT) as endpoint:
         if endpoint:
             print(f"S3 server of the demo: {endpoint}, kept in {KEPT}", flush=True)

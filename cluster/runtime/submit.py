@@ -34,6 +34,7 @@ from typing import Any, TypeVar
 from aiohttp import ClientError
 
 import freeguide
+from freeguide.cluster.runtime.checks import contradictions
 from freeguide.configs.errors import ConfigError, UserError
 from freeguide.configs.load import load_config
 from freeguide.configs.locations import locate
@@ -169,7 +170,7 @@ _ONLY = {
 
 
 def _check_locations(path: Path, overrides: list[str], command: str) -> None:
-    shared = load_config(path, overrides, command).cluster.shared_folders
+    shared = load_config(path, overrides, command, contradictions=contradictions).cluster.shared_folders
     if wrong := next((each for each in shared if not each.startswith("/")), None):
         raise ConfigError(f"cluster.shared_folders={wrong}: give the whole path that the folder has on all nodes, /nfs for example")
 
@@ -189,7 +190,7 @@ def _check_locations(path: Path, overrides: list[str], command: str) -> None:
             )
         return place.uri
 
-    load_config(path, overrides, command, place=seen)
+    load_config(path, overrides, command, seen, contradictions)
 
 
 # --- what the job server says ---

@@ -19,10 +19,11 @@ class Kind:
 
     open: Callable[[DataConfig], Source]
     latents: bool = False  # whether it can hold latents, not only images
+    path: bool = True  # whether it reads what stands at data.path
 
 
 SOURCES = {  # by data.source
-    "digits": Kind(open_digits),
+    "digits": Kind(open_digits, path=False),
     "folder": Kind(open_folder, latents=True),
     "idx": Kind(open_idx),
     "parquet": Kind(open_parquet),

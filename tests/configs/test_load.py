@@ -1,14 +1,19 @@
 import ast
 import io
 import tokenize
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from freeguide.cluster.runtime.checks import contradictions
+from freeguide.configs import load
 from freeguide.configs.errors import ConfigError
-from freeguide.configs.load import find_config, load_config
+from freeguide.configs.load import find_config
 from freeguide.configs.schema import Config
 from freeguide.configs.stored import from_yaml, sealed, to_yaml
+
+load_config = partial(load.load_config, contradictions=contradictions)  # as the commands ask all rooms
 
 ROOT = Path(__file__).parents[2]
 MINIMAL = "name: a\nrun: /tmp/run\ndata: {uri: /tmp/data}\n"

@@ -3,14 +3,18 @@
 import math
 from collections.abc import Iterator
 from dataclasses import is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pytest
 
+from freeguide.cluster.runtime.checks import contradictions
+from freeguide.configs import load
 from freeguide.configs.errors import ConfigError
-from freeguide.configs.load import load_config
 from freeguide.configs.schema import Config, Length, Range, options
+
+load_config = partial(load.load_config, contradictions=contradictions)  # as the commands ask all rooms
 
 # Mappings that are handed on, or whose values are those of other options.
 FREE = {"train.deepspeed", "evaluate.sweep", "cluster.env"}

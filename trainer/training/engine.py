@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from freeguide.configs.checks import share_checks
 from freeguide.configs.errors import ConfigError
 from freeguide.configs.schema import TrainConfig
 from freeguide.trainer.checkpoints.manifest import KINDS
+from freeguide.trainer.checks import share_checks
 
 _LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed's DynamicLossScaler
 _BUCKET = 500_000_000  # values that DeepSpeed reduces at once; it makes room for so many, however small the network
@@ -90,7 +90,7 @@ class Engine:
 
     def __init__(self, network: nn.Module, config: TrainConfig) -> None:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        # `load_config` asked the same of cluster.workers. How many processes there are is known only here.
+        # `trainer.checks.contradictions` asked the same of cluster.workers. How many processes there are is known only here.
         for holds, sentence in share_checks(config, self.world_size, "WORLD_SIZE"):
             if not holds:
                 raise ConfigError(sentence)
