@@ -20,13 +20,15 @@ from freeguide.configs.schema import Config
 from freeguide.data_pipeline.store.open import open_store
 from freeguide.trainer.checkpoints.search import check_shapes
 from freeguide.trainer.checks import contradictions
-from freeguide.trainer.diffusion.guidance import Weight, classifier_free, first_guided, interval, weight_at
+from freeguide.trainer.diffusion.guidance import first_guided, weight_at
+from freeguide.trainer.diffusion.guidances import guidance_of
+from freeguide.trainer.diffusion.parametrisation import Network
 from freeguide.trainer.diffusion.randomness import Purpose, bits
 from freeguide.trainer.diffusion.samplers import SAMPLERS, State, sample
 from freeguide.trainer.diffusion.schedule import SCHEDULES, Schedule, alpha_sigma, levels, posterior
 from freeguide.trainer.networks.build import build_network
 from freeguide.trainer.networks.kernels import choose_kernels
-from freeguide.trainer.weights import stored_config, weights_of
+from freeguide.trainer.weights import Weights, stored_config, weights_of
 
 _log = logging.getLogger("freeguide.sampler")
 _ROUNDING = 2.0**-9  # of bf16, relative
@@ -44,11 +46,12 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Sampler:
-    """`network(z, logsnr, labels)` in evaluation mode, and the config it samples by."""
+    """`network(z, logsnr, labels)` in evaluation mode, the config it samples by, and the other networks that its guidance asks."""
 
     network: nn.Module
     config: Config
     device: torch.device
+    others: tuple[nn.Module, ...] = ()
 
     @staticmethod
     def load(uri: str, *overrides: str, device: torch.device | str | None = None) -> "Sampler":
@@ -65,16 +68,23 @@ class Sampler:
         check_interval(config)
         choose_kernels(torch.are_deterministic_algorithms_enabled())
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return Sampler.from_weights(config, weights_of(config).read(), device)
+        return Sampler.of(config, weights_of(config), device)
+
+    @staticmethod
+    def of(config: Config, weights: Weights, device: torch.device | None = None) -> "Sampler":
+        """With the weights of a run, and those of the others that come with them. Raises CheckpointError as `Weights.read`."""
+        own = Sampler.from_weights(config, weights.read(), device)
+        others = (
+            _loaded(replace(config, run=other.run, model=stored_config(other.run).model), other.read(), own.device)
+            for other in weights.others
+        )
+        return replace(own, others=tuple(others))
 
     @staticmethod
     def from_weights(config: Config, weights: Mapping[str, Tensor], device: torch.device | None = None) -> "Sampler":
         """With `weights`, by the names of the network's parameters. Raises CheckpointError if they are those of another network."""
-        data, device = config.data, device or torch.device("cpu")
-        network = build_network(config.model, image_size=data.image_size, channels=data.channels, classes=data.classes)
-        check_shapes(config.run, _shapes(weights), _shapes(dict(network.named_parameters())))
-        network.load_state_dict(weights, strict=False)
-        network.eval().requires_grad_(False).to(device)
+        device = device or torch.device("cpu")
+        network = _loaded(config, weights, device)
         noise = rounding_noise(config)
         if noise > _NOISE:
             _log.warning(
@@ -82,8 +92,6 @@ class Sampler:
                 "set sampling.clip=true or sampling.precision=fp32",
                 noise,
             )
-        if config.sampling.compile:
-            network.compile(dynamic=False)
         return Sampler(network, config, device)
 
     def sample(self, index: Tensor, labels: Tensor, w: float) -> Tensor:
@@ -102,23 +110,21 @@ class Sampler:
     @torch.inference_mode()
     def _draw(self, w: float, batches: list[tuple[Tensor, Tensor]], fork: int, starts: list[State | None]) -> Drawn:
         """One w of a sweep. Each batch goes on from its state of `starts` where it has one, else keeps its state at step `fork`."""
-        options, data = self.config.sampling, self.config.data
+        options, data, guidance = self.config.sampling, self.config.data, guidance_of(self.config)
         evaluations = 0
 
-        def network(z: Tensor, logsnr: Tensor, labels: Tensor) -> Tensor:
-            nonlocal evaluations
-            evaluations += len(z)
-            with torch.autocast(z.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
-                output: Tensor = self.network(z, logsnr, labels)
-                return output
+        def counted(network: nn.Module) -> Network:
+            def call(z: Tensor, logsnr: Tensor, labels: Tensor) -> Tensor:
+                nonlocal evaluations
+                evaluations += len(z)
+                with torch.autocast(z.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
+                    output: Tensor = network(z, logsnr, labels)
+                    return output
 
-        denoise = classifier_free(
-            network,
-            guidance_weight(self.config, w),
-            null_label=data.classes,
-            p_uncond=self.config.diffusion.p_uncond,
-            kind=self.config.diffusion.prediction,
-        )
+            return call
+
+        networks = [counted(network) for network in (self.network, *self.others)]
+        denoise = guidance.denoiser(self.config, networks, guidance.weight(self.config, w))
         transition = SAMPLERS[options.sampler].make(options)
         images = []
         for number, (index, labels) in enumerate(batches):
@@ -140,14 +146,20 @@ class Sampler:
         return Drawn(w, torch.cat(images), evaluations)
 
 
+def _loaded(config: Config, weights: Mapping[str, Tensor], device: torch.device) -> nn.Module:
+    """The network of a run, ready to be asked. Raises CheckpointError if `weights` are those of another network."""
+    data = config.data
+    network = build_network(config.model, image_size=data.image_size, channels=data.channels, classes=data.classes)
+    check_shapes(config.run, _shapes(weights), _shapes(dict(network.named_parameters())))
+    network.load_state_dict(weights, strict=False)
+    network.eval().requires_grad_(False).to(device)
+    if config.sampling.compile:
+        network.compile(dynamic=False)
+    return network
+
+
 def _shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(values.shape) for name, values in weights.items()}
-
-
-def guidance_weight(config: Config, w: float) -> Weight:
-    """w everywhere, or inside `sampling.interval` only."""
-    bounds = config.sampling.interval
-    return interval(w, bounds[0], bounds[1]) if bounds and w else w
 
 
 def sampling_levels(config: Config) -> Tensor:
@@ -158,7 +170,7 @@ def sampling_levels(config: Config) -> Tensor:
 def check_interval(config: Config) -> None:
     """Raises ConfigError if guidance is kept to an interval that none of the sampler's levels is in."""
     ladder = sampling_levels(config)
-    if config.sampling.interval and first_guided(guidance_weight(config, 1.0), ladder) == len(ladder):
+    if config.sampling.interval and _first_guided(config, 1.0, ladder) == len(ladder):
         raise ConfigError(
             f"sampling.interval={config.sampling.interval} holds none of the {len(ladder)} log-SNR levels, so no w would guide: "
             "widen it, or raise sampling.steps"
@@ -168,14 +180,19 @@ def check_interval(config: Config) -> None:
 def shared_steps(config: Config, weights: Sequence[float]) -> int:
     """Transitions at the beginning that are the same at all `weights`, because none guides at a level that they look at."""
     ladder = sampling_levels(config)
-    first = min(first_guided(guidance_weight(config, w), ladder) for w in weights)
+    first = min(_first_guided(config, w, ladder) for w in weights)
     return max(0, min(first - max(SAMPLERS[config.sampling.sampler].asks_at), len(ladder) - 1))
 
 
+def _first_guided(config: Config, w: float, ladder: Tensor) -> int:
+    return first_guided(guidance_of(config).weight(config, w), ladder)
+
+
 def evaluations(config: Config, w: float, start: int = 0) -> int:
-    """Network evaluations per image from step `start` on: one per call of a transition and at the last level, two if guided."""
-    weight = guidance_weight(config, w)
-    calls = [1 + bool(weight_at(weight, logsnr) != 0) for logsnr in sampling_levels(config).tolist()]
+    """Network evaluations per image from step `start` on: of each prediction that the sampler asks the guidance for."""
+    guidance = guidance_of(config)
+    weight = guidance.weight(config, w)
+    calls = [guidance.calls(config, weight_at(weight, logsnr)) for logsnr in sampling_levels(config).tolist()]
     asks_at = SAMPLERS[config.sampling.sampler].asks_at
     return sum(calls[step + ahead] for step in range(start, len(calls) - 1) for ahead in asks_at) + calls[-1]
 

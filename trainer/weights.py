@@ -10,7 +10,7 @@ small file beside them.
 
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -26,6 +26,7 @@ from freeguide.trainer.checkpoints.averages import combined, recipe
 from freeguide.trainer.checkpoints.manifest import CHECKPOINTS
 from freeguide.trainer.checkpoints.profiles import sigma_rel_of
 from freeguide.trainer.checkpoints.search import find
+from freeguide.trainer.diffusion.guidances import guidance_of
 
 _AGAIN = "delete it and sample a checkpoint that is still there"
 KEY = re.compile(r"weights/step-(\d{8,})-[\w.]+-[0-9a-f]{12}\.safetensors")
@@ -43,21 +44,29 @@ class Weights:
     data: str  # fingerprint of the data that they were trained on
     lost: bool = False  # whether they may be made without the snapshots that are lost
     distance: float = 0.0  # of a reconstructed average to the profile that its name says, see `trainer.checkpoints.averages.Recipe`
+    others: tuple["Weights", ...] = ()  # those of the other networks that the guidance asks, in their order
 
     @property
     def key(self) -> str:
         """Where they stand in the run once they are kept."""
         return f"{_prefix(self.step, self.ema)}{fingerprint({'ema': self.ema, 'of': self.of})}.safetensors"
 
+    @property
+    def all_of(self) -> tuple[str, ...]:
+        """The checksums of everything that they and the others are made of: with the options, they decide an image."""
+        return (*self.of, *(each for other in self.others for each in other.all_of))
+
     def keep(self) -> None:
-        """Keep them, unless that has been done. Raises CheckpointError if the checkpoint has been replaced since."""
+        """Keep them and the others, unless that has been done. Raises CheckpointError if a checkpoint has been replaced since."""
+        for other in self.others:
+            other.keep()
         run, facts = open_store(self.run), {"of": self.of, "data": self.data, "distance": self.distance}
         if not run.exists(self.key):
             run.put(self.key, to_safetensors(self._average(run), _FACTS, facts))
         run.create(_facts_of(self.key), sealed_json(facts))
 
     def read(self) -> dict[str, Tensor]:
-        """Their values by parameter name, fp32: the kept ones, or else from the checkpoint. Raises CheckpointError as `keep`.
+        """Their own values by parameter name, fp32: the kept ones, or else from the checkpoint. Raises CheckpointError as `keep`.
 
         Kept weights that are damaged, or have no checksum (older versions wrote none), are made again if the checkpoint is there.
         """
@@ -92,8 +101,26 @@ class Weights:
 def weights_of(config: Config) -> Weights:
     """The weights `sampling.ema` of `sampling.checkpoint`: of a checkpoint, or kept from one that the training has deleted since.
 
-    Raises CheckpointError if there are none.
+    With them come those of the other networks that the guidance asks. Raises CheckpointError if there are none, and ConfigError if
+    another network predicts something else or for other data.
     """
+    others = tuple(_other_weights(config.run, other) for other in guidance_of(config).others(config))
+    return replace(_own_weights(config), others=others)
+
+
+def _other_weights(run: str, other: Config) -> Weights:
+    stored = stored_config(run), stored_config(other.run)
+    for group, name in (("diffusion", "prediction"), ("data", "image_size"), ("data", "channels"), ("data", "classes")):
+        ours, theirs = (getattr(getattr(each, group), name) for each in stored)
+        if ours != theirs:
+            raise ConfigError(
+                f"{other.run} was trained with {group}.{name}={theirs}, so it cannot guide {run}, which has {ours}; "
+                "name a run that agrees"
+            )
+    return _own_weights(other)
+
+
+def _own_weights(config: Config) -> Weights:
     run, step, name = open_store(config.run), config.sampling.checkpoint, config.sampling.ema
     try:
         found = find(run, step)

@@ -78,7 +78,7 @@ class Series:
 
     def load(self, device: torch.device) -> Sampler:
         """Its sampler."""
-        return Sampler.from_weights(self.config, self.weights.read(), device)
+        return Sampler.of(self.config, self.weights, device)
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def placed(found: Sequence[Trained], yardsticks: Sequence[Yardstick], kind: str)
     for one in found:
         conditions = {  # all that decides what a unit holds, but its w and range
             "options": sampled(one.config),
-            "weights": one.weights.of,
+            "weights": one.weights.all_of,
             "extractors": [each.extractor.hash for each in yardsticks],
             "threads": one.config.cluster.cpus_per_worker,
             "device": kind,

@@ -64,7 +64,7 @@ def _generated(one: Trained, kind: str, engine: Executor) -> str:
     config, step = one.config, one.weights.step
     run, options = open_store(config.run), config.generate
     conditions = {
-        "sampling": dataclasses.asdict(config.sampling) | {"checkpoint": one.weights.of},
+        "sampling": dataclasses.asdict(config.sampling) | {"checkpoint": one.weights.all_of},
         "options": {key: value for key, value in sampled(config).items() if key.split(".")[0] not in ("sampling", "evaluate")},
         "generate": {"images": options.images, "unit": options.unit, "w": options.w},
         "threads": config.cluster.cpus_per_worker,

@@ -46,6 +46,11 @@ def weight_at(w: Weight, logsnr: float) -> float | Tensor:
     return w(logsnr) if callable(w) else w
 
 
+def is_zero(weight: float | Tensor) -> bool:
+    """Whether a weight is the number 0, at which the weak prediction is not computed."""
+    return not isinstance(weight, Tensor) and weight == 0
+
+
 def interval(w: Weight, low: float, high: float) -> Weight:
     """w inside low <= lambda < high and 0 elsewhere, where the weak prediction is then not computed.
 
@@ -77,7 +82,7 @@ def increasing(w: float, schedule: Schedule, shape: str = "linear") -> Weight:
 
 def first_guided(w: Weight, levels: Tensor) -> int:
     """The first step whose weight is not the number 0. Until there a sample does not depend on w, so a sweep can share it."""
-    return next((t for t, logsnr in enumerate(levels.tolist()) if not _is_zero(weight_at(w, logsnr))), len(levels))
+    return next((t for t, logsnr in enumerate(levels.tolist()) if not is_zero(weight_at(w, logsnr))), len(levels))
 
 
 # --- pairs -----------------------------------------------------------------------------------------------------------------
@@ -195,7 +200,7 @@ def guided(pair: Pair, w: Weight, *, rule: Rule = linear, space: str = "eps", si
 
     def denoise(z: Tensor, logsnr: Tensor, labels: Tensor, previous: Prediction | None = None) -> Prediction:
         weight = weight_at(w, logsnr.item())
-        strong, weak = pair(z, logsnr, labels, not _is_zero(weight))
+        strong, weak = pair(z, logsnr, labels, not is_zero(weight))
         if weak is None:
             return strong
         value, momentum = rule(
@@ -306,7 +311,7 @@ def classifier_guided(
         condition = labels if null_label is None else torch.full_like(labels, null_label)
         plain = _ask(network, z, logsnr, condition, kind, sigma_data)
         weight = weight_at(w, logsnr.item())
-        if _is_zero(weight):
+        if is_zero(weight):
             return plain
         with torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
             leaf = z.detach().requires_grad_()
@@ -359,10 +364,6 @@ def _move_x(p: Prediction, x: Tensor, logsnr: Tensor) -> Prediction:
         return p._replace(x=x)
     alpha, sigma = alpha_sigma(logsnr)
     return p._replace(x=x, eps=p.eps + alpha / sigma * (p.x - x))
-
-
-def _is_zero(weight: float | Tensor) -> bool:
-    return not isinstance(weight, Tensor) and weight == 0
 
 
 def _norm(a: Tensor) -> Tensor:

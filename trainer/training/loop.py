@@ -362,7 +362,7 @@ def _draw(run: Run, step: int) -> None:
         checkpoint=step,
     )
     config = dataclasses.replace(config, sampling=sampling)
-    sampler = Sampler.from_weights(config, weights_of(config).read(), run.engine.device)
+    sampler = Sampler.of(config, weights_of(config), run.engine.device)
     index = torch.arange(rows * columns)
     x = sampler.sample(index, index % columns % classes, w)
     run.telemetry.images(step, f"samples/w={w:g}", grid(x, columns))
