@@ -15,8 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from freeguide.configs.errors import ConfigError
 from freeguide.configs.schema import ModelConfig
 from freeguide.trainer.networks.layers import Conditioning, Conv32, DropoutKey, GroupNorm, attend, drop, zeroed
+
+OPTIONS = (  # of `ModelConfig`
+    *("channels", "channel_mult", "res_blocks", "attention", "heads", "head_channels"),
+    *("resblock_updown", "scale_shift_norm", "dropout", "learn_sigma"),
+)
 
 Resize = Callable[[Tensor], Tensor]
 
@@ -158,12 +164,14 @@ class Encoder(nn.Module):
 
 
 class ADM(nn.Module):
-    """The U-Net. `trainer.networks.build.build_network` checks the configuration and seeds the weights; call that.
+    """The U-Net. `trainer.networks.build.build_network` seeds the weights; call that.
 
     Set `recompute` to trade memory for a second forward of every layer in the backward pass (activation checkpointing).
+    Raises ConfigError for options that do not fit each other or the images.
     """
 
     def __init__(self, model: ModelConfig, *, image_size: int, channels: int, classes: int) -> None:
+        check_adm(model, image_size)
         super().__init__()
         self.recompute = False
         self.conditioning = Conditioning(model.channels, 4 * model.channels, classes + 1)
@@ -201,3 +209,34 @@ class ADM(nn.Module):
         for stage in self.decoder:
             h = stage(torch.cat([h, skips.pop()], dim=1), emb, dropout, self.recompute)
         return self.out_conv(F.silu(self.out_norm(h.float())))
+
+
+def check_adm(model: ModelConfig, image_size: int) -> None:
+    """Raises ConfigError if the options fit neither each other nor the images."""
+    if model.channels < 2 or model.channels % 2:
+        raise ConfigError(f"model.channels is {model.channels}: set it to an even number of at least 2")
+    if not model.channel_mult or min(model.channel_mult) < 1:
+        raise ConfigError(f"model.channel_mult is {list(model.channel_mult)}: give one whole number of at least 1 for each level")
+    if model.res_blocks < 1:
+        raise ConfigError(f"model.res_blocks is {model.res_blocks}: set it to at least 1")
+    if not 0 <= model.dropout < 1:
+        raise ConfigError(f"model.dropout is {model.dropout}: set it to a probability of at least 0 and below 1")
+    levels = len(model.channel_mult)
+    if image_size % 2 ** (levels - 1):
+        raise ConfigError(
+            f"data.image_size is {image_size}, which model.channel_mult halves {levels - 1} times: "
+            f"use images divisible by {2 ** (levels - 1)} or fewer levels"
+        )
+    sizes = [image_size >> level for level in range(levels)]
+    for size in model.attention:
+        if size not in sizes:
+            raise ConfigError(
+                f"model.attention names feature maps of {size} pixels, which do not occur: "
+                f"choose among {', '.join(map(str, sizes))} (data.image_size and its halves, one for each level)"
+            )
+    attended = {mult for mult, size in zip(model.channel_mult, sizes, strict=True) if size in model.attention}
+    option = "head_channels" if model.head_channels else "heads"
+    divisor = getattr(model, option)
+    for width in sorted(mult * model.channels for mult in attended | {model.channel_mult[-1]}):
+        if divisor < 1 or width % divisor:
+            raise ConfigError(f"model.{option} is {divisor}: set it to a divisor of {width}, a width at which the network attends")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from freeguide.configs.schema import ModelConfig
-from freeguide.trainer.networks.adm import Encoder, number_streams
+from freeguide.trainer.networks.adm import Encoder, check_adm, number_streams
 from freeguide.trainer.networks.layers import Conditioning, DropoutKey, GroupNorm, Linear32, attend
 
 
@@ -31,12 +31,13 @@ class AttentionPool(nn.Module):
 
 
 class Classifier(nn.Module):
-    """ADM's noise-aware classifier. `trainer.networks.build.build_classifier` checks the configuration and seeds the weights.
+    """ADM's noise-aware classifier. `trainer.networks.build.build_classifier` seeds the weights. Raises ConfigError as `ADM`.
 
     Set `recompute` to trade memory for a second forward of every layer in the backward pass (activation checkpointing).
     """
 
     def __init__(self, model: ModelConfig, *, image_size: int, channels: int, classes: int) -> None:
+        check_adm(model, image_size)
         super().__init__()
         self.recompute = False
         self.conditioning = Conditioning(model.channels, 4 * model.channels, 0)

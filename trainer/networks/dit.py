@@ -9,25 +9,16 @@ its two branches,
 The gates start at 0: an untrained block is the identity. Signature, class table and null class are those of ADM.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from freeguide.configs.errors import ConfigError
+from freeguide.configs.schema import ModelConfig
 from freeguide.trainer.networks.layers import Conditioning, DropoutKey, Linear32, attend, zeroed
 
-
-@dataclass(frozen=True)
-class DiTConfig:
-    """The options of a DiT. Defaults: DiT-XL/2, without the second set of output channels."""
-
-    width: int = 1152  # channels of a token
-    depth: int = 28  # blocks
-    heads: int = 16  # attention heads
-    patch: int = 2  # pixels per side of a token
-    learn_sigma: bool = False  # DiT's second set of output channels; the paper fixes the variance with v, so off
+OPTIONS = ("channels", "heads", "depth", "patch", "learn_sigma")  # of `ModelConfig`; `channels` are those of a token
 
 
 def sine_cosine_positions(tokens_per_side: int, width: int) -> Tensor:
@@ -63,24 +54,27 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """The transformer. `trainer.networks.build.build_network` checks the configuration and seeds the weights; call that.
+    """The transformer. `trainer.networks.build.build_network` seeds the weights; call that. Raises ConfigError as `ADM`.
+
+    DiT-XL/2 has `channels=1152, depth=28, heads=16, patch=2`, and the published ones `learn_sigma=true`.
 
     Set `recompute` to trade memory for a second forward of every block in the backward pass (activation checkpointing).
     """
 
     positions: Tensor
 
-    def __init__(self, model: DiTConfig, *, image_size: int, channels: int, classes: int) -> None:
+    def __init__(self, model: ModelConfig, *, image_size: int, channels: int, classes: int) -> None:
+        _check(model, image_size)
         super().__init__()
         self.recompute = False
         self.patch = model.patch
         self.grid = image_size // model.patch
-        self.conditioning = Conditioning(256, model.width, classes + 1)
-        self.embed = nn.Linear(channels * model.patch**2, model.width)
-        self.register_buffer("positions", sine_cosine_positions(self.grid, model.width), persistent=False)
-        self.blocks = nn.ModuleList(Block(model.width, model.heads) for _ in range(model.depth))
-        self.out_modulation = nn.Linear(model.width, 2 * model.width)
-        self.out = Linear32(model.width, (2 if model.learn_sigma else 1) * channels * model.patch**2)
+        self.conditioning = Conditioning(256, model.channels, classes + 1)
+        self.embed = nn.Linear(channels * model.patch**2, model.channels)
+        self.register_buffer("positions", sine_cosine_positions(self.grid, model.channels), persistent=False)
+        self.blocks = nn.ModuleList(Block(model.channels, model.heads) for _ in range(model.depth))
+        self.out_modulation = nn.Linear(model.channels, 2 * model.channels)
+        self.out = Linear32(model.channels, (2 if model.learn_sigma else 1) * channels * model.patch**2)
         self.initialise()
 
     def initialise(self) -> None:
@@ -111,3 +105,15 @@ class DiT(nn.Module):
         shift, scale = self.out_modulation(emb).float()[:, None].chunk(2, dim=2)
         h = self.out(norm(x.float()) * (1 + scale) + shift)  # (B, N, C' patch^2)
         return F.pixel_shuffle(h.transpose(1, 2).unflatten(2, (self.grid, self.grid)), self.patch)
+
+
+def _check(model: ModelConfig, image_size: int) -> None:
+    for option in ("channels", "depth", "heads", "patch"):
+        if (value := getattr(model, option)) < 1:
+            raise ConfigError(f"model.{option} is {value}: set it to at least 1")
+    if image_size % model.patch:
+        raise ConfigError(f"model.patch is {model.patch}: set it to a divisor of data.image_size, which is {image_size}")
+    if model.channels % model.heads:
+        raise ConfigError(f"model.heads is {model.heads}: set it to a divisor of model.channels, which is {model.channels}")
+    if model.channels % 4:
+        raise ConfigError(f"model.channels is {model.channels}: set it to a multiple of 4, as positions take a quarter each")

@@ -1,12 +1,12 @@
 """Building: the same weights everywhere, one-sentence errors, cost without memory."""
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from freeguide.configs.errors import ConfigError
-from freeguide.configs.schema import ModelConfig
+from freeguide.configs.schema import ModelConfig, Network
 from freeguide.trainer.networks.build import (
     NETWORKS,
     build_classifier,
@@ -15,7 +15,6 @@ from freeguide.trainer.networks.build import (
     forward_flops,
     network_options,
 )
-from freeguide.trainer.networks.dit import DiTConfig
 
 TINY: dict[str, Any] = {"channels": 16, "channel_mult": [1, 2], "res_blocks": 1, "attention": [4], "head_channels": 8}
 DATA: dict[str, int] = {"image_size": 8, "channels": 1, "classes": 3}
@@ -25,8 +24,8 @@ def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
-@pytest.mark.parametrize("model", [ModelConfig(**TINY), DiTConfig(width=32, depth=1, heads=4)], ids=["adm", "dit"])
-def test_weights_depend_on_the_seed_alone(model: ModelConfig | DiTConfig) -> None:
+@pytest.mark.parametrize("model", [ModelConfig(**TINY), ModelConfig("dit", channels=32, depth=1, heads=4)], ids=["adm", "dit"])
+def test_weights_depend_on_the_seed_alone(model: ModelConfig) -> None:
     torch.manual_seed(1)
     first = build_network(model, **DATA, seed=5)
     torch.manual_seed(2)
@@ -107,9 +106,17 @@ def test_a_dit_that_cannot_be_is_one_sentence(options: dict[str, Any], words: li
 def test_a_dit_is_built_from_the_options_of_the_model() -> None:
     model = ModelConfig(network="dit", channels=32, depth=2, heads=4, patch=4)
     ours = build_network(model, **DATA)
-    assert same_weights(ours, build_network(DiTConfig(width=32, depth=2, heads=4, patch=4), **DATA))
+    assert same_weights(ours, build_network(ModelConfig("dit", channels=32, depth=2, heads=4, patch=4), **DATA))
     assert network_options(model) == ["network", "channels", "heads", "learn_sigma", "depth", "patch"]
     assert not {"depth", "patch"} & set(network_options(ModelConfig()))
+
+
+def test_each_network_that_a_config_can_name_reads_options_that_there_are() -> None:
+    assert set(NETWORKS) == set(get_args(Network))
+    for name, kind in NETWORKS.items():
+        assert set(kind.options) < set(vars(ModelConfig()))
+        assert set(network_options(ModelConfig(name))) == {"network", *kind.options}  # type: ignore[arg-type]
+    assert {"network", "depth", "patch"}.isdisjoint(NETWORKS["adm"].options)
 
 
 def test_parameters_are_counted_once() -> None:
@@ -123,12 +130,12 @@ def test_flops_count_two_per_multiply_accumulate() -> None:
     condition = features * c + c * c
     block = tokens * (3 + 1 + 4 + 4) * c * c + 6 * c * c + 2 * tokens * tokens * c
     ends = tokens * (4 * c) + 2 * c * c + tokens * (c * 4)
-    assert forward_flops(DiTConfig(width=c, depth=1, heads=1), 4, 1, 3) == 2 * (condition + block + ends)
+    assert forward_flops(ModelConfig("dit", channels=c, depth=1, heads=1), 4, 1, 3) == 2 * (condition + block + ends)
 
 
 def test_flops_of_a_network_far_larger_than_memory_can_be_counted() -> None:
     """50 blocks of width 16384 hold 2.4e11 parameters, a terabyte. The matrices of a block cost 2 * 12 * width^2 a token."""
-    flops = forward_flops(DiTConfig(width=16384, depth=50, heads=128), image_size=8, channels=3, classes=10)
+    flops = forward_flops(ModelConfig("dit", channels=16384, depth=50, heads=128), image_size=8, channels=3, classes=10)
     assert flops > 50 * 16 * 2 * 12 * 16384**2
 
 

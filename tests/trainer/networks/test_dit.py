@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from freeguide.configs.schema import ModelConfig
 from freeguide.trainer.networks.build import build_network, count_parameters, forward_flops
-from freeguide.trainer.networks.dit import DiT, DiTConfig, sine_cosine_positions
+from freeguide.trainer.networks.dit import DiT, sine_cosine_positions
 from freeguide.trainer.networks.layers import zeroed
 
-TINY = DiTConfig(width=32, depth=2, heads=4, patch=2)
-XL: dict[str, Any] = {"width": 1152, "depth": 28, "heads": 16, "learn_sigma": True}
+TINY = ModelConfig("dit", channels=32, depth=2, heads=4, patch=2)
+XL: dict[str, Any] = {"channels": 1152, "depth": 28, "heads": 16, "learn_sigma": True}
 LATENT: dict[str, int] = {"image_size": 32, "channels": 4, "classes": 1000}  # 256x256 images in the published models' latent space
 
 
@@ -46,7 +47,7 @@ def test_parameters_of_dit_xl_2_are_composed_as_published() -> None:
     block = (3 * c * c + 3 * c) + (c * c + c) + (4 * c * c + 4 * c) + (4 * c * c + c) + (6 * c * c + 6 * c)
     output = (2 * c * c + 2 * c) + (32 * c + 32)
     with torch.device("meta"):
-        network = DiT(DiTConfig(**XL), **LATENT)
+        network = DiT(ModelConfig("dit", **XL), **LATENT)
     assert count_parameters(network) == patches + condition + 28 * block + output == 675_129_632 - 256 * c
     assert network.positions.numel() == 256 * c
 
@@ -54,16 +55,16 @@ def test_parameters_of_dit_xl_2_are_composed_as_published() -> None:
 @pytest.mark.parametrize(
     ("config", "gmac"),
     [
-        (DiTConfig(width=384, depth=12, heads=6, learn_sigma=True), 6.06),
-        (DiTConfig(width=768, depth=12, heads=12, learn_sigma=True), 23.01),
-        (DiTConfig(width=1024, depth=24, heads=16, learn_sigma=True), 80.71),
-        (DiTConfig(patch=2, **XL), 118.64),
-        (DiTConfig(patch=4, **XL), 29.05),
-        (DiTConfig(patch=8, **XL), 7.39),
+        (ModelConfig("dit", channels=384, depth=12, heads=6, learn_sigma=True), 6.06),
+        (ModelConfig("dit", channels=768, depth=12, heads=12, learn_sigma=True), 23.01),
+        (ModelConfig("dit", channels=1024, depth=24, heads=16, learn_sigma=True), 80.71),
+        (ModelConfig("dit", patch=2, **XL), 118.64),
+        (ModelConfig("dit", patch=4, **XL), 29.05),
+        (ModelConfig("dit", patch=8, **XL), 7.39),
     ],
     ids=["S/2", "B/2", "L/2", "XL/2", "XL/4", "XL/8"],
 )
-def test_cost_is_the_published_one(config: DiTConfig, gmac: float) -> None:
+def test_cost_is_the_published_one(config: ModelConfig, gmac: float) -> None:
     """Table 4 of the DiT paper counts multiply-accumulates, the layer norms' included, which we leave out: within 0.1 %."""
     assert forward_flops(config, **LATENT) / 2e9 == pytest.approx(gmac, rel=1e-3)
 
@@ -149,7 +150,7 @@ def test_recomputing_gives_the_same_bits() -> None:
 def test_initialisation_is_the_published_one() -> None:
     """N(0, 0.02^2) in the condition's MLP and table: 5 % is at least four deviations of the estimate. Xavier-uniform elsewhere: the
     bound is respected, and 10 000 numbers or more come within 1 % of it."""
-    network = build_network(DiTConfig(width=64, depth=1, heads=4), image_size=8, channels=3, classes=63)
+    network = build_network(ModelConfig("dit", channels=64, depth=1, heads=4), image_size=8, channels=3, classes=63)
     for name in ("conditioning.hidden", "conditioning.out", "conditioning.classes"):
         assert network.get_parameter(f"{name}.weight").std().item() == pytest.approx(0.02, rel=0.05)
     for name, fan_in, fan_out in (("blocks.0.qkv", 64, 192), ("blocks.0.expand", 64, 256), ("blocks.0.contract", 256, 64)):
