@@ -78,11 +78,11 @@ class Folded:
 
     def row(self, one: Series, fold: Fold, yardsticks: Sequence[Yardstick]) -> Row:
         """Its row, with all conditions."""
-        return Row(
+        return Row.of(
             w=fold.w,
             nfe=evaluations(one.config, fold.w),
             n=fold.images,
-            **self.values,  # type: ignore[arg-type]
+            **self.values,
             **measure.conditions(*yardsticks),
             **model_conditions(
                 one.config,

@@ -12,10 +12,8 @@ from itertools import pairwise
 
 import numpy as np
 
+from freeguide.cluster.evaluation.metrics import METRICS
 from freeguide.cluster.evaluation.rows import Row, require_comparable
-
-# Values whose spread over seeds is told.
-_REPEATED = ("fid", "inception_score", "accuracy", "precision", "recall", "kid", "fid_infinity", "sfid", "fd_dinov2")
 
 
 def fid_at(rows: Sequence[Row], inception_score: float) -> float | None:
@@ -103,7 +101,7 @@ def over_seeds(rows: Sequence[Row], names: Sequence[str] = ("seed",)) -> list[Se
         here = [row for row in rows if row.w == w]
         if len(here) < members:
             continue
-        found = {name: [getattr(row, name) for row in here] for name in _REPEATED}
+        found = {name: [row.value(name) for row in here] for name in METRICS}
         gathered.append(SeedRow(w, {name: spread(values) for name, values in found.items() if None not in values}))
     return gathered
 

@@ -4,7 +4,6 @@ The set comes in units, in the order of the images. Moments are formed per unit 
 the units and never on who made them.
 """
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -13,22 +12,11 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from freeguide.cluster.evaluation.extractors.features import Extractor, Measured, concatenated
+from freeguide.cluster.evaluation.extractors.features import ROLES, Extractor, Measured
+from freeguide.cluster.evaluation.metrics import METRICS
 from freeguide.cluster.evaluation.reference import Reference
-from freeguide.cluster.evaluation.rows import INCEPTION
-from freeguide.cluster.evaluation.statistics import moments
-from freeguide.cluster.evaluation.statistics.fid import fid, fid_infinity, fid_spread
-from freeguide.cluster.evaluation.statistics.inception_score import class_accuracy, inception_score
-from freeguide.cluster.evaluation.statistics.kid import kid
-from freeguide.cluster.evaluation.statistics.precision_recall import precision_recall
+from freeguide.cluster.evaluation.statistics.metric import Seen
 from freeguide.configs.errors import DataError
-
-POINTS = 15  # subsets of FID-infinity
-# Fields of a row that `values` decides.
-VALUES = (
-    *("fid", "fid_std", "fid_infinity", "inception_score", "inception_score_std", "accuracy"),
-    *("precision", "recall", "kid", "kid_std", "sfid", "sfid_std", "fd_dinov2", "fd_dinov2_std"),
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +26,7 @@ class Yardstick:
     extractor: Extractor
     reference: Reference
     weights: str = ""  # where its weights stand, for other processes to load them
+    role: str = ""  # beside the first yardstick, see `features.ROLES`; "" = it is the first, which FID is measured with
 
     def described(self) -> "Yardstick":
         """Without the extractor's network, which may weigh a gigabyte: `values` and `conditions` do not need it."""
@@ -45,74 +34,49 @@ class Yardstick:
         return replace(self, extractor=cast("Extractor", SimpleNamespace(**facts)))
 
 
-def values(
-    units: Sequence[Measured],
-    labels: NDArray[np.integer] | None,
-    yardstick: Yardstick,
-    dinov2: Yardstick | None = None,
-) -> dict[str, float | None]:
-    """The values of a row, by the names of its fields, from N images in units; `labels` (N,) are those that made the images, None
+def values(units: Sequence[Measured], labels: NDArray[np.integer] | None, *yardsticks: Yardstick) -> dict[str, float | None]:
+    """The values of a row, by their names in `METRICS`, from N images in units; `labels` (N,) are those that made the images, None
     where they are not known or there is one class only.
 
-    With the yardstick `dinov2`, the units hold DINOv2's features too (`measure_with`).
-    What the reference or the extractor does not allow is None: precision, recall and KID without features of real images, sFID
-    without spatial ones, FID-infinity and the distances' spreads for fewer images, or cycles of balanced labels, than they need.
-    IS and class accuracy need an extractor with classes, and accuracy an own evaluator: Inception's 1008 classes are not numbered
-    as ImageNet's labels. Raises DataError where FID, IS or FD-DINOv2 cannot be computed.
+    The units hold the features of every yardstick (`measure_with`), of which the first has no role. A metric whose needs the
+    yardstick of its role does not meet is left out: precision, recall and KID without features of real images, sFID without spatial
+    ones, IS and class accuracy without an extractor with classes. FID-infinity and the distances' spreads are None for fewer
+    images, or cycles of balanced labels, than they need. Raises DataError if something that was asked for cannot be computed.
     """
-    reference, whole = yardstick.reference, concatenated(units)
-    if yardstick.extractor.has_classes and whole.probabilities is None:
-        raise DataError(f"some units hold no probabilities of {yardstick.extractor.name}'s classes; measure these images again")
-    n, d = whole.features.shape
-    cycle = _cycle(n, labels)
-    enough = n // 3 > d and n >= 2 * cycle
-    found: dict[str, float | None] = {
-        "fid": fid(moments.merged(moments.from_features(unit.features) for unit in units), reference.pool),
-        "fid_std": fid_spread(whole.features, reference.pool, cycle),
-        "fid_infinity": fid_infinity(whole.features, reference.pool, POINTS, cycle=cycle).value if enough else None,
-    }
-    if yardstick.extractor.has_classes and whole.probabilities is not None:
-        score = inception_score(whole.probabilities)
-        found |= {"inception_score": score.mean, "inception_score_std": score.std}
-        if labels is not None and yardstick.extractor.name != INCEPTION:
-            found["accuracy"] = class_accuracy(whole.probabilities, labels)
-    if reference.features is not None:
-        near = precision_recall(whole.features, reference.features)
-        distance = kid(whole.features, reference.features, cycle=cycle)
-        found |= {"precision": near.precision, "recall": near.recall, "kid": distance.mean, "kid_std": distance.std}
-    if reference.spatial is not None and whole.spatial is not None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # too few images were reported with the FID already
-            spatial = moments.merged(moments.from_features(unit.spatial) for unit in units if unit.spatial is not None)
-            found["sfid"] = fid(spatial, reference.spatial)
-            found["sfid_std"] = fid_spread(whole.spatial, reference.spatial, cycle)
-    if dinov2 is not None:
-        if whole.dinov2 is None:
-            raise DataError("some units hold no DINOv2 features; measure these images again with evaluate.dinov2 set")
-        pool = moments.merged(moments.from_features(unit.dinov2) for unit in units if unit.dinov2 is not None)
-        found["fd_dinov2"] = fid(pool, dinov2.reference.pool)
-        found["fd_dinov2_std"] = fid_spread(whole.dinov2, dinov2.reference.pool, cycle)
+    judge = yardsticks[0].extractor
+    if judge.has_classes and any(unit.probabilities is None for unit in units):
+        raise DataError(f"some units hold no probabilities of {judge.name}'s classes; measure these images again")
+    seen = {each.role: Seen(_units_of(units, each.role), labels, each.extractor, each.reference) for each in yardsticks}
+    found: dict[str, float | None] = {}
+    for name, metric in METRICS.items():
+        if metric.role in seen and all(map(seen[metric.role].has, metric.needs)):
+            found[name], spread = metric.compute(seen[metric.role])
+            if metric.spread:
+                found[f"{name}_std"] = spread
     return found
 
 
-def _cycle(n: int, labels: NDArray[np.integer] | None) -> int:
-    """Images after which balanced labels (image i has i mod classes) begin again; 1 for labels in any other order, or none."""
-    if labels is None:
-        return 1
-    classes = max(int(labels.max()) + 1, 1)
-    return classes if np.array_equal(labels, np.arange(n) % classes) else 1
+def _units_of(units: Sequence[Measured], role: str) -> Sequence[Measured]:
+    """What the extractor of that role said."""
+    if not role:
+        return units
+    if any(role not in unit.others for unit in units):
+        title = ROLES[role].title
+        raise DataError(f"some units hold no {title} features; measure these images again with evaluate.{role} set")
+    return [Measured(unit.others[role]) for unit in units]
 
 
-def conditions(yardstick: Yardstick, dinov2: Yardstick | None = None) -> dict[str, Any]:
-    """The conditions of a row that the measurement decides, by the names of its fields."""
+def conditions(*yardsticks: Yardstick) -> dict[str, Any]:
+    """The conditions of a row that the measurement decides, by the names that rows give them."""
+    first, *beside = yardsticks
     known = {
-        "dataset": yardstick.reference.dataset,
-        "reference": yardstick.reference.sha256,
-        "reference_n": yardstick.reference.pool.n,
-        "extractor": yardstick.extractor.name,
-        "extractor_hash": yardstick.extractor.hash,
-        "resize": yardstick.extractor.resize,
+        "dataset": first.reference.dataset,
+        "reference": first.reference.sha256,
+        "reference_n": first.reference.pool.n,
+        "extractor": first.extractor.name,
+        "extractor_hash": first.extractor.hash,
+        "resize": first.extractor.resize,
     }
-    if dinov2 is not None:
-        known |= {"dinov2": dinov2.extractor.hash, "dinov2_reference": dinov2.reference.sha256}
+    for each in beside:
+        known |= {each.role: each.extractor.hash, f"{each.role}_reference": each.reference.sha256}
     return known

@@ -6,22 +6,29 @@ rows that differ in a condition that the reader has not been told about.
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
 from freeguide.cluster.evaluation.conditions import trained
+from freeguide.cluster.evaluation.extractors.features import INCEPTION, role_conditions
 from freeguide.cluster.evaluation.extractors.images import ROUNDING
+from freeguide.cluster.evaluation.metrics import value_names
 from freeguide.configs.errors import DataError
 from freeguide.configs.schema import Config, SamplingConfig
 from freeguide.configs.untrusted import parse_json
 from freeguide.data_pipeline.artifact import check_seal, sealed_json
 
-INCEPTION = "inception-2015-12-05"  # the only extractor whose distances are called FID
 SCHEMA = "freeguide-rows/2"
 
-# What was measured with. Rows that differ in one of these never share a column, whatever the reader has been told.
-INSTRUMENT = ("n", "dataset", "reference", "reference_n", "extractor", "extractor_hash", "resize", "dinov2", "dinov2_reference")
+
+def instrument() -> tuple[str, ...]:
+    """What was measured with. Rows that differ in one of these never share a column, whatever the reader has been told."""
+    first = ("n", "dataset", "reference", "reference_n", "extractor", "extractor_hash", "resize")
+    return (*first, *role_conditions())
+
+
+INSTRUMENT = instrument()
 MEASUREMENT = (*INSTRUMENT, "rounding", "labels")
 # What was measured. Rows may differ in these where an experiment varies them by name, as the paper varies p_uncond.
 MODEL = (
@@ -82,14 +89,31 @@ class Row:
     device: str = ""  # the kind that made the images, its torch and precision; "" = not known. Kinds round differently
     ema_distance: float = 0.0  # of a reconstructed average to the profile that its name says, relative; 0 = not reconstructed
     code_version: str
+    # Values of metrics, and conditions of roles, that have no field above, by their names; in JSON they stand among the fields.
+    further: Mapping[str, float | str | None] = field(default_factory=dict, hash=False)
+
+    @classmethod
+    def of(cls, **facts: Any) -> "Row":
+        """A row of facts by name, whether they have a field or not. Raises TypeError for what no row has."""
+        further = {name: value for name, value in facts.items() if name not in _TYPES}
+        if strangers := [name for name in further if name not in (*value_names(), *role_conditions())]:
+            raise TypeError(f"no row has {', '.join(strangers)}")
+        return cls(**{name: value for name, value in facts.items() if name in _TYPES}, further=further)
+
+    def value(self, name: str) -> Any:
+        """The value or condition of that name; None or "" if it was not measured."""
+        if name in _TYPES:
+            return getattr(self, name)
+        return self.further.get(name, "" if name in role_conditions() else None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All that the row says, by name."""
+        return {name: getattr(self, name) for name in _TYPES} | dict(self.further)
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for name, value in self.to_dict().items():
             if isinstance(value, float) and not math.isfinite(value):
-                raise DataError(
-                    f"{field.name} of the row w = {self.w:g} of run {self.run!r} is {value}; look at that run's samples"
-                )
+                raise DataError(f"{name} of the row w = {self.w:g} of run {self.run!r} is {value}; look at that run's samples")
         for name, least in (("n", 1), ("reference_n", 0), ("steps", 1), ("nfe", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -149,7 +173,7 @@ def further_options(sampling: SamplingConfig) -> str:
 
 def require_same_instrument(rows: Sequence[Row]) -> None:
     """Raise DataError unless all rows were measured with the same n, reference and extractors, whoever made their images."""
-    for name in INSTRUMENT:
+    for name in instrument():
         _require_equal(rows, name)
 
 
@@ -161,14 +185,14 @@ def require_comparable(rows: Sequence[Row], varying: Sequence[str] = ()) -> None
     for name in varying:
         if name not in MODEL:
             raise ValueError(f"{name!r} may not vary within a comparison; only {', '.join(MODEL)} may")
-    for name in (*MEASUREMENT, *MODEL):
+    for name in dict.fromkeys((*instrument(), *MEASUREMENT, *MODEL)):
         if name not in varying:
             _require_equal(rows, name)
 
 
 def _require_equal(rows: Sequence[Row], name: str) -> None:
     for row in rows[1:]:
-        first, other = getattr(rows[0], name), getattr(row, name)
+        first, other = rows[0].value(name), row.value(name)
         if first != other:
             raise DataError(
                 f"rows w = {rows[0].w:g} and w = {row.w:g} cannot be compared because {name} is {first!r} in one and {other!r} "
@@ -183,7 +207,7 @@ def to_json(rows: Iterable[Row]) -> str:
 
 def document(rows: Iterable[Row]) -> dict[str, Any]:
     """What stands in that JSON."""
-    return {"schema": SCHEMA, "rows": [asdict(row) for row in rows]}
+    return {"schema": SCHEMA, "rows": [row.to_dict() for row in rows]}
 
 
 def from_json(text: str, where: str = "rows") -> list[Row]:
@@ -196,20 +220,21 @@ def from_json(text: str, where: str = "rows") -> list[Row]:
         found = parse_json(text)
         if found["schema"] != SCHEMA:
             raise ValueError(f"its schema is {found['schema']!r:.60}, not {SCHEMA!r}")
-        return [Row(**{name: typed(name, value) for name, value in row.items()}) for row in found["rows"]]
+        return [Row.of(**{name: typed(name, value) for name, value in row.items()}) for row in found["rows"]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{where} does not hold metric rows ({error}); measure again with this version") from None
 
 
-_TYPES: dict[str, Any] = {field.name: field.type for field in fields(Row)}
+_TYPES: dict[str, Any] = {each.name: each.type for each in fields(Row) if each.name != "further"}
 
 
 def typed(name: str, value: Any) -> Any:
-    """The value, if it has the type of the row's field (an int will do for a float).
+    """The value, if it has the type that a row has there (an int will do for a float).
 
-    Raises KeyError for an unknown field and TypeError for another type.
+    Raises KeyError for what no row has and TypeError for another type.
     """
-    kind = _TYPES[name]
+    further = dict.fromkeys(value_names(), float | None) | dict.fromkeys(role_conditions(), str)
+    kind = (further | _TYPES)[name]
     kinds = get_args(kind) or (kind,)
     whole = isinstance(value, int) and not isinstance(value, bool)
     if whole and float in kinds:

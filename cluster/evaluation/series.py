@@ -11,7 +11,7 @@ follow each other, so that an actor rarely changes it.
 import dataclasses
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -191,9 +191,9 @@ class Worker:
     """Samples and measures items: one per actor."""
 
     def __init__(
-        self, series: Sequence[Series], weights: Sequence[tuple[str, str] | tuple[str, str, Access]], resources: Resources
+        self, series: Sequence[Series], weights: Mapping[str, tuple[str, str] | tuple[str, str, Access]], resources: Resources
     ) -> None:
-        """`weights` are the places of the extractors', their hashes, and how S3 is asked for them.
+        """`weights` are, by role, the places of the extractors', their hashes, and how S3 is asked for them.
 
         An actor must not measure with what stands there later.
         """
@@ -202,7 +202,7 @@ class Worker:
         self.series = series
         self.device = resources.device
         self.kind = units.kind_of(self.device)
-        self.extractors = [load_extractor(*each) for each in weights]
+        self.extractors = {role: load_extractor(*each) for role, each in weights.items()}
         self._sampler = functools.lru_cache(maxsize=NETWORKS)(self._load)
 
     def __call__(self, item: Item) -> None:

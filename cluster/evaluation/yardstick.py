@@ -14,6 +14,7 @@ import hashlib
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from freeguide.cluster.evaluation import reference as references
 from freeguide.cluster.evaluation.executor import Executor, Resources
 from freeguide.cluster.evaluation.extractors import evaluator as evaluators
 from freeguide.cluster.evaluation.extractors.evaluator import Evaluator
-from freeguide.cluster.evaluation.extractors.features import Extractor
-from freeguide.cluster.evaluation.extractors.load import load_dinov2, load_extractor, load_judge
+from freeguide.cluster.evaluation.extractors.features import ROLES, Extractor
+from freeguide.cluster.evaluation.extractors.load import load_beside, load_extractor, load_judge
 from freeguide.cluster.evaluation.measure import Yardstick
 from freeguide.configs.errors import StoreError
 from freeguide.configs.schema import Config
@@ -45,7 +46,7 @@ PIXELS = 4 * 2**30  # bytes of decoded images that an evaluator is trained on: 3
 
 
 def yardsticks_of(config: Config, data: Store, manifest: Manifest, executor: Executor) -> list[Yardstick]:
-    """What `config.evaluate` measures with: one yardstick for FID, IS and the rest, and DINOv2's where that is asked for.
+    """What `config.evaluate` measures with: one yardstick for FID, IS and the rest, and one for each role that is asked for.
 
     What does not stand beside the data yet is made first, as a work item. Raises UserError for weights, statistics or
     images that cannot be used.
@@ -55,9 +56,11 @@ def yardsticks_of(config: Config, data: Store, manifest: Manifest, executor: Exe
     if options.extractor:
         given = load_judge(options.extractor, options.extractor_hash, access_to(config.data, options.extractor))
     found = [_yardstick(config, data, manifest, executor, given, options.extractor, options.reference)]
-    if options.dinov2:
-        dinov2 = load_dinov2(options.dinov2, options.dinov2_hash, access_to(config.data, options.dinov2))
-        found.append(_yardstick(config, data, manifest, executor, dinov2, options.dinov2, options.dinov2_reference))
+    for role in ROLES:
+        weights, sha256, reference = (getattr(options, f"{role}{what}") for what in ("", "_hash", "_reference"))
+        if weights:
+            given = load_beside(role, weights, sha256, access_to(config.data, weights))
+            found.append(replace(_yardstick(config, data, manifest, executor, given, weights, reference), role=role))
     return found
 
 

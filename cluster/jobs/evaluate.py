@@ -28,6 +28,7 @@ from freeguide.cluster.evaluation.fold import Fold, Folded, Folder, Made, planne
 from freeguide.cluster.evaluation.frontier import near_frontier
 from freeguide.cluster.evaluation.kept import needed_by, sweep
 from freeguide.cluster.evaluation.measure import Yardstick
+from freeguide.cluster.evaluation.metrics import METRICS
 from freeguide.cluster.evaluation.report import figures
 from freeguide.cluster.evaluation.report.page import (
     check_others,
@@ -56,8 +57,6 @@ from freeguide.data_pipeline.stored import load_manifest
 from freeguide.trainer.sampler import evaluations, sweep_evaluations
 from freeguide.trainer.training.loop import fitted, misguided
 from freeguide.trainer.training.telemetry import event_file
-
-_SHOWN = ("fid", "inception_score", "accuracy", "precision", "recall")  # values of a row that TensorBoard shows
 
 
 def evaluate(config: Config) -> Path:
@@ -203,7 +202,9 @@ def _make_units(job: _Job, folds: Sequence[Fold], left: Sequence[Fold]) -> None:
     for one, lacks in zip(job.series, todo, strict=True):
         if lacks:
             needed_by(one.store, one.weights)
-    extractors = [(each.weights, each.extractor.hash, access_to(job.config.data, each.weights)) for each in job.yardsticks]
+    extractors = {
+        each.role: (each.weights, each.extractor.hash, access_to(job.config.data, each.weights)) for each in job.yardsticks
+    }
     done = job.engine.run(items(job.series, todo), functools.partial(Worker, job.series, extractors))
     for _ in progress((unit for item in done for unit in item.units), count, "unit", job.engine.at_once):
         pass
@@ -237,8 +238,9 @@ def _show(one: Series, curve: Sequence[Row], grids: dict[Row, NDArray[np.uint8]]
         what = {"sampling": sampling, "n": row.n, "extractor": row.extractor_hash, "reference": row.reference}
         line = f"evaluate-{row.sampler}-T{row.steps}-{one.config.sampling.ema}-{fingerprint(what)[:6]}/w{row.w:g}"
         with event_file(open_store(one.config.run), f"events/{line}/events.out.tfevents.{one.weights.step:010d}") as writer:
-            for name in _SHOWN:
-                if getattr(row, name) is not None:
-                    writer.add_scalar(f"evaluate/{row.fid_name if name == 'fid' else name}", getattr(row, name), one.weights.step)
+            for name, metric in METRICS.items():
+                if metric.tensorboard and row.value(name) is not None:
+                    called = metric.tensorboard.replace("{fid}", row.fid_name)
+                    writer.add_scalar(f"evaluate/{called}", row.value(name), one.weights.step)
             if row in grids:
                 writer.add_image("evaluate/samples", figures.tiled(grids[row]), one.weights.step, dataformats="HWC")

@@ -14,9 +14,9 @@ import functools
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,10 @@ from numpy.typing import NDArray
 
 from freeguide.cluster.evaluation import measure
 from freeguide.cluster.evaluation import reference as references
-from freeguide.cluster.evaluation.extractors.features import UNIT, Extractor, Measured, measure_with
-from freeguide.cluster.evaluation.extractors.load import load_dinov2, load_judge
+from freeguide.cluster.evaluation.extractors.features import ROLES, UNIT, Extractor, Measured, measure_with
+from freeguide.cluster.evaluation.extractors.load import load_beside, load_judge
 from freeguide.cluster.evaluation.measure import Yardstick
+from freeguide.cluster.evaluation.metrics import value_names
 from freeguide.cluster.evaluation.reference import Reference
 from freeguide.cluster.evaluation.rows import UNKNOWN, Row, to_json, typed
 from freeguide.cluster.evaluation.units import code_version
@@ -122,26 +123,27 @@ def score(
     Raises DataError for images, references or weights that cannot be used, StoreError where a store does not answer, ConfigError
     for unknown facts.
     """
-    if bool(dinov2) != bool(dinov2_reference):
-        raise DataError("FD-DINOv2 needs DINOv2's weights and a reference measured with them; give both or neither")
+    beside = {"dinov2": (dinov2, dinov2_hash, dinov2_reference)}
+    for role, (weights, _, real) in beside.items():
+        if bool(weights) != bool(real):
+            what = f"{ROLES[role].gives} needs {ROLES[role].title}'s weights"
+            raise DataError(f"{what} and a reference measured with them; give both or neither")
     check_device(device)
     choose_kernels()
     judge = load_judge(extractor, extractor_hash, access)
-    yardstick = Yardstick(judge, load_reference(reference, judge, dataset, device, access))
-    second = None
-    if dinov2:
-        other = load_dinov2(dinov2, dinov2_hash, access)
-        second = Yardstick(other, load_reference(dinov2_reference, other, dataset, device, access))
+    yardsticks = [Yardstick(judge, load_reference(reference, judge, dataset, device, access))]
+    for role, (weights, sha256, real) in beside.items():
+        if weights:
+            other = load_beside(role, weights, sha256, access)
+            yardsticks.append(Yardstick(other, load_reference(real, other, dataset, device, access), role=role))
     warn_of_symmetry(judge)
     found = load_samples(samples, judge.channels, access, class_depth)
-    return score_samples(found, yardstick, second, name=name or samples, w=w, facts=facts, device=device, unit=unit)
+    return score_samples(found, *yardsticks, name=name or samples, w=w, facts=facts, device=device, unit=unit)
 
 
 def score_samples(
     samples: Samples,
-    yardstick: Yardstick,
-    dinov2: Yardstick | None = None,
-    *,
+    *yardsticks: Yardstick,
     name: str,
     w: float = 0.0,
     facts: dict[str, Any] | None = None,
@@ -150,18 +152,18 @@ def score_samples(
 ) -> Row:
     """`score` of images and yardsticks in memory, `unit` images at a time: with the unit of an evaluation, to its bits."""
     samples = samples.dealt
-    given = _checked(facts or {}, {"n", "run", "code_version", *measure.VALUES, *measure.conditions(yardstick, dinov2)})
-    extractors = [each.extractor for each in (yardstick, dinov2) if each]
+    given = _checked(facts or {}, {"n", "run", "code_version", *value_names(), *measure.conditions(*yardsticks)})
+    extractors, first = {each.role: each.extractor for each in yardsticks}, yardsticks[0]
     units = _measured(samples.images, extractors, device, unit)
-    asked = yardstick.extractor.has_classes  # else there is no accuracy, and labels only tell the cycles
-    labels = samples.labels_by(yardstick.reference.class_names) if asked else samples.labels
+    asked = first.extractor.has_classes  # else there is no accuracy, and labels only tell the cycles
+    labels = samples.labels_by(first.reference.class_names) if asked else samples.labels
     known = {"rounding": f"{UNKNOWN}, compressed with loss" if samples.lossy else UNKNOWN, "labels": UNKNOWN} | given
-    return Row(
+    return Row.of(
         w=w,
         n=len(samples.images),
         run=name,
-        **measure.values(units, labels, yardstick, dinov2),  # type: ignore[arg-type]
-        **measure.conditions(yardstick, dinov2),
+        **measure.values(units, labels, *yardsticks),
+        **measure.conditions(*yardsticks),
         **known,
         code_version=code_version(),
     )
@@ -280,9 +282,9 @@ def _read(store: Store, path: str) -> bytes:
     return store.get(path)
 
 
-def _measured(images: NDArray[np.uint8], extractors: list[Extractor], device: str, unit: int) -> list[Measured]:
+def _measured(images: NDArray[np.uint8], extractors: Mapping[str, Extractor], device: str, unit: int) -> list[Measured]:
     blocks = [images[start : start + unit] for start in range(0, len(images), unit)]
-    names = ", ".join(extractor.name for extractor in extractors)
+    names = ", ".join(extractor.name for extractor in extractors.values())
     done = progress((measure_with(extractors, block, device) for block in blocks), len(blocks), f"{names}: block of {unit} images")
     return list(done)
 
@@ -310,7 +312,7 @@ def command(options: argparse.Namespace) -> None:
         access=Access(request_payer=options.request_payer, unsigned=options.unsigned),
         class_depth=options.class_depth,
     )
-    for field, value in asdict(row).items():
+    for field, value in row.to_dict().items():
         if value not in (None, "", UNKNOWN):
             print(f"{field:20} {value:.6g}" if isinstance(value, float) else f"{field:20} {value}")
     if options.json:

@@ -100,7 +100,7 @@ def changed(root: Path, before: dict[str, str], place: str, old: str, new: str) 
         ("cluster/evaluation/reference.py", "KEPT = 10_000", "KEPT = 9_000", {"references"}),
         ("cluster/evaluation/statistics/moments.py", "BLOCK = 4096", "BLOCK = 2048", {"rows", "references"}),
         ("cluster/evaluation/statistics/fid.py", "def fid_spread(", "@id\ndef fid_spread(", {"rows"}),
-        ("cluster/evaluation/measure.py", "POINTS = 15", "POINTS = 14", {"rows"}),
+        ("cluster/evaluation/metrics.py", "POINTS = 15", "POINTS = 14", {"rows"}),
         ("cluster/evaluation/yardstick.py", "PIXELS = 4 * 2**30", "PIXELS = 2 * 2**30", {"evaluators"}),
     ],
 )

@@ -14,7 +14,7 @@ from PIL import Image
 from freeguide.cluster.evaluation.extractors import dinov2
 from freeguide.cluster.evaluation.extractors.dinov2 import VisionTransformer
 from freeguide.cluster.evaluation.extractors.evaluator import Evaluator, fit_evaluator, fit_rotations
-from freeguide.cluster.evaluation.extractors.load import load_dinov2
+from freeguide.cluster.evaluation.extractors.load import load_beside
 from freeguide.cluster.evaluation.measure import Yardstick, values
 from freeguide.cluster.evaluation.reference import from_npz
 from freeguide.cluster.evaluation.rows import from_json, to_json
@@ -376,7 +376,7 @@ def test_dinov2_stands_beside_the_rest_which_it_leaves_alone(place, judge, tmp_p
     torch.save(VisionTransformer(width=16, depth=1, heads=2).state_dict(), tmp_path / dinov2.FILE)
     weights, real = str(tmp_path / dinov2.FILE), str(place / "real.npz")
     plain, row = _score(place, "fake.npz"), _score(place, "fake.npz", dinov2=weights, dinov2_reference=real)
-    network = load_dinov2(weights)
+    network = load_beside("dinov2", weights)
     a, b = (from_features(network.measure(images).features) for images in (REAL, FAKE))
     assert row.fd_dinov2 == frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
     assert row.fd_dinov2_std is not None

@@ -217,11 +217,11 @@ def test_an_actor_measures_with_the_weights_that_the_driver_saw_or_not_at_all(la
     there = tmp_path / "evaluator.safetensors"
     there.write_bytes((lab / "evaluator.safetensors").read_bytes())
     seen = load_extractor(str(there)).hash
-    assert Worker([], [(str(there), seen)], Resources(1, 0)).extractors[0].hash == seen
+    assert Worker([], {"": (str(there), seen)}, Resources(1, 0)).extractors[""].hash == seen
     images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), np.uint8)
     there.write_bytes(fit_evaluator(images, np.arange(40) % 10, 10, 1, name="another").to_bytes())
     with pytest.raises(DataError, match=f"and not {seen}"):
-        Worker([], [(str(there), seen)], Resources(1, 0))
+        Worker([], {"": (str(there), seen)}, Resources(1, 0))
 
 
 def test_a_grid_shows_the_first_classes_only_where_there_are_many(

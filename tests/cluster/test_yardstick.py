@@ -258,10 +258,9 @@ def test_dinov2_is_a_second_yardstick_with_a_reference_of_its_own(toys: str, fin
     expected = from_features(judge.measure(images).features)
     assert (second.extractor.hash, second.extractor.width) == (judge.hash, 16)
     assert np.array_equal(second.reference.pool.covariance, expected.covariance)
-    measured = features.measure_with([first.extractor, second.extractor], images)
+    measured = features.measure_with({each.role: each.extractor for each in (first, second)}, images)
     assert np.array_equal(measured.features, first.extractor.measure(images).features)
-    assert measured.dinov2 is not None
-    assert np.array_equal(measured.dinov2, judge.measure(images).features)
+    assert np.array_equal(measured.others["dinov2"], judge.measure(images).features)
     (Path(toys) / "named.npz").write_bytes(second.reference.to_bytes(judge))
     _, named = find(toys, f"evaluate.dinov2={tiny_dinov2}", f"evaluate.dinov2_reference={toys}/named.npz")
     assert named.reference.sha256 == second.reference.sha256

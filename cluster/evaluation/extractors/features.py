@@ -7,8 +7,8 @@ object, and the file's hash says what it is. `load.py` has the dictionary of wha
 
 import hashlib
 import io
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from freeguide.configs.errors import DataError
 
+INCEPTION = "inception-2015-12-05"  # the only extractor whose distances are called FID
 DINOV2 = "dinov2-vitl14"  # what rows call it
 WEIGHTS_BYTES = 2**33  # of published networks: DINOv2 has 1.2 GB
 UNIT = 1024  # images measured at a time where no work unit says otherwise; it decides the order in which moments are added
@@ -30,19 +31,22 @@ class Measured:
     features: NDArray[np.float32]  # (N, d)
     probabilities: NDArray[np.float32] | None = None  # (N, K) of its classes, if it has any
     spatial: NDArray[np.float32] | None = None  # (N, s) for sFID, if it has such features
-    dinov2: NDArray[np.float32] | None = None  # (N, 1024) for FD-DINOv2, where a second extractor was asked, see `measure_with`
+    others: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)  # features (N, ...) of others by role, see `ROLES`
 
     def to_arrays(self) -> dict[str, Any]:
         """Its arrays by name, for `np.savez`; those that are None are left out."""
-        return {name: array for name in _PARTS if (array := getattr(self, name)) is not None}
+        own = {name: array for name in _PARTS if (array := getattr(self, name)) is not None}
+        return own | {f"{_OF}{role}": array for role, array in self.others.items()}
 
     @staticmethod
     def from_arrays(arrays: Any) -> "Measured":
         """From a mapping or an open `.npz` that holds what `to_arrays` gave, possibly among other things."""
-        return Measured(**{name: arrays[name] for name in _PARTS if name in arrays})
+        others = {name.removeprefix(_OF): arrays[name] for name in arrays if name.startswith(_OF)}
+        return Measured(**{name: arrays[name] for name in _PARTS if name in arrays}, others=others)
 
 
-_PARTS = ("features", "probabilities", "spatial", "dinov2")
+_PARTS = ("features", "probabilities", "spatial")
+_OF = "features of "
 
 
 class Extractor(Protocol):
@@ -87,10 +91,32 @@ class Loader:
     most: int = WEIGHTS_BYTES  # bytes that such a file may have
 
 
-def measure_with(extractors: Sequence[Extractor], images: NDArray[np.uint8], device: str = "cpu") -> Measured:
-    """What the first extractor says of images uint8 (N, H, W, C), with the features of the second, DINOv2, where there is one."""
-    measured = extractors[0].measure(images, device)
-    return replace(measured, dinov2=extractors[1].measure(images, device).features) if len(extractors) > 1 else measured
+@dataclass(frozen=True)
+class Role:
+    """What an extractor does beside the first, which has the role "" and measures FID.
+
+    The options evaluate.<role>, evaluate.<role>_hash and evaluate.<role>_reference name its weights and the real images as it sees
+    them. Rows carry the hashes of both as <role> and <role>_reference, and rows that differ in them do not compare.
+    """
+
+    extractor: str  # the name of the extractor that it takes
+    title: str  # what people call that
+    gives: str  # the metric for which it is asked
+
+
+ROLES: dict[str, Role] = {"dinov2": Role(DINOV2, "DINOv2", "FD-DINOv2")}
+
+
+def role_conditions() -> list[str]:
+    """The conditions of rows that roles have."""
+    return [name for role in ROLES for name in (role, f"{role}_reference")]
+
+
+def measure_with(extractors: Mapping[str, Extractor], images: NDArray[np.uint8], device: str = "cpu") -> Measured:
+    """What the extractor of the role "" says of images uint8 (N, H, W, C), with the features of all others by their roles."""
+    measured = extractors[""].measure(images, device)
+    others = {role: extractor.measure(images, device).features for role, extractor in extractors.items() if role}
+    return replace(measured, others=others)
 
 
 def load_weights(data: bytes, network: torch.nn.Module, where: str) -> str:
@@ -123,4 +149,5 @@ def concatenated(units: Sequence[Measured]) -> Measured:
         for name in _PARTS
         if all(getattr(unit, name) is not None for unit in units)
     }
-    return Measured(**joined)
+    roles = set.intersection(*(set(unit.others) for unit in units)) if units else set()
+    return Measured(**joined, others={role: np.concatenate([unit.others[role] for unit in units]) for role in sorted(roles)})

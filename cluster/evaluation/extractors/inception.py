@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from freeguide.cluster.evaluation.extractors.features import Loader, Measured, load_weights, to_rgb
-from freeguide.cluster.evaluation.rows import INCEPTION
+from freeguide.cluster.evaluation.extractors.features import INCEPTION, Loader, Measured, load_weights, to_rgb
 from freeguide.configs.errors import DataError
 
 HASH = "6726825d"  # first digits of the published file's sha256, also in its name

@@ -3,7 +3,7 @@
 from fnmatch import fnmatchcase
 
 from freeguide.cluster.evaluation.extractors import dinov2, evaluator, inception
-from freeguide.cluster.evaluation.extractors.features import DINOV2, Extractor, Loader
+from freeguide.cluster.evaluation.extractors.features import ROLES, Extractor, Loader
 from freeguide.configs.errors import DataError
 from freeguide.data_pipeline.store.base import Access
 from freeguide.data_pipeline.store.open import read_object
@@ -25,18 +25,24 @@ def load_extractor(uri: str, sha256: str = "", access: Access | None = None) -> 
 
 
 def load_judge(uri: str, sha256: str = "", access: Access | None = None) -> Extractor:
-    """`load_extractor` of weights that FID is measured with: not DINOv2, whose distance has a name and a column of its own."""
+    """`load_extractor` of weights that FID is measured with: of none with a role, whose distance has a column of its own."""
     extractor = load_extractor(uri, sha256, access)
-    if extractor.name == DINOV2:
-        raise DataError(f"{uri} holds DINOv2, which has no classes and so no Inception score; name it as dinov2, beside another")
+    for name, role in ROLES.items():
+        if extractor.name == role.extractor:
+            raise DataError(
+                f"{uri} holds {role.title}, which has no classes and so no Inception score; name it as {name}, beside another"
+            )
     return extractor
 
 
-def load_dinov2(uri: str, sha256: str = "", access: Access | None = None) -> Extractor:
-    """`load_extractor` of weights that have to be DINOv2's."""
-    extractor = load_extractor(uri, sha256, access)
-    if extractor.name != DINOV2:
-        raise DataError(f"{uri} holds {extractor.name} and not DINOv2, which FD-DINOv2 needs; give the path of DINOv2's weights")
+def load_beside(role: str, uri: str, sha256: str = "", access: Access | None = None) -> Extractor:
+    """`load_extractor` of weights that have to be those of `role`, a name in ROLES."""
+    extractor, wanted = load_extractor(uri, sha256, access), ROLES[role]
+    if extractor.name != wanted.extractor:
+        raise DataError(
+            f"{uri} holds {extractor.name} and not {wanted.title}, which {wanted.gives} needs; give the path of {wanted.title}'s "
+            "weights"
+        )
     return extractor
 
 

@@ -22,8 +22,10 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullForma
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from freeguide.cluster.evaluation.metrics import METRICS
 from freeguide.cluster.evaluation.published import Published
 from freeguide.cluster.evaluation.rows import Row
+from freeguide.cluster.evaluation.statistics.metric import distance
 from freeguide.configs.errors import visible
 
 Series = tuple[str, list[Row]]  # label ("" where nothing varies) and rows in the order of w
@@ -32,7 +34,7 @@ COLOURS = ("#2f5d8c", "#c8553d", "#4a7c59", "#7d5ba6", "#b8860b", "#3c8d93")
 MARKERS = "os^Dv"
 INK, GREY = "#222222", "#666666"
 LONGEST = 60  # characters of a name in a picture
-SHARES = (("precision", "o-"), ("recall", "s--"), ("accuracy", "^:"))  # quantities between 0 and 1 and their lines
+LINES = ("o-", "s--", "^:", "D-.")  # of shares of images, by their places
 STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
@@ -57,11 +59,6 @@ STYLE: dict[str, Any] = {
 
 def best_of(rows: Sequence[Row]) -> Row:
     return min(rows, key=lambda row: row.fid)
-
-
-def distance(value: float) -> str:
-    """Two decimals, as the paper prints FID; three significant digits below one."""
-    return f"{value:.2f}" if value >= 1 else f"{value:.3g}"
 
 
 def curves(series: list[Series]) -> bytes:
@@ -107,8 +104,8 @@ def _curves(series: list[Series]) -> bytes:
             spread = np.array([row.inception_score_std for row in rows], float)
             axes.plot(w, score, f"{marker}-", color=colour, label=label)
             axes.fill_between(w, score - spread, score + spread, color=colour, alpha=0.15, linewidth=0)
-        for (name, line), colour_ in zip(SHARES, COLOURS, strict=False):
-            points = [(row.w, getattr(row, name)) for row in rows if getattr(row, name) is not None]
+        for name, line, colour_ in _shares():
+            points = [(row.w, row.value(name)) for row in rows if row.value(name) is not None]
             if points:
                 right.plot(*zip(*points, strict=True), line, color=colour if len(series) > 1 else colour_)
     _log_if_wide(left, [row.fid for _, rows in series for row in rows])
@@ -122,15 +119,20 @@ def _curves(series: list[Series]) -> bytes:
     for axes in middle:
         axes.set_title("Inception score, ± std of the splits")
     right.set_title("shares of images")
-    measured = [(name, line) for name, line in SHARES if any(getattr(row, name) is not None for _, rows in series for row in rows)]
-    for name, line in measured:
-        colour = GREY if len(series) > 1 else COLOURS[SHARES.index((name, line))]
-        right.plot([], [], line, color=colour, label=name)
+    measured = [share for share in _shares() if any(row.value(share[0]) is not None for _, rows in series for row in rows)]
+    for name, line, colour in measured:
+        right.plot([], [], line, color=GREY if len(series) > 1 else colour, label=METRICS[name].title)
     if measured:
         right.legend(fontsize=9)
     for axes in (left, *middle, right):
         _guidance_axis(axes, sorted({row.w for _, rows in series for row in rows}))
     return _drawn(figure)
+
+
+def _shares() -> list[tuple[str, str, str]]:
+    """The metrics that are shares of images, in their places, each with its line and its colour."""
+    placed = sorted((metric.curve, name) for name, metric in METRICS.items() if metric.curve is not None)
+    return [(name, LINES[place % len(LINES)], COLOURS[place % len(COLOURS)]) for place, name in placed]
 
 
 def _frontier(series: list[Series], others: Sequence[Row], published: Sequence[Published]) -> bytes:

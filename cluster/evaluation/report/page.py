@@ -24,7 +24,6 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from freeguide.cluster.evaluation.extractors.features import role_conditions
 from freeguide.cluster.evaluation.measure import Yardstick, conditions
 from freeguide.cluster.evaluation.published import rows_of, why_not_beside
 from freeguide.cluster.evaluation.report import figures
@@ -159,15 +159,15 @@ def read_others(config: Config) -> list[Row]:
 
 def check_others(others: Sequence[Row], yardsticks: Sequence[Yardstick]) -> None:
     """Raise DataError unless the images behind `others` were measured with the same yardsticks as ours."""
-    _require_alike(others, {"dinov2": "", "dinov2_reference": ""} | conditions(*yardsticks))
+    _require_alike(others, dict.fromkeys(role_conditions(), "") | conditions(*yardsticks))
 
 
 def _require_alike(others: Sequence[Row], instrument: Mapping[str, Any]) -> None:
     for name, ours in instrument.items():
         for row in others:
-            if getattr(row, name) != ours:
+            if row.value(name) != ours:
                 raise DataError(
-                    f"{name} of {row.run!r} in evaluate.others is {getattr(row, name)!r} and here it is {ours!r}; score them with "
+                    f"{name} of {row.run!r} in evaluate.others is {row.value(name)!r} and here it is {ours!r}; score them with "
                     f"the same {name}, or leave them out"
                 )
 
@@ -223,9 +223,10 @@ def _json(ordered: list[Row], title: str, varying: Sequence[str], series: list[S
 
 def _csv(rows: Sequence[Row]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(asdict(rows[0])), lineterminator="\n")
+    said = [row.to_dict() for row in rows]
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for one in said for name in one)), lineterminator="\n")
     writer.writeheader()
-    writer.writerows({name: _cell(value) for name, value in asdict(row).items()} for row in rows)
+    writer.writerows({name: _cell(value) for name, value in one.items()} for one in said)
     return text.getvalue()
 
 

@@ -10,10 +10,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from freeguide.cluster.evaluation.extractors.features import ROLES
 from freeguide.cluster.evaluation.frontier import Spread, common_scores, fid_at, over_seeds, spread
+from freeguide.cluster.evaluation.metrics import METRICS
 from freeguide.cluster.evaluation.published import beside, rows_of, same_setting, sampled_otherwise, why_not_beside
-from freeguide.cluster.evaluation.report.figures import Series, best_of, distance
+from freeguide.cluster.evaluation.report.figures import Series, best_of
 from freeguide.cluster.evaluation.rows import Row
+from freeguide.cluster.evaluation.statistics.metric import Metric, deviation, distance
 
 
 @dataclass(frozen=True)
@@ -104,53 +107,23 @@ def _metrics(ordered: Sequence[Row], varying: Sequence[str]) -> Table:
     return Table("", heads, lines, bold, _caption(ordered, varying))
 
 
-_SCALES = {"kid": 1000}
-_FORMS: dict[str, Callable[[float], str]] = {
-    **dict.fromkeys(("accuracy", "precision", "recall"), "{:.3f}".format),
-    "kid": lambda value: f"{float(f'{value:.3g}'):g}",
-    "inception_score": "{:.2f}".format,
-    "nfe": str,
-}
-
-
-def _heads(fid_name: str) -> dict[str, str]:
-    """What tables call the values of a row, by their fields, in the order of the columns."""
-    return {
-        "fid": fid_name,
-        "inception_score": "IS",
-        "accuracy": "accuracy",
-        "precision": "precision",
-        "recall": "recall",
-        "kid": "KID × 1000",
-        "fid_infinity": f"{fid_name} ∞",
-        "sfid": "sFID",
-        "fd_dinov2": "FD-DINOv2",
-    }
-
-
 def _columns(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], str]]]:
     """Heads and forms of the values that at least one row has, each with its spread where the row has one."""
-    heads = _heads(rows[0].fid_name)
-    heads |= {"fid": f"{heads['fid']} ↓", "inception_score": "IS ↑", "nfe": "NFE"}
-    measured = {field: head for field, head in heads.items() if any(getattr(row, field) is not None for row in rows)}
-    return [(head, partial(_cell, field)) for field, head in measured.items()]
+    measured = [(name, metric) for name, metric in METRICS.items() if any(row.value(name) is not None for row in rows)]
+    columns: list[tuple[str, Callable[[Row], str]]] = []
+    columns += [(metric.head(rows[0].fid_name), partial(_cell, name, metric)) for name, metric in measured]
+    if any(row.nfe is not None for row in rows):
+        columns.append(("NFE", lambda row: "-" if row.nfe is None else str(row.nfe)))
+    return columns
 
 
-def _cell(field: str, row: Row) -> str:
-    value, std, scale = getattr(row, field), _spread_of(row, field), _SCALES.get(field, 1)
-    if value is None:
-        return "-"
-    spread = "" if std is None else f" ± {std:.2f}" if field == "inception_score" else f" ± {_deviation(scale * std)}"
-    return _FORMS.get(field, distance)(scale * value) + spread
+def _cell(name: str, metric: Metric, row: Row) -> str:
+    return metric.cell(row.value(name), _spread_of(row, name))
 
 
-def _spread_of(row: Row, field: str) -> float | None:
-    return getattr(row, f"{field}_std", None)
-
-
-def _deviation(value: float) -> str:
-    """Two significant digits, without an exponent up to a million."""
-    return f"{float(f'{value:.2g}'):g}"
+def _spread_of(row: Row, name: str) -> float | None:
+    spread: float | None = row.value(f"{name}_std") if METRICS[name].spread else None
+    return spread
 
 
 def _matched(groups: Sequence[tuple[str, list[list[Row]]]], repeats: str = "") -> list[Table]:
@@ -199,23 +172,25 @@ def _repeated(series: list[Series], name: str, varying: Sequence[str], screened:
     ]
     if not rows or max(map(len, groups.values())) < 2:
         return []
-    shown = [(f, head) for f, head in _heads(firsts[0].fid_name).items() if all(f in found.values for _, found in rows)]
+    shown = [(each, metric) for each, metric in METRICS.items() if all(each in found.values for _, found in rows)]
     lines = []
     for first, found in rows:
-        values = [_with_deviation(found.values[field], _SCALES.get(field, 1)) for field, _ in shown]
+        values = [_with_deviation(found.values[each], metric.scale) for each, metric in shown]
         lines.append([*map(plain, key_of(first, names)), f"{found.w:g}", *values, str(found.values["fid"].k)])
     what = {"seed": "sampling seeds", "run": "runs"}[name]
     note = f"Mean ± standard deviation of one value (denominator k - 1) over k {what}; never the best of them."
     if screened:
         note += " What the screen left out of one of them is left out here."
-    tables = [Table(f"Over {what}", [*names, "w", *(head for _, head in shown), "k"], lines, note=note)]
+    tables = [
+        Table(f"Over {what}", [*names, "w", *(metric.titled(firsts[0].fid_name) for _, metric in shown), "k"], lines, note=note)
+    ]
     labels = [label_of(first, names) for first in firsts]
     return tables + (_matched(list(zip(labels, groups.values(), strict=True)), what) if len(groups) > 1 else [])
 
 
 def _with_deviation(value: Spread, scale: int = 1) -> str:
     mean = distance(scale * value.mean)
-    return mean if value.std is None else f"{mean} ± {_deviation(scale * value.std)}"
+    return mean if value.std is None else f"{mean} ± {deviation(scale * value.std)}"
 
 
 def _others(others: Sequence[Row]) -> Table:
@@ -337,11 +312,13 @@ def _caption(ordered: Sequence[Row], varying: Sequence[str]) -> str:
         f"{row.dataset or 'without a name'}, of {real} ({row.reference[:12]}); features of {row.extractor} "
         f"({row.extractor_hash[:12]})"
     )
-    if row.dinov2:
-        measured += f"; DINOv2 ({row.dinov2[:12]}) against its reference ({row.dinov2_reference[:12]})"
+    for name, role in ROLES.items():
+        if row.value(name):
+            measured += f"; {role.title} ({row.value(name)[:12]}) against its reference ({row.value(f'{name}_reference')[:12]})"
     words = [f"{model}; {measured}."]
-    surer = [field for field in ("fid", "sfid", "fd_dinov2", "kid") if any(_spread_of(row, field) is not None for row in ordered)]
-    if names := [_heads(row.fid_name)[field] for field in surer]:
+    surer = [name for name, metric in METRICS.items() if metric.spread == "jackknife"]
+    surer.sort(key=lambda name: METRICS[name].scale)  # what stands in units of its own is named last
+    if names := [METRICS[n].titled(row.fid_name) for n in surer if any(_spread_of(each, n) is not None for each in ordered)]:
         words.append(f"± after {', '.join(names)}: standard deviation over sets of n images of one network, by jackknife.")
     if row.fid_name != "FID":
         words.append(f"{row.fid_name} is the Fréchet distance of these features and compares with no other FID.")

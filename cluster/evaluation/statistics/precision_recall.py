@@ -8,7 +8,6 @@ The cost is quadratic, so distances are formed in chunks of rows, as |a|^2 + |b|
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,17 +20,23 @@ CHUNK = 1 << 24  # distances held at a time: 128 MiB
 DUPLICATE = 1e-12  # |a - b|^2 below this share of |a|^2 + |b|^2 is rounding of the expanded square: the points are equal
 
 
-@dataclass(frozen=True)
-class PrecisionRecall:
-    precision: float
-    recall: float
-
-
-def precision_recall(generated: NDArray[np.floating], real: NDArray[np.floating], k: int = 3) -> PrecisionRecall:
-    """Precision and recall of generated features (N, d) against real ones (M, d), with balls to the k-th neighbour.
+def precision(generated: NDArray[np.floating], real: NDArray[np.floating], k: int = 3) -> float:
+    """Precision of generated features (N, d) against real ones (M, d), with balls to the k-th neighbour.
 
     Raises DataError if the dimensions differ, a value is not finite, or a set has k points or fewer.
     """
+    generated_, real_ = _centred(generated, real, k)
+    return _inside(generated_, real_, k)
+
+
+def recall(generated: NDArray[np.floating], real: NDArray[np.floating], k: int = 3) -> float:
+    """Recall, as `precision`."""
+    generated_, real_ = _centred(generated, real, k)
+    return _inside(real_, generated_, k)
+
+
+def _centred(generated: NDArray[np.floating], real: NDArray[np.floating], k: int) -> tuple[Array, Array]:
+    """Both sets of features, checked, about the real mean."""
     for name, features in (("generated", generated), ("real", real)):
         if features.ndim != 2 or len(features) <= k:
             raise DataError(
@@ -44,8 +49,7 @@ def precision_recall(generated: NDArray[np.floating], real: NDArray[np.floating]
             f"features of {generated.shape[1]} and of {real.shape[1]} dimensions do not compare; use one extractor for both"
         )
     centre = real.mean(axis=0, dtype=np.float64)
-    generated_, real_ = generated.astype(np.float64) - centre, real.astype(np.float64) - centre
-    return PrecisionRecall(precision=_inside(generated_, real_, k), recall=_inside(real_, generated_, k))
+    return generated.astype(np.float64) - centre, real.astype(np.float64) - centre
 
 
 def _inside(points: Array, manifold: Array, k: int) -> float:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from freeguide.cluster.evaluation.extractors.features import INCEPTION
 from freeguide.cluster.evaluation.extractors.inception import FILE, HASH, Inception, InceptionV3, Mixed, from_bytes, tf1_bilinear
 from freeguide.cluster.evaluation.extractors.load import load_extractor
-from freeguide.cluster.evaluation.rows import INCEPTION
 from freeguide.configs.errors import DataError
 
 

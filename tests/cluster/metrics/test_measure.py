@@ -5,15 +5,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from freeguide.cluster.evaluation.extractors.features import Measured
-from freeguide.cluster.evaluation.measure import VALUES, Yardstick, conditions, values
+from freeguide.cluster.evaluation.extractors.features import INCEPTION, Measured
+from freeguide.cluster.evaluation.measure import Yardstick, conditions, values
+from freeguide.cluster.evaluation.metrics import value_names
 from freeguide.cluster.evaluation.reference import Reference, Statistics
-from freeguide.cluster.evaluation.rows import INCEPTION, Row
+from freeguide.cluster.evaluation.rows import Row
 from freeguide.cluster.evaluation.statistics.fid import fid, fid_infinity, fid_spread, frechet_distance
 from freeguide.cluster.evaluation.statistics.inception_score import inception_score
 from freeguide.cluster.evaluation.statistics.kid import kid
 from freeguide.cluster.evaluation.statistics.moments import from_features, merged
-from freeguide.cluster.evaluation.statistics.precision_recall import precision_recall
+from freeguide.cluster.evaluation.statistics.precision_recall import precision, recall
 from freeguide.configs.errors import DataError
 
 N, D = 400, 5
@@ -57,7 +58,7 @@ def test_every_value_is_that_of_its_own_function():
     found = values(_units(150), LABELS, FULL)
     units = [from_features(FEATURES[:150]), from_features(FEATURES[150:])]
     spatial = merged([from_features(SPATIAL[:150]), from_features(SPATIAL[150:])])
-    near, distance = precision_recall(FEATURES, REAL), kid(FEATURES, REAL)
+    distance = kid(FEATURES, REAL)
     assert FULL.reference.spatial is not None
     assert found == {
         "fid": fid(merged(units), FULL.reference.pool),
@@ -66,8 +67,8 @@ def test_every_value_is_that_of_its_own_function():
         "inception_score": inception_score(PROBABILITIES).mean,
         "inception_score_std": inception_score(PROBABILITIES).std,
         "accuracy": float(np.mean(PROBABILITIES.argmax(axis=1) == LABELS)),
-        "precision": near.precision,
-        "recall": near.recall,
+        "precision": precision(FEATURES, REAL),
+        "recall": recall(FEATURES, REAL),
         "kid": distance.mean,
         "kid_std": distance.std,
         "sfid": fid(spatial, FULL.reference.spatial),
@@ -105,8 +106,8 @@ def test_one_cycle_has_no_limit_and_no_spread(labels):
 
 def test_dinov2_has_an_instrument_of_its_own():
     other = FEATURES[:, :2] * 3
-    dinov2 = Yardstick(Judge("dinov2", "d4" * 32), Reference("toys", _statistics(REAL[:, :2])))
-    units = [replace(unit, dinov2=part) for unit, part in zip(_units(100), (other[:100], other[100:]), strict=True)]
+    dinov2 = Yardstick(Judge("dinov2", "d4" * 32), Reference("toys", _statistics(REAL[:, :2])), role="dinov2")
+    units = [replace(unit, others={"dinov2": part}) for unit, part in zip(_units(100), (other[:100], other[100:]), strict=True)]
     found = values(units, LABELS, FULL, dinov2)
     sums = merged([from_features(other[:100]), from_features(other[100:])])
     pool = dinov2.reference.pool
@@ -115,14 +116,14 @@ def test_dinov2_has_an_instrument_of_its_own():
     assert (known["dinov2"], known["dinov2_reference"]) == ("d4" * 32, dinov2.reference.sha256)
     assert "dinov2" not in conditions(FULL)
     with pytest.raises(DataError, match="some units hold no DINOv2 features"):
-        values([units[0], replace(units[1], dinov2=None)], LABELS, FULL, dinov2)
+        values([units[0], replace(units[1], others={})], LABELS, FULL, dinov2)
 
 
 def test_values_and_conditions_are_fields_of_a_row_and_fill_it():
     found = values(_units(), LABELS, FULL)
     row = Row(w=0.0, n=N, run="x", code_version="x", rounding="r", labels="l", **found, **conditions(FULL))  # type: ignore[arg-type]
     assert (row.dataset, row.reference_n, row.extractor, row.fid_name) == ("toys", 300, "toy", "FID-toy")
-    assert set(found) <= set(VALUES) <= set(Row.__dataclass_fields__)
+    assert set(found) <= set(value_names()) <= set(Row.__dataclass_fields__)
 
 
 def test_what_cannot_be_measured_is_left_out():

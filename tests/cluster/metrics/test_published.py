@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
+from freeguide.cluster.evaluation.extractors.features import INCEPTION
 from freeguide.cluster.evaluation.published import PUBLISHED, beside, rows_of, same_setting, sampled_otherwise, why_not_beside
-from freeguide.cluster.evaluation.rows import INCEPTION, Row
+from freeguide.cluster.evaluation.rows import Row
 
 OURS = Row(
     w=0.1,

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from freeguide.cluster.evaluation.extractors.features import INCEPTION
 from freeguide.cluster.evaluation.rows import (
-    INCEPTION,
     INSTRUMENT,
     MEASUREMENT,
     MODEL,
@@ -76,7 +76,7 @@ def _changed(name: str) -> Row:
 
 
 def test_every_field_is_w_a_value_or_a_condition_that_is_compared():
-    assert {field.name for field in fields(Row)} == {"w"} | VALUES | set(MEASUREMENT) | set(MODEL)
+    assert {field.name for field in fields(Row)} == {"w", "further"} | VALUES | set(MEASUREMENT) | set(MODEL)
 
 
 def test_rows_that_differ_in_w_and_values_only_are_comparable():
