@@ -6,6 +6,7 @@ the nearest key that exists.
 
 import functools
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from freeguide.configs.checks import choices, shown
 from freeguide.configs.errors import ConfigError
-from freeguide.configs.schema import options
+from freeguide.configs.schema import RENAMED, options
 
 # What reading, converting and resolving values raise; ValueError and OverflowError come of numbers with thousands of digits.
 UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, ValueError, OverflowError)
@@ -78,6 +79,9 @@ def merge(config: DictConfig, nested: Any, plain: Any, where: str, into: bool = 
     """
     known = options()
     for key, value, text in _leaves(nested, plain, known):
+        if key in RENAMED:
+            warnings.warn(f"{where}: {key} is now called {RENAMED[key]}", stacklevel=2)
+            key = RENAMED[key]
         if key not in known:
             raise ConfigError(f"{where}: unknown key {key}; {choices('keys', key, list(known))}")
         kind = known[key]

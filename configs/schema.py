@@ -194,7 +194,7 @@ class TrainConfig:
     micro_batch: CountOrNone = 0  # images per worker and forward pass; 0 = the worker's whole share, without accumulation
     lr: Rate = 3e-4  # AdamW's peak learning rate
     warmup_steps: StepsOrNone = 0  # steps of linear warm-up from 0 to lr
-    schedule: Decline = "constant"  # after the warm-up: constant | cosine (to 0 at the last step) | inverse_sqrt (EDM2's)
+    lr_schedule: Decline = "constant"  # lr after the warm-up: constant | cosine (to 0 at the last step) | inverse_sqrt (EDM2's)
     decay_steps: Steps = 70_000  # inverse_sqrt: step up to which lr is constant; from there it falls as 1 / sqrt(step)
     betas: Betas = field(default_factory=lambda: [0.9, 0.999])  # AdamW's moment decays
     adam_eps: Small = 1e-8  # AdamW's epsilon
@@ -303,6 +303,10 @@ class Config:
     written: dict[str, tuple[Any, Any]] = field(
         default_factory=dict, compare=False, repr=False, metadata={"omegaconf_ignore": True}
     )
+
+
+# Options that had another name, {that: this}, each within its group: what was written with it goes on to work.
+RENAMED = {"train.schedule": "train.lr_schedule"}
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from freeguide.configs.checks import shown
 from freeguide.configs.errors import ConfigError
 from freeguide.configs.merge import UNREADABLE
 from freeguide.configs.references import frozen, shown_as
-from freeguide.configs.schema import Config, options
+from freeguide.configs.schema import RENAMED, Config, options
 from freeguide.configs.secrets import masked_values
 
 _SEAL = "# sha256 of what follows: "
@@ -45,10 +45,19 @@ def from_yaml(text: str) -> Config:
         raise ConfigError("a stored config has changed since it was written; undo that, or take out its first line if it is meant")
     try:
         tree = OmegaConf.to_container(OmegaConf.create(text))
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), frozen(tree)))
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), frozen(_under_new_names(tree))))
     except (*UNREADABLE, RecursionError) as error:
         reason = shown((str(error).splitlines() or [type(error).__name__])[0])
         raise ConfigError(f"a stored config cannot be read ({reason}); use the version that wrote it") from error
     if not isinstance(config, Config):
         raise ConfigError("a stored config cannot be read (it is no mapping of keys to values); use the version that wrote it")
     return config
+
+
+def _under_new_names(tree: Any) -> Any:
+    for old, new in RENAMED.items():
+        group, _, name = old.partition(".")
+        inside = tree.get(group) if isinstance(tree, dict) else None
+        if isinstance(inside, dict) and name in inside:
+            inside[new.partition(".")[2]] = inside.pop(name)
+    return tree

@@ -7,7 +7,7 @@ import hashlib
 import json
 from typing import Any
 
-from freeguide.configs.schema import Config, options
+from freeguide.configs.schema import RENAMED, Config, options
 from freeguide.trainer.networks.build import network_options
 
 _DATA = "decides what the data are, whose fingerprint a run has to fit"
@@ -60,13 +60,16 @@ HARMLESS = {
 
 
 def decisive(config: Config, *groups: str) -> dict[str, Any]:
-    """The options of `groups` by dotted key, without the harmless ones and those that the network does not read."""
+    """The options of `groups` by dotted key, without the harmless ones and those that the network does not read.
+
+    An option that was renamed stands under its first name, so that rows of before and after compare.
+    """
     read = {f"model.{name}" for name in network_options(config.model)}
-    found = {}
+    found, first = {}, {new: old for old, new in RENAMED.items()}
     for key in options():
         group, _, name = key.partition(".")
         if name and group in groups and key not in HARMLESS and (group != "model" or key in read):
-            found[key] = getattr(getattr(config, group), name)
+            found[first.get(key, key)] = getattr(getattr(config, group), name)
     if "cluster.env" in found:  # may hold what nobody should read
         found["cluster.env"] = hashlib.sha256(json.dumps(found["cluster.env"], sort_keys=True).encode()).hexdigest()[:12]
     return found

@@ -10,7 +10,7 @@ from freeguide.cluster.runtime.checks import contradictions
 from freeguide.configs import load
 from freeguide.configs.errors import ConfigError
 from freeguide.configs.load import find_config
-from freeguide.configs.schema import Config
+from freeguide.configs.schema import Config, options
 from freeguide.configs.stored import from_yaml, sealed, to_yaml
 
 load_config = partial(load.load_config, contradictions=contradictions)  # as the commands ask all rooms
@@ -226,3 +226,19 @@ def _written(beside: Path, text: str) -> Path:
     path = beside.with_name("stored.yaml")
     path.write_text(text)
     return path
+
+
+def test_the_old_name_of_an_option_works_and_the_new_one_is_said(minimal: Path) -> None:
+    with pytest.warns(UserWarning, match=r"^argument 'train.schedule=cosine': train.schedule is now called train.lr_schedule$"):
+        config = load_config(minimal, ["train.schedule=cosine"])
+    assert config == load_config(minimal, ["train.lr_schedule=cosine"])
+    assert "train.schedule" not in options()
+    with pytest.warns(UserWarning, match=r"stored.yaml: train.schedule is now called train.lr_schedule"):
+        assert load_config(_written(minimal, f"{MINIMAL}train: {{schedule: cosine}}\n")) == config
+
+
+def test_a_config_that_was_stored_with_the_old_name_of_an_option_is_read_as_it_was_meant(minimal: Path) -> None:
+    config = load_config(minimal, ["train.lr_schedule=cosine"])
+    old = to_yaml(config).replace("  lr_schedule: cosine", "  schedule: cosine")
+    assert old != to_yaml(config)
+    assert from_yaml(sealed(old)) == config

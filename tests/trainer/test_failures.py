@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from freeguide.configs.errors import ConfigError, StoreError, UserError
+from freeguide.cluster.runtime.checks import contradictions
 from freeguide.configs.load import load_config
 from freeguide.configs.schema import Config, TrainConfig
 from freeguide.data_pipeline.order import Order
@@ -285,13 +286,13 @@ def test_a_stopwatch_adds_up_what_it_was_around(monkeypatch: pytest.MonkeyPatch)
         (["train.ema_half_lives=[8,8]"], "each value once"),
         (["sampling.ema=best"], "sampling.ema=best: one of"),
         (["sampling.ema=half_life_7"], "sampling.ema=half_life_7 is not kept by this training"),
-        (["train.schedule=linear"], "train.schedule=linear"),
+        (["train.lr_schedule=linear"], "train.lr_schedule=linear"),
     ],
 )
 def test_options_of_training_that_cannot_be_are_one_sentence(tiny: Callable[..., Path], overrides: list[str], words: str) -> None:
     path = tiny("options", train={"global_batch": 16})
     with pytest.raises(ConfigError) as error:
-        load_config(path, overrides)
+        load_config(path, overrides, contradictions=contradictions)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
 

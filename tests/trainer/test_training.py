@@ -218,7 +218,7 @@ def test_weights_move_and_every_parameter_is_trained(runs: dict[str, Path]) -> N
 
 def test_learning_rates_against_their_closed_forms() -> None:
     def rates(schedule: str, *steps: int) -> list[float]:
-        config = TrainConfig(steps=110, lr=8.0, warmup_steps=10, schedule=schedule, decay_steps=20)
+        config = TrainConfig(steps=110, lr=8.0, warmup_steps=10, lr_schedule=schedule, decay_steps=20)
         return [learning_rate(config, step) for step in steps]
 
     for schedule in ("constant", "cosine", "inverse_sqrt"):

@@ -262,14 +262,14 @@ def flipped(images: Tensor, index: Tensor, seed: int) -> Tensor:
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Learning rate of the update that follows `step` updates: linear warm-up, then what `train.schedule` names.
+    """Learning rate of the update that follows `step` updates: linear warm-up, then what `train.lr_schedule` names.
 
     constant; cosine to 0 at the last step; inverse_sqrt: lr / sqrt(max(step / decay_steps, 1)), as EDM2.
     """
     warmup = min((step + 1) / config.warmup_steps, 1.0) if config.warmup_steps else 1.0
-    if config.schedule == "constant" or step < config.warmup_steps:
+    if config.lr_schedule == "constant" or step < config.warmup_steps:
         return config.lr * warmup
-    if config.schedule == "inverse_sqrt":
+    if config.lr_schedule == "inverse_sqrt":
         return config.lr / math.sqrt(max(step / config.decay_steps, 1.0))
     progress = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
     return config.lr * 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -67,3 +67,7 @@ def test_what_is_named_harmless_exists_and_has_a_reason() -> None:
 def test_values_of_the_environment_are_in_no_condition_as_they_are() -> None:
     config = load_config(DIGITS, ["cluster.env.TOKEN=hunter2hunter2"])
     assert "hunter2" not in str(sampled(config))
+
+
+def test_an_option_that_was_renamed_leaves_the_name_of_what_was_trained() -> None:
+    assert (trained(load_config("digits")), trained(load_config("imagenet64"))) == ("940cfcea7648", "0ce6148f4547")
