@@ -42,9 +42,9 @@ def sweep(config: Config) -> list[Config]:
 
 def _typed(key: str, value: Any) -> Any:
     """A value of the sweep as its option takes it."""
-    one = OmegaConf.structured(Config)
-    merge(one, {key: literal(value)}, None, "evaluate.sweep")
-    found = OmegaConf.select(one, key)
+    config = OmegaConf.structured(Config)
+    merge(config, {key: literal(value)}, None, "evaluate.sweep")
+    found = OmegaConf.select(config, key)
     return OmegaConf.to_object(found) if OmegaConf.is_config(found) else found
 
 

@@ -183,7 +183,7 @@ def _listed(codecs: Sequence[str]) -> str:
 
 
 # What stands where an image should: the first bytes, and what to call them.
-STRANGERS: tuple[tuple[bytes, str], ...] = (
+NO_IMAGES: tuple[tuple[bytes, str], ...] = (
     (rb"\Z", "it is empty"),
     (rb"version https://git-lfs", "it is a pointer of Git LFS; fetch the file"),
     (rb"(?is)\s*(<!--.*?-->\s*)?<(!doctype html|html|head|body)", "it is a web page"),
@@ -197,7 +197,7 @@ STRANGERS: tuple[tuple[bytes, str], ...] = (
 
 
 def _what_it_is(data: bytes) -> str:
-    found = next((words for start, words in STRANGERS if re.match(start, data[:1024])), "")
+    found = next((words for start, words in NO_IMAGES if re.match(start, data[:1024])), "")
     return f": {found}" if found else ""
 
 

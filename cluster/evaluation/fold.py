@@ -76,21 +76,21 @@ class Folded:
     grid: NDArray[np.uint8] | None
     made: dict[Unit, Made]
 
-    def row(self, one: Series, fold: Fold, yardsticks: Sequence[Yardstick]) -> Row:
+    def row(self, series: Series, fold: Fold, yardsticks: Sequence[Yardstick]) -> Row:
         """Its row, with all conditions."""
         return Row.of(
             w=fold.w,
-            nfe=evaluations(one.config, fold.w),
+            nfe=evaluations(series.config, fold.w),
             n=fold.images,
             **self.values,
             **measure.conditions(*yardsticks),
             **model_conditions(
-                one.config,
-                one.weights.step,
+                series.config,
+                series.weights.step,
                 units.code_version(),
-                origin=one.origin,
-                device=one.kind,
-                ema_distance=one.weights.distance,
+                origin=series.origin,
+                device=series.kind,
+                ema_distance=series.weights.distance,
             ),
         )
 
@@ -113,28 +113,28 @@ class Folded:
             raise DataError(f"{store.uri}/{key} holds no row ({type(error).__name__}: {error}); {_AGAIN}") from None
 
 
-class Folder:
-    """Folds rows: one per actor."""
+class RowWorker:
+    """Folds units into rows: one per actor."""
 
     def __init__(self, series: Sequence[Series], yardsticks: Sequence[Yardstick], resources: Resources) -> None:
         torch.set_num_threads(resources.threads)
         self.series, self.yardsticks, self.threads = series, yardsticks, resources.threads
 
     def __call__(self, fold: Fold) -> None:
-        one = self.series[fold.series]
-        if not one.store.exists(fold.key):
+        series = self.series[fold.series]
+        if not series.store.exists(fold.key):
             with threadpool_limits(self.threads):
-                folded = _fold(one, fold, self.yardsticks)
-            one.store.create(fold.key, folded.to_bytes())
+                folded = _fold(series, fold, self.yardsticks)
+            series.store.create(fold.key, folded.to_bytes())
 
 
-def _fold(one: Series, fold: Fold, yardsticks: Sequence[Yardstick]) -> Folded:
-    plan = units.split([fold.w], fold.images, one.config.evaluate.unit)
-    parts = [_arrays(one.store, unit.key("npz")) for unit in plan]
-    classes = one.config.data.classes
+def _fold(series: Series, fold: Fold, yardsticks: Sequence[Yardstick]) -> Folded:
+    plan = units.split([fold.w], fold.images, series.config.evaluate.unit)
+    parts = [_arrays(series.store, unit.key("npz")) for unit in plan]
+    classes = series.config.data.classes
     labels = np.concatenate([part["labels"] for part in parts]) if classes > 1 else None  # of one class they say nothing
     grid = None
-    if one.config.sampling.labels == "balanced":
+    if series.config.sampling.labels == "balanced":
         shown = np.concatenate([part["images"] for part in parts])
         columns = min(classes if classes > 1 else len(shown), COLUMNS)  # of one class they are lines of pictures
         grid = shown[: len(shown) // columns * columns].reshape(-1, columns, *shown.shape[1:])

@@ -1,7 +1,7 @@
 """Which kept weights of a run may go: those of old steps that nothing unfinished needs.
 
-Weights are as large as a network, so each job that ends well deletes those of old steps (`sweep`). Units and generated sets that
-are not finished say which weights make them (`needed_by`), and keep them.
+Weights are as large as a network, so each job that ends well deletes those of old steps (`delete_old`). Units and generated sets
+that are not finished say which weights make them (`needed_by`), and keep them.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ def needed_by(place: Store, weights: Weights) -> None:
     weights.keep()
 
 
-def sweep(run: Store, steps: int) -> list[str]:
+def delete_old(run: Store, steps: int) -> list[str]:
     """Delete kept weights of all but the newest `steps` steps that were sampled, and that nothing unfinished needs; their keys.
 
     A job elsewhere that has not begun yet to make its units has its weights in memory, or makes them again from the checkpoint, or

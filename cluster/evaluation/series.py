@@ -101,20 +101,20 @@ class Item:
 def trained_series(config: Config, manifest: Manifest) -> list[Trained]:
     """What `evaluate.sweep` names, each as its own run was trained. Raises UserError for runs that do not fit this data."""
     configs = sweep(config)
-    runs = list(dict.fromkeys(one.run for one in configs))
+    runs = list(dict.fromkeys(series.run for series in configs))
     tails = [run.rstrip("/").rsplit("/", 1)[-1] for run in runs]
     names = dict(zip(runs, tails if len(set(tails)) == len(runs) else runs, strict=True)) if len(runs) > 1 else {}
-    return [_trained(dataclasses.replace(one, name=names.get(one.run, one.name)), manifest) for one in configs]
+    return [_trained(dataclasses.replace(series, name=names.get(series.run, series.name)), manifest) for series in configs]
 
 
 def _trained(config: Config, manifest: Manifest) -> Trained:
-    one = as_trained(config, "evaluate")
-    then, now = one.weights.data, manifest.fingerprint
+    trained = as_trained(config, "evaluate")
+    then, now = trained.weights.data, manifest.fingerprint
     if then not in (now, manifest.content):
         raise DataError(
             f"{config.run}: trained on the data {then[:12]}, but {config.data.uri} holds {now[:12]}; name the run's own data.uri"
         )
-    return one
+    return trained
 
 
 def as_trained(config: Config, command: str) -> Trained:
@@ -145,19 +145,19 @@ def as_trained(config: Config, command: str) -> Trained:
 def placed(found: Sequence[Trained], yardsticks: Sequence[Yardstick], kind: str) -> list[Series]:
     """The series, made on devices of `kind`, with the places of their units. Raises ConfigError where two of them are the same."""
     series: list[Series] = []
-    for one in found:
+    for trained in found:
         conditions = {  # all that decides what a unit holds, but its w and range
-            "options": sampled(one.config),
-            "weights": one.weights.all_of,
+            "options": sampled(trained.config),
+            "weights": trained.weights.all_of,
             "extractors": [each.extractor.hash for each in yardsticks],
-            "threads": one.config.cluster.cpus_per_worker,
+            "threads": trained.config.cluster.cpus_per_worker,
             "device": kind,
             "code": code_version(units.MAKING),
         }
-        store = open_store(one.config.run).child(f"evaluate/{fingerprint(conditions)}/")
+        store = open_store(trained.config.run).child(f"evaluate/{fingerprint(conditions)}/")
         if any(store.uri == other.store.uri for other in series):
-            raise ConfigError(f"evaluate.sweep: two of its series are the checkpoint of step {one.weights.step}; leave one out")
-        series.append(Series(one.config, one.weights, store, one.origin, kind))
+            raise ConfigError(f"evaluate.sweep: two of its series are the checkpoint of step {trained.weights.step}; leave one out")
+        series.append(Series(trained.config, trained.weights, store, trained.origin, kind))
     return series
 
 
@@ -176,14 +176,14 @@ def varying(config: Config, rows: Sequence[Row]) -> list[str]:
 def items(series: Sequence[Series], todo: Sequence[Sequence[Unit]]) -> list[Item]:
     """The units `todo` of each series as items, those of the same network together."""
     found = []
-    for number, (one, left) in enumerate(zip(series, todo, strict=True)):
+    for number, (each, left) in enumerate(zip(series, todo, strict=True)):
         ranges: dict[tuple[int, int], list[float]] = {}
         for unit in left:
             ranges.setdefault((unit.first, unit.last), []).append(unit.w)
         for (first, last), weights in ranges.items():
-            shared = shared_steps(one.config, weights) > 0
+            shared = shared_steps(each.config, weights) > 0
             found += [Item(number, first, last, w) for w in ([tuple(weights)] if shared else [(w,) for w in weights])]
-    networks = [one.network for one in series]
+    networks = [each.network for each in series]
     return sorted(found, key=lambda item: (networks.index(networks[item.series]), item.series, item.first))
 
 
@@ -206,17 +206,17 @@ class Worker:
         self._sampler = functools.lru_cache(maxsize=NETWORKS)(self._load)
 
     def __call__(self, item: Item) -> None:
-        one = self.series[item.series]
+        series = self.series[item.series]
         # Ray gives the item of a dead actor to another one, and the dead one may have published some of it.
-        left = [unit for unit in item.units if not one.store.exists(unit.key("npz"))]
+        left = [unit for unit in item.units if not series.store.exists(unit.key("npz"))]
         if not left:
             return
-        units.check_kind(one.kind, self.kind)
-        first = next(number for number, other in enumerate(self.series) if other.network == one.network)
-        sampler = dataclasses.replace(self._sampler(first), config=one.config)
+        units.check_kind(series.kind, self.kind)
+        first = next(number for number, other in enumerate(self.series) if other.network == series.network)
+        sampler = dataclasses.replace(self._sampler(first), config=series.config)
         index = torch.arange(item.first, item.last)
-        labels = image_labels(one.config, index)
-        rows, classes = one.config.evaluate.grid, one.config.data.classes
+        labels = image_labels(series.config, index)
+        rows, classes = series.config.evaluate.grid, series.config.data.classes
         shown = np.flatnonzero((index < rows * classes) & (index % classes < COLUMNS))
         began = time.perf_counter()
         for unit, drawn in zip(left, sampler.sweep(index, labels, [u.w for u in left]), strict=True):
@@ -229,7 +229,7 @@ class Worker:
                 "seconds": np.float64(time.perf_counter() - began),
                 "evaluations": np.int64(drawn.evaluations),
             }
-            one.store.create(unit.key("npz"), to_npz(arrays))  # of two evaluations, both fold what the first has made
+            series.store.create(unit.key("npz"), to_npz(arrays))  # of two evaluations, both fold what the first has made
             began = time.perf_counter()
 
     def _load(self, number: int) -> Sampler:

@@ -22,7 +22,7 @@ from freeguide.data_pipeline.store.base import Store
 from freeguide.trainer.networks.kernels import choose_kernels
 
 MAKING = "freeguide.cluster.evaluation.series:Worker"  # decides what a unit holds: images, and what extractors say of them
-MEASURING = "freeguide.cluster.evaluation.fold:Folder"  # decides the values of a row, given its units
+MEASURING = "freeguide.cluster.evaluation.fold:RowWorker"  # decides the values of a row, given its units
 KIND = "sampled_on.txt"  # in a run: the kind of device that sampled it last
 
 

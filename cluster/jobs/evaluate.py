@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 
 from freeguide.cluster.evaluation import units
 from freeguide.cluster.evaluation.executor import Executor
-from freeguide.cluster.evaluation.fold import Fold, Folded, Folder, Made, planned
+from freeguide.cluster.evaluation.fold import Fold, Folded, Made, RowWorker, planned
 from freeguide.cluster.evaluation.frontier import near_frontier
-from freeguide.cluster.evaluation.kept import needed_by, sweep
+from freeguide.cluster.evaluation.kept import delete_old, needed_by
 from freeguide.cluster.evaluation.measure import Yardstick
 from freeguide.cluster.evaluation.metrics import METRICS
 from freeguide.cluster.evaluation.report import figures
@@ -67,7 +67,7 @@ def evaluate(config: Config) -> Path:
     began = time.monotonic()
     home, data = open_store(config.run), open_data(config.data)
     home.check()
-    home.sweep()
+    home.clean_up()
     data.check(write=False)  # evaluators and references that cannot go there stand beside the run
     manifest = load_manifest(data)
     config = fitted(config, manifest)
@@ -97,17 +97,17 @@ def evaluate(config: Config) -> Path:
     )
     # Other rows make another report: two commands at once never mix theirs.
     sums = checksums(files)
-    place = f"evaluate/{fingerprint({'series': [one.store.uri for one in job.series], 'files': sums})}"
+    place = f"evaluate/{fingerprint({'series': [series.store.uri for series in job.series], 'files': sums})}"
     for name, content in files.items():
         home.put(f"{place}/report/{name}", content)
     name_latest(home, f"{place}/report/", sums)
-    for one, curve in zip(job.series, rows, strict=True):
+    for series, curve in zip(job.series, rows, strict=True):
         try:
-            _show(one, curve, job.grids)
+            _show(series, curve, job.grids)
         except (StoreError, OSError) as error:  # only for watching
             print(f"WARNING: TensorBoard does not get these rows ({error})", file=sys.stderr, flush=True)
-    for uri, steps in {one.config.run: one.config.train.keep_checkpoints for one in job.series}.items():
-        sweep(open_store(uri), steps)
+    for uri, steps in {series.config.run: series.config.train.keep_checkpoints for series in job.series}.items():
+        delete_old(open_store(uri), steps)
     print(files["table.md"].decode())
     folder = Path("runs") / config.name
     if _copied(files, folder, f"{home.uri}/{place}/report"):
@@ -168,18 +168,18 @@ def _measured(job: _Job) -> tuple[list[list[Row]], list[Row]]:
 def _rows(job: _Job, weights: Sequence[Sequence[float]], images: int) -> list[list[Row]]:
     """The rows of images [0, `images`) of each series at its `weights`; what is there already is not made again."""
     folds = planned(weights, images, job.yardsticks)
-    there = [{info.key for info in one.store.list("rows/")} for one in job.series]
+    there = [{info.key for info in series.store.list("rows/")} for series in job.series]
     left = [fold for fold in folds if fold.key not in there[fold.series]]
     _make_units(job, folds, left)
     if left:
-        make = functools.partial(Folder, job.series, [each.described() for each in job.yardsticks])
+        make = functools.partial(RowWorker, job.series, [each.described() for each in job.yardsticks])
         for _ in progress(job.engine.run(left, make, gpus=False), len(left), "row", job.engine.at_once):
             pass
     found: list[list[Row]] = [[] for _ in job.series]
     for fold in folds:
-        one = job.series[fold.series]
-        folded = Folded.read(one.store, fold.key)
-        found[fold.series].append(row := folded.row(one, fold, job.yardsticks))
+        series = job.series[fold.series]
+        folded = Folded.read(series.store, fold.key)
+        found[fold.series].append(row := folded.row(series, fold, job.yardsticks))
         job.made.update({(fold.series, unit): took for unit, took in folded.made.items()})
         if folded.grid is not None:
             job.grids[row] = folded.grid
@@ -191,17 +191,17 @@ def _make_units(job: _Job, folds: Sequence[Fold], left: Sequence[Fold]) -> None:
     unit = job.config.evaluate.unit
     plans = [[fold for fold in left if fold.series == number] for number in range(len(job.series))]
     todo = [
-        units.missing(one.store, [u for fold in plan for u in units.split([fold.w], fold.images, unit)], "npz")
-        for one, plan in zip(job.series, plans, strict=True)
+        units.missing(series.store, [u for fold in plan for u in units.split([fold.w], fold.images, unit)], "npz")
+        for series, plan in zip(job.series, plans, strict=True)
     ]
     total, count = sum(-(-fold.images // unit) for fold in folds), sum(map(len, todo))
     where = job.series[0].store.uri if len(job.series) == 1 else f"{len(job.series)} series"
     print(f"{counted(total, 'work unit')}, {total - count} of them done: {where}", flush=True)
     if not count:
         return
-    for one, lacks in zip(job.series, todo, strict=True):
+    for series, lacks in zip(job.series, todo, strict=True):
         if lacks:
-            needed_by(one.store, one.weights)
+            needed_by(series.store, series.weights)
     extractors = {
         each.role: (each.weights, each.extractor.hash, access_to(job.config.data, each.weights)) for each in job.yardsticks
     }
@@ -214,10 +214,10 @@ def _cost(job: _Job, rows: Sequence[Sequence[Row]]) -> Cost:
     """What the sweep takes by plan and what its units counted, beside every w of every series by itself at the full n."""
     options, few = job.config.evaluate, screen_images(job.config.evaluate)
     planned = naive = 0
-    for one, curve in zip(job.series, rows, strict=True):
-        planned += few * sweep_evaluations(one.config, sorted(options.w))
-        planned += (options.images - few) * sweep_evaluations(one.config, [row.w for row in curve])
-        everywhere = dataclasses.replace(one.config, sampling=dataclasses.replace(one.config.sampling, interval=[]))
+    for series, curve in zip(job.series, rows, strict=True):
+        planned += few * sweep_evaluations(series.config, sorted(options.w))
+        planned += (options.images - few) * sweep_evaluations(series.config, [row.w for row in curve])
+        everywhere = dataclasses.replace(series.config, sampling=dataclasses.replace(series.config.sampling, interval=[]))
         naive += options.images * sum(evaluations(everywhere, w) for w in options.w)
     took = job.made.values()
     return Cost(
@@ -231,16 +231,16 @@ def _cost(job: _Job, rows: Sequence[Sequence[Row]]) -> Cost:
     )
 
 
-def _show(one: Series, curve: Sequence[Row], grids: dict[Row, NDArray[np.uint8]]) -> None:
+def _show(series: Series, curve: Sequence[Row], grids: dict[Row, NDArray[np.uint8]]) -> None:
     """Rows for TensorBoard at the step of their checkpoint, beside the training's events: a line for each w over the steps."""
-    sampling = dataclasses.asdict(one.config.sampling) | {"checkpoint": 0}
+    sampling = dataclasses.asdict(series.config.sampling) | {"checkpoint": 0}
     for row in curve:
         what = {"sampling": sampling, "n": row.n, "extractor": row.extractor_hash, "reference": row.reference}
-        line = f"evaluate-{row.sampler}-T{row.steps}-{one.config.sampling.ema}-{fingerprint(what)[:6]}/w{row.w:g}"
-        with event_file(open_store(one.config.run), f"events/{line}/events.out.tfevents.{one.weights.step:010d}") as writer:
+        line = f"evaluate-{row.sampler}-T{row.steps}-{series.config.sampling.ema}-{fingerprint(what)[:6]}/w{row.w:g}"
+        with event_file(open_store(series.config.run), f"events/{line}/events.out.tfevents.{series.weights.step:010d}") as writer:
             for name, metric in METRICS.items():
                 if metric.tensorboard and row.value(name) is not None:
                     called = metric.tensorboard.replace("{fid}", row.fid_name)
-                    writer.add_scalar(f"evaluate/{called}", row.value(name), one.weights.step)
+                    writer.add_scalar(f"evaluate/{called}", row.value(name), series.weights.step)
             if row in grids:
-                writer.add_image("evaluate/samples", figures.tiled(grids[row]), one.weights.step, dataformats="HWC")
+                writer.add_image("evaluate/samples", figures.tiled(grids[row]), series.weights.step, dataformats="HWC")

@@ -26,16 +26,16 @@ def export(config: Config) -> str:
     that the run was last trained with. No process group, no cluster.
     Raises UserError if there is no such checkpoint or average.
     """
-    one = as_trained(config, "export")
-    config, found, run = one.config, one.weights, open_store(config.run)
-    run.sweep()
+    trained = as_trained(config, "export")
+    config, found, run = trained.config, trained.weights, open_store(config.run)
+    run.clean_up()
     weights = found.read()
-    trained = to_yaml(from_yaml(run.get("config.yaml", JSON_BYTES).decode(errors="replace")))  # without secrets, whoever wrote it
-    facts = {"config": trained, "step": found.step, "weights": config.sampling.ema, "checkpoint_sha256": found.of[0]}
+    stored = to_yaml(from_yaml(run.get("config.yaml", JSON_BYTES).decode(errors="replace")))  # without secrets, whoever wrote it
+    facts = {"config": stored, "step": found.step, "weights": config.sampling.ema, "checkpoint_sha256": found.of[0]}
     # One metadata entry: safetensors writes several in the random order of a hash map, and equal runs should give equal bytes.
     data = safetensors.torch.save(weights, {"freeguide": json.dumps(facts, sort_keys=True)})
     key = f"export/{config.name}-{found.step:08d}-{config.sampling.ema}"
-    card = _card(config, found, data, _table(config, run, found), trained).encode()
+    card = _card(config, found, data, _table(config, run, found), stored).encode()
     # Weights and card say one thing: of two that export something else under this name, one is told so.
     place, identity = run.child(key), hashlib.sha256(data + card).hexdigest()
     claim(place, "export", identity)

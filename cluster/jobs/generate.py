@@ -22,7 +22,7 @@ from freeguide.cluster.evaluation import units
 from freeguide.cluster.evaluation.conditions import sampled
 from freeguide.cluster.evaluation.executor import Executor, Resources
 from freeguide.cluster.evaluation.extractors.images import to_uint8
-from freeguide.cluster.evaluation.kept import needed_by, sweep
+from freeguide.cluster.evaluation.kept import delete_old, needed_by
 from freeguide.cluster.evaluation.series import Series, Trained, as_trained
 from freeguide.cluster.evaluation.units import Unit
 from freeguide.cluster.runtime.engines import executor
@@ -51,20 +51,20 @@ def generate(config: Config) -> str:
 
     Raises UserError before Ray starts for whatever can be known before.
     """
-    one = as_trained(config, "generate")
-    for sentence in misguided(one.config, "generate"):
+    trained = as_trained(config, "generate")
+    for sentence in misguided(trained.config, "generate"):
         print(f"WARNING: {sentence}", file=sys.stderr, flush=True)
     run = open_store(config.run)
-    run.sweep()
+    run.clean_up()
     with executor(config, config.cluster.actors) as engine:
-        return units.on_one_kind(run, engine, functools.partial(_generated, one))
+        return units.on_one_kind(run, engine, functools.partial(_generated, trained))
 
 
-def _generated(one: Trained, kind: str, engine: Executor) -> str:
-    config, step = one.config, one.weights.step
+def _generated(trained: Trained, kind: str, engine: Executor) -> str:
+    config, step = trained.config, trained.weights.step
     run, options = open_store(config.run), config.generate
     conditions = {
-        "sampling": dataclasses.asdict(config.sampling) | {"checkpoint": one.weights.all_of},
+        "sampling": dataclasses.asdict(config.sampling) | {"checkpoint": trained.weights.all_of},
         "options": {key: value for key, value in sampled(config).items() if key.split(".")[0] not in ("sampling", "evaluate")},
         "generate": {"images": options.images, "unit": options.unit, "w": options.w},
         "threads": config.cluster.cpus_per_worker,
@@ -81,8 +81,8 @@ def _generated(one: Trained, kind: str, engine: Executor) -> str:
         _check_disk(store, schema, options.images)
     if not store.exists(NAME):
         if todo := units.missing(store, plan, "tar.npz"):
-            needed_by(store, one.weights)
-            make = functools.partial(_Generate, Series(config, one.weights, store, one.origin, kind))
+            needed_by(store, trained.weights)
+            make = functools.partial(_Generate, Series(config, trained.weights, store, trained.origin, kind))
             for _ in progress(engine.run(todo, make), len(todo), "shard", engine.at_once):
                 pass
         source = json.dumps({"run": run.uri, "step": step} | conditions, sort_keys=True)
@@ -91,7 +91,7 @@ def _generated(one: Trained, kind: str, engine: Executor) -> str:
         _check_disk(store, schema, options.images)  # again, as the shards took hours and room
         write_npz(store, load_manifest(store))
     files = f"{NAME} and {NPZ}" if options.npz else NAME
-    sweep(run, config.train.keep_checkpoints)
+    delete_old(run, config.train.keep_checkpoints)
     print(f"{counted(options.images, 'image')} at w={options.w:g}: {counted(len(plan), 'shard')}, {files} in {store.uri}")
     return store.uri
 
@@ -99,12 +99,12 @@ def _generated(one: Trained, kind: str, engine: Executor) -> str:
 class _Generate:
     """Samples units and packs them as shards: one per actor."""
 
-    def __init__(self, one: Series, resources: Resources) -> None:
+    def __init__(self, series: Series, resources: Resources) -> None:
         choose_kernels()
         torch.set_num_threads(resources.threads)
-        self.config, self.store = one.config, one.store
-        units.check_kind(one.kind, units.kind_of(resources.device))
-        self.sampler = one.load(resources.device)
+        self.config, self.store = series.config, series.store
+        units.check_kind(series.kind, units.kind_of(resources.device))
+        self.sampler = series.load(resources.device)
 
     def __call__(self, unit: Unit) -> None:
         index = torch.arange(unit.first, unit.last)

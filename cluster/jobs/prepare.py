@@ -32,7 +32,7 @@ def prepare(config: Config) -> Manifest:
     store = open_data(replace(config.data, unsigned=False))
     store.check()
     _check_place(open_like(store, config.data.uri))
-    store.sweep()
+    store.clean_up()
     source = open_source(config.data)
     began, left_out = time.monotonic(), 0
 
@@ -89,7 +89,7 @@ def index(config: Config) -> Manifest:
     store, data = open_data(config.data), config.data
     store.check()
     _check_place(open_like(store, config.data.uri))
-    store.sweep()
+    store.clean_up()
     began = time.monotonic()
     if data.mixture:
         mixture = save_mixture(store, data.mixture)

@@ -277,7 +277,7 @@ def _worker(config: Config, job: dict[str, Any]) -> bool:
     note = job["note"]
     if ray.get(note.mistake.remote()) is not None:
         return False
-    with temporary():  # what is left on a node by a worker that is killed, the next one sweeps
+    with temporary():  # what is left on a node by a worker that is killed, the next one deletes
         return _trained(config, job, note)
 
 

@@ -79,7 +79,7 @@ def _hear(number: int, _: Any) -> None:
     if _asked:
         if number == signal.SIGINT:
             _say(GO_ON)
-            os._exit(128 + _asked)  # what this leaves behind the next command sweeps; Ray's processes end with this one
+            os._exit(128 + _asked)  # what this leaves behind the next command deletes; Ray's processes end with this one
         return
     _asked = number
     _say(_STOPPING)

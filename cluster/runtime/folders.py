@@ -39,7 +39,7 @@ def scratch(parent: str = "") -> Iterator[Path]:
     """
     home = private_folder(parent)
     try:
-        with _locked(home):  # so that nobody sweeps a folder between its making and its lock
+        with _locked(home):  # so that nobody deletes a folder between its making and its lock
             for folder in home.glob("run-*"):
                 with contextlib.suppress(OSError), _locked(folder, wait=False):
                     shutil.rmtree(folder, ignore_errors=True)

@@ -170,7 +170,7 @@ class Store(ABC):
         """Removes the object; no error if there is none."""
 
     @abstractmethod
-    def sweep(self) -> int:
+    def clean_up(self) -> int:
         """Removes what writers that were killed have left here, and nothing that a live one holds; returns its bytes.
 
         For whoever owns the place, once at a start. Never raises: what cannot be removed stays.

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from freeguide.data_pipeline.store.base import MEMORY, ObjectInfo, Store
-from freeguide.data_pipeline.store.unfinished import swept, unfinished
+from freeguide.data_pipeline.store.unfinished import delete_unfinished, unfinished
 
 ENTRY = re.compile(r"[0-9a-f]{64}\.range")
 
@@ -106,7 +106,7 @@ class CachedStore(Store):
                     entries.append((facts.st_mtime_ns, facts.st_size, entry.path))
                     total += facts.st_size
             else:
-                swept(Path(entry.path))
+                delete_unfinished(Path(entry.path))
         for _, size, path in sorted(entries):
             if total <= room:
                 return
@@ -128,10 +128,10 @@ class CachedStore(Store):
     def create(self, key: str, data: bytes) -> bytes:
         return self.store.create(key, data)
 
-    def sweep(self) -> int:
-        freed = self.store.sweep()
+    def clean_up(self) -> int:
+        freed = self.store.clean_up()
         with contextlib.suppress(OSError):
-            freed += sum(swept(Path(entry.path)) for entry in os.scandir(self.folder))
+            freed += sum(delete_unfinished(Path(entry.path)) for entry in os.scandir(self.folder))
         return freed
 
     def stat(self, key: str) -> ObjectInfo:

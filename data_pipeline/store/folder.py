@@ -22,7 +22,7 @@ from freeguide.data_pipeline.store.base import (
     check_size,
     checked,
 )
-from freeguide.data_pipeline.store.unfinished import TEMP, sweep, unfinished
+from freeguide.data_pipeline.store.unfinished import TEMP, clean_up, unfinished
 
 
 class FolderStore(Store):
@@ -150,8 +150,8 @@ class FolderStore(Store):
         with self._errors(key):
             (self.folder / checked(key)).unlink(missing_ok=True)
 
-    def sweep(self) -> int:
-        return sweep(self.folder)
+    def clean_up(self) -> int:
+        return clean_up(self.folder)
 
     def child(self, prefix: str) -> "FolderStore":
         return FolderStore(self.folder / checked(prefix.strip("/")), self.traffic)

@@ -124,8 +124,8 @@ class DataStore(Store):
         with self._writing():
             self._target(key).delete(key)
 
-    def sweep(self) -> int:
-        return self.tars.sweep() + (self.beside.sweep() if self.beside is not None else 0)
+    def clean_up(self) -> int:
+        return self.tars.clean_up() + (self.beside.clean_up() if self.beside is not None else 0)
 
     def child(self, prefix: str) -> Store:
         """Of what belongs to the data, not of its tars."""

@@ -38,7 +38,7 @@ from freeguide.data_pipeline.store.base import (
 )
 from freeguide.data_pipeline.store.s3_answers import (
     FAULTS,
-    STRANGERS,
+    OTHER_SERVERS,
     Asked,
     Body,
     Fault,
@@ -133,7 +133,7 @@ class S3Store(Store):
     def _put_parts(self, key: str, size: int, part: Callable[[int, int], bytes]) -> str:
         """One large object, of which `part(place, length)` gives the bytes. A fault costs one part; boto3's transfer begins again.
 
-        As every upload in parts, one that is killed leaves what it had sent; `sweep` clears that away.
+        As every upload in parts, one that is killed leaves what it had sent; `clean_up` clears that away.
         """
         for _ in range(UPLOADS):
             if (etag := self._upload(key, size, part)) is not None:
@@ -207,7 +207,7 @@ class S3Store(Store):
         place = self._object(key)
         self._retrying(key, lambda: self._client().delete_object(**place))
 
-    def sweep(self) -> int:
+    def clean_up(self) -> int:
         freed = 0
         if not self.prefix:  # a whole bucket may have others' uploads
             return freed
@@ -281,7 +281,7 @@ class S3Store(Store):
         why = cause(error)
         new = (self._terms(), self.bucket) not in _contacted
         late = time.monotonic() - began + self.retry.read_s > self.retry.first_s or (why == "no connection" and tries >= 3)
-        hopeless = why is None or (new and (late or why in STRANGERS)) or (why == "expired credentials" and tries > 3)
+        hopeless = why is None or (new and (late or why in OTHER_SERVERS)) or (why == "expired credentials" and tries > 3)
         if why is None or hopeless or tries >= self.retry.attempts:
             asked = Asked(self.uri, self.bucket, key, at, self.access, is_anonymous(self._terms()))
             explanation = explained(error, asked)

@@ -42,7 +42,7 @@ class Fault(OSError):
         self.cause = cause
 
 
-STRANGERS = {  # what is reached is no S3 server, or not the one that has the bucket
+OTHER_SERVERS = {  # what is reached is no S3 server, or not the one that has the bucket
     "web page": "A web page answers in place of S3 at {}; check AWS_ENDPOINT_URL (a console's port?) and the network (a log-in?)",
     "no S3": "What answers at {} does not speak S3; check AWS_ENDPOINT_URL and the network",
     "redirected": "S3 sends elsewhere for {} without saying where; set AWS_DEFAULT_REGION or AWS_ENDPOINT_URL to its place",
@@ -176,10 +176,10 @@ def _failure(error: Exception, uri: str, place: str) -> str:
         )
     if isinstance(error, boto.ProxyConnectionError):
         return f"The proxy to the S3 endpoint of {place} does not answer; check HTTPS_PROXY, HTTP_PROXY and NO_PROXY"
-    if why in STRANGERS:
-        return STRANGERS[why].format(place)
+    if why in OTHER_SERVERS:
+        return OTHER_SERVERS[why].format(place)
     if isinstance(error, ResponseParserError):
-        return STRANGERS["no S3"].format(place)
+        return OTHER_SERVERS["no S3"].format(place)
     if why in ("no connection", "time-out"):
         return f"The S3 endpoint of {place} does not answer ({why}); check AWS_ENDPOINT_URL and the network"
     if why is not None:

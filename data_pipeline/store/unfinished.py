@@ -36,7 +36,7 @@ def unfinished(folder: Path) -> Iterator[tuple[Path, BinaryIO]]:
         file.close()
 
 
-def swept(path: Path) -> int:
+def delete_unfinished(path: Path) -> int:
     """Deletes the file if a killed writer left it; the bytes that are gone with it, 0 if it stays. Never raises."""
     named = _NAME.fullmatch(path.name)
     if named is None:
@@ -65,8 +65,8 @@ def swept(path: Path) -> int:
     return 0
 
 
-def sweep(root: Path) -> int:
-    """`swept` for all in `root` and below."""
+def clean_up(root: Path) -> int:
+    """`delete_unfinished` for all in `root` and below."""
     freed, seen = 0, set()
     for folder, below, names in os.walk(root, followlinks=True):
         with contextlib.suppress(OSError):
@@ -75,7 +75,7 @@ def sweep(root: Path) -> int:
                 below.clear()
                 continue
             seen.add((place.st_dev, place.st_ino))
-            freed += sum(swept(Path(folder, name)) for name in names)
+            freed += sum(delete_unfinished(Path(folder, name)) for name in names)
     return freed
 
 
@@ -110,9 +110,9 @@ def _new(folder: Path) -> tuple[Path, BinaryIO]:
             if os.stat(temp).st_ino == os.fstat(file.fileno()).st_ino:
                 return temp, file
         except (BlockingIOError, FileNotFoundError):
-            pass  # a sweep came between the first two lines
+            pass  # a clean-up came between the first two lines
         except OSError:
-            return temp, file  # no locks here, and so no sweep before a day
+            return temp, file  # no locks here, and so no clean-up before a day
         file.close()
 
 

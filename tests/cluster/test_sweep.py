@@ -22,7 +22,7 @@ from freeguide.cluster.evaluation.extractors.evaluator import fit_evaluator
 from freeguide.cluster.evaluation.extractors.features import Measured
 from freeguide.cluster.evaluation.extractors.images import to_uint8
 from freeguide.cluster.evaluation.extractors.load import load_extractor
-from freeguide.cluster.evaluation.fold import Folded, Folder, planned
+from freeguide.cluster.evaluation.fold import Folded, RowWorker, planned
 from freeguide.cluster.evaluation.measure import Yardstick
 from freeguide.cluster.evaluation.reference import Reference, Statistics
 from freeguide.cluster.evaluation.rows import Row, from_json, to_json
@@ -330,7 +330,7 @@ def test_the_bits_of_a_row_do_not_depend_on_the_threads_that_blas_would_take(lab
     with threadpool_limits(1):
         expected = fold._fold(one, asked, yardsticks)
     with threadpool_limits(threads):
-        Folder([one], yardsticks, Resources(1, 0))(asked)
+        RowWorker([one], yardsticks, Resources(1, 0))(asked)
     assert Folded.read(one.store, asked.key).values == expected.values
 
 

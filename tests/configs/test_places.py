@@ -60,7 +60,7 @@ def test_every_location_is_absolute_wherever_the_process_stands_later(
         ("evaluate.sweep", "s3://bucket/b"),
     ]
     assert config.data.mixture == {f"{tmp_path}/one": 1, "s3://bucket/two": 2}
-    assert [one.run for one in sweep(config)] == [f"{tmp_path}/runs/a", "s3://bucket/b"]
+    assert [series.run for series in sweep(config)] == [f"{tmp_path}/runs/a", "s3://bucket/b"]
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "stored.yaml").write_text(to_yaml(config))
     monkeypatch.chdir(tmp_path / "elsewhere")

@@ -48,7 +48,7 @@ def test_what_the_user_refers_to_is_used_and_shown_as_he_wrote_it(minimal: Path)
     assert config.cluster.env == {"LOGIN": SECRET, "PLAIN": "info"}
     assert config.train.deepspeed == {"a": {"key": SECRET}}
     assert config.evaluate.others == ["s3://bucket-of-mine/run/rows.json", "/tmp/rows.json"]
-    assert [one.run for one in sweep(config)] == ["s3://bucket-of-mine/b", "/tmp/c"]
+    assert [series.run for series in sweep(config)] == ["s3://bucket-of-mine/b", "/tmp/c"]
     text = to_yaml(config)
     assert SECRET not in text
     assert "bucket-of-mine" not in text
@@ -73,7 +73,7 @@ def test_a_stored_config_never_resolves_anything(minimal: Path) -> None:
         assert SECRET not in repr(sweep(config))
     # Nor does what is made of it later.
     config = from_yaml(MINIMAL + "evaluate: {sweep: {run: ['${oc.env:SOME_SECRET}', b]}}\n")
-    assert [one.run for one in sweep(config)] == ["${oc.env:SOME_SECRET}", "b"]
+    assert [series.run for series in sweep(config)] == ["${oc.env:SOME_SECRET}", "b"]
     for key in (
         "diffusion: {schedule: '${oc.env:SOME_SECRET}'}",
         "train: {steps: '${oc.env:SOME_NUMBER}'}",

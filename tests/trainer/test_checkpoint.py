@@ -774,7 +774,7 @@ def test_a_training_whose_run_another_has_taken_over_ends_and_leaves_the_others_
 
 
 def test_files_that_two_trainings_save_at_one_step_do_not_mix(training: Training) -> None:
-    """Both upload before either publishes: the one that has the run publishes its own, and sweeps what the other left."""
+    """Both upload before either publishes: the one that has the run publishes its own, and deletes what the other left."""
     training.save()
     other = Training(training.engine, training.store)
     assert other.resume() == 1

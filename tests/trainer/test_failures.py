@@ -18,8 +18,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from freeguide.configs.errors import ConfigError, StoreError, UserError
 from freeguide.cluster.runtime.checks import contradictions
+from freeguide.configs.errors import ConfigError, StoreError, UserError
 from freeguide.configs.load import load_config
 from freeguide.configs.schema import Config, TrainConfig
 from freeguide.data_pipeline.order import Order

@@ -87,7 +87,7 @@ class _LocalFolder:
             self.path = Path(tempfile.mkdtemp(prefix=self._PREFIX, dir=parent))
             with contextlib.suppress(FileNotFoundError):
                 self._lock = _locked(self.path)
-                if self.path.exists():  # nobody has swept it between its making and its lock
+                if self.path.exists():  # nobody has deleted it between its making and its lock
                     return
 
     def __enter__(self) -> "_LocalFolder":

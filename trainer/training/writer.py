@@ -143,12 +143,12 @@ class Writer:
         Rank 0 calls it before the first step. Raises UserError where the disk has no room for a checkpoint.
         """
         self._store.put(CLAIM, self._claim())
-        self._store.sweep()
+        self._store.clean_up()
         if self._snapshots is None:
             listed = contents(self._store, SNAPSHOTS)
             self._snapshots = {at for at, keys in listed.items() if at <= self._start and manifest_of(at, SNAPSHOTS) in keys}
         try:
-            self._sweep_at_start()
+            self._clean_up_at_start()
         except (StoreError, CheckpointError) as error:
             _log.warning("%s; what interrupted saves have left behind stays for now", error)
         if isinstance(self._store, FolderStore):
@@ -228,7 +228,7 @@ class Writer:
     def _publish(self) -> None:
         engine, step = self._engine, self._pending
         self._before_manifest()
-        self._check_claim()  # before the notes are read: who has taken over sweeps them
+        self._check_claim()  # before the notes are read: who has taken over deletes them
         notes = [self._noted(rank) for rank in range(engine.world_size)]
         snapshots = (self._snapshots or set()) | ({step} if len(self._files) > 1 else set())
         manifest = {
@@ -249,11 +249,11 @@ class Writer:
         self._saved.add(step)
         self._snapshots = snapshots
         try:
-            self._sweep(step, named)
+            self._delete_old(step, named)
         except StoreError as error:  # the checkpoint exists: what is left over costs room only
             _log.warning("%s; what the run needs no longer is deleted after the next save", error)
 
-    def _sweep(self, step: int, named: set[str]) -> None:
+    def _delete_old(self, step: int, named: set[str]) -> None:
         """Delete what the run needs no longer up to `step`, whose objects are `named`: what interrupted saves have left behind,
         checkpoints that the training has gone past and not gone on from, and all but the newest ones and those that stay for good.
 
@@ -273,7 +273,7 @@ class Writer:
             unwanted += [key for keys in found.values() for key in keys if key not in held]
         self._delete(unwanted)
 
-    def _sweep_at_start(self) -> None:
+    def _clean_up_at_start(self) -> None:
         """Delete what no manifest names: unfinished saves of any step, and what the last save before may not have come to delete.
 
         A folder of a later step that holds anything which we do not write is left alone: somebody has put it aside.

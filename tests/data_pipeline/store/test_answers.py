@@ -354,12 +354,12 @@ def test_what_killed_uploads_left_is_swept_after_a_day(parts: S3Store, monkeypat
         place = {"Bucket": store.bucket, "Key": store._key("large")}
         upload = client.create_multipart_upload(**place)["UploadId"]
         client.upload_part(**place, UploadId=upload, PartNumber=1, Body=b"half")
-    assert parts.sweep() == 0
+    assert parts.clean_up() == 0
     assert uploads(parts) == 3
     monkeypatch.setattr(
         "freeguide.data_pipeline.store.s3.LEFT_S", -60.0
     )  # as if a day had gone by, on a server whose clock has whole seconds
-    assert parts.sweep() == 2 * len(b"half")
+    assert parts.clean_up() == 2 * len(b"half")
     assert uploads(parts) == 1  # of the neighbour whose name begins alike
 
 
@@ -382,9 +382,9 @@ def test_an_upload_that_still_grows_is_left_alone(parts: S3Store, monkeypatch: p
 
 def test_nothing_is_swept_where_nobody_answers(alone: pytest.MonkeyPatch) -> None:
     alone.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    assert store_at().sweep() == 0
+    assert store_at().clean_up() == 0
     alone.setenv("AWS_PROFILE", "nobody")
-    assert store_at().sweep() == 0
+    assert store_at().clean_up() == 0
 
 
 # -------------------------------------------------------------------------------------------------------------- conditions

@@ -143,7 +143,7 @@ def test_the_limit_holds_after_any_number_of_kills(tmp_path: Path) -> None:
         f".get_range('key', 0, 2000, {etag!r})",
         kills=1,
     )
-    assert cached(store, tmp_path, 5000).sweep() > 0
+    assert cached(store, tmp_path, 5000).clean_up() > 0
     assert size(tmp_path) == 1004
 
 

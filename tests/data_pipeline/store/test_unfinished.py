@@ -10,7 +10,7 @@ import pytest
 
 from freeguide.data_pipeline.store import unfinished as files
 from freeguide.data_pipeline.store.folder import FolderStore
-from freeguide.data_pipeline.store.unfinished import LEFT_S, TEMP, ended, sweep, unfinished, writer
+from freeguide.data_pipeline.store.unfinished import LEFT_S, TEMP, clean_up, ended, unfinished, writer
 from tests.data_pipeline.conftest import killed_while_writing
 
 
@@ -24,10 +24,10 @@ def test_what_killed_writers_left_is_swept(tmp_path: Path) -> None:
     killed_while_writing(f"open_store({str(tmp_path)!r}).put('a/b/key', bytes(1000))", kills=3)
     assert len(left(tmp_path)) == 3
     assert [info.key for info in store.list()] == ["a/kept"]
-    assert store.sweep() == 3000
+    assert store.clean_up() == 3000
     assert left(tmp_path) == []
     assert store.get("a/kept") == b"kept"
-    assert store.sweep() == 0
+    assert store.clean_up() == 0
 
 
 def test_what_a_live_writer_holds_stays(tmp_path: Path) -> None:
@@ -40,12 +40,12 @@ def test_what_a_live_writer_holds_stays(tmp_path: Path) -> None:
         assert other.stdout.readline() == b"here\n"
         with unfinished(tmp_path):  # of another process, and of this one
             assert len(left(tmp_path)) == 2
-            assert sweep(tmp_path) == 0
+            assert clean_up(tmp_path) == 0
             assert len(left(tmp_path)) == 2
         assert len(left(tmp_path)) == 1
         other.kill()
         other.wait()
-    sweep(tmp_path)
+    clean_up(tmp_path)
     assert left(tmp_path) == []
 
 
@@ -58,9 +58,9 @@ def test_of_other_machines_only_what_has_not_grown_for_a_day(name: str, tmp_path
     path.write_bytes(b"half")
     now = path.stat().st_mtime
     os.utime(path, (now - LEFT_S + 600, now - LEFT_S + 600))
-    assert sweep(tmp_path) == 0
+    assert clean_up(tmp_path) == 0
     os.utime(path, (now - LEFT_S - 600, now - LEFT_S - 600))
-    assert sweep(tmp_path) == 4
+    assert clean_up(tmp_path) == 4
     assert left(tmp_path) == []
 
 
@@ -68,7 +68,7 @@ def test_of_other_machines_only_what_has_not_grown_for_a_day(name: str, tmp_path
 def test_the_clock_of_this_machine_decides_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / name).write_bytes(b"half")
     monkeypatch.setattr("time.time", lambda: 4e9)
-    assert sweep(tmp_path) == 0
+    assert clean_up(tmp_path) == 0
 
 
 def test_nothing_else_is_touched(tmp_path: Path) -> None:
@@ -78,9 +78,9 @@ def test_nothing_else_is_touched(tmp_path: Path) -> None:
     (tmp_path / "target").write_bytes(b"1")
     (tmp_path / FOREIGN[0]).symlink_to("target")
     before = sorted(path.name for path in tmp_path.iterdir())
-    assert sweep(tmp_path) == 0
+    assert clean_up(tmp_path) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == before
-    assert sweep(tmp_path / "missing") == 0
+    assert clean_up(tmp_path / "missing") == 0
 
 
 def test_folders_behind_links_are_swept_and_links_back_end(tmp_path: Path) -> None:
@@ -90,23 +90,23 @@ def test_folders_behind_links_are_swept_and_links_back_end(tmp_path: Path) -> No
     (tmp_path / "disk" / "back").symlink_to("../run")
     (tmp_path / "disk" / FOREIGN[0]).write_bytes(b"half")
     os.utime(tmp_path / "disk" / FOREIGN[0], (1, 1))
-    assert sweep(tmp_path / "run") == 4
+    assert clean_up(tmp_path / "run") == 4
 
 
-def test_writers_and_sweeps_at_the_same_time_lose_nothing(tmp_path: Path) -> None:
+def test_writers_and_clean_ups_at_the_same_time_lose_nothing(tmp_path: Path) -> None:
     store, stop = FolderStore(tmp_path), threading.Event()
 
-    def swept() -> None:
+    def cleaned() -> None:
         while not stop.is_set():
-            store.sweep()
+            store.clean_up()
 
-    sweeps = [threading.Thread(target=swept) for _ in range(2)]
-    for thread in sweeps:
+    threads = [threading.Thread(target=cleaned) for _ in range(2)]
+    for thread in threads:
         thread.start()
     for number in range(100):
         store.put(f"k{number}", b"1")
     stop.set()
-    for thread in sweeps:
+    for thread in threads:
         thread.join()
     assert len(store.list()) == 100
     assert left(tmp_path) == []
@@ -133,5 +133,5 @@ def test_a_file_system_without_locks_is_written_all_the_same(tmp_path: Path, mon
     store.put("k", b"1")
     assert store.get("k") == b"1"
     with unfinished(tmp_path):
-        assert sweep(tmp_path) == 0
+        assert clean_up(tmp_path) == 0
         assert len(left(tmp_path)) == 1
