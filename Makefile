@@ -51,6 +51,7 @@ lint: setup
 	rm -rf build/types && mkdir -p build/types/freeguide && ln -s $(CURDIR)/freeguide/__init__.py build/types/freeguide/
 	ln -s $(foreach room,configs data_pipeline trainer cluster,$(CURDIR)/$(room)) build/types/freeguide/
 	MYPYPATH=build/types $(BIN)/mypy
+	MYPYPATH=build/types:. $(BIN)/mypy benchmarks tests
 
 clean:
 	rm -rf .venv .venv-bench build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

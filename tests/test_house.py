@@ -52,8 +52,8 @@ def imports(path: Path, place: str) -> Iterator[str]:
             module = f"{node.module}.".removeprefix("freeguide.").removesuffix(".")
             for alias in node.names:
                 whole = f"{module}.{alias.name}".strip(".")
-                place = ROOT / whole.replace(".", "/")
-                yield whole if place.with_suffix(".py").is_file() or place.is_dir() else module
+                there = ROOT / whole.replace(".", "/")
+                yield whole if there.with_suffix(".py").is_file() or there.is_dir() else module
 
 
 def bare(path: Path) -> list[str]:

@@ -65,8 +65,8 @@ def test_the_whole_job_runs_and_nothing_is_done_twice(freeguide, ray_head, tmp_p
 
     assert "trained to step 8" in ok("train")
     found = search.find(run)
-    files = {key.rsplit("-", 1)[0] for key in found.files}
-    assert (found.step, files) == (8, {f"{Path(found.key).parent}/rank-{r:05d}" for r in range(2)})
+    stems = {key.rsplit("-", 1)[0] for key in found.files}
+    assert (found.step, stems) == (8, {f"{Path(found.key).parent}/rank-{r:05d}" for r in range(2)})
     assert_tensorboard_shows_the_run(run, tmp_path / "events")
     before = {info.key: info.etag for info in run.list()}
     assert "nothing to do" in ok("train", RAY_ADDRESS="127.0.0.1:1")  # a cluster that does not exist is not asked

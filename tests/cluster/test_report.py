@@ -239,7 +239,7 @@ def test_the_figures_draw_without_warnings_at_the_edges_of_the_data(tmp_path, re
 def test_error_bars_are_one_deviation_as_everywhere_else(monkeypatch):
     monkeypatch.setattr(figures, "_drawn", lambda figure: figure)
     rows = _rows(fid_std=0.5)
-    left, middle, _ = figures.curves([("", rows)]).axes
+    left, middle, _ = figures.curves([("", rows)]).axes  # type: ignore[attr-defined]
     (bars,) = left.containers[0].lines[2]
     assert [bar[:, 1].tolist() for bar in bars.get_segments()] == [[row.fid - 0.5, row.fid + 0.5] for row in rows]
     assert middle.collections[0].get_paths()[0].vertices[:, 1].max() == max(row.inception_score for row in rows) + 0.08
@@ -684,8 +684,8 @@ def test_without_an_inception_score_a_report_has_no_frontier_and_says_why(tmp_pa
     with (tmp_path / "report.csv").open() as file:
         assert [row["inception_score"] for row in csv.DictReader(file)] == [""] * (len(rows) + 1)
     monkeypatch.setattr(figures, "_drawn", lambda figure: figure)
-    assert len(figures.curves([("", rows)]).axes) == 2
-    assert len(figures.curves([("", _rows())]).axes) == 3
+    assert len(figures.curves([("", rows)]).axes) == 2  # type: ignore[attr-defined]
+    assert len(figures.curves([("", _rows())]).axes) == 3  # type: ignore[attr-defined]
     assert [str(warning.message) for warning in recwarn] == []
 
 

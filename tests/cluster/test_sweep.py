@@ -83,9 +83,9 @@ def over(**axes: list[object]) -> str:
 def test_a_sweep_is_the_product_of_its_lists_and_an_empty_one_is_the_config_itself(lab: Path) -> None:
     config = small(lab, "a", over(run=["a", "b"], sampling__interval=[[], [-1, 2]], sampling__steps=[4, 6]))
     series = combinations(config)
-    found = [(one.run, one.sampling.interval, one.sampling.steps) for one in series]
+    found = [(each.run, each.sampling.interval, each.sampling.steps) for each in series]
     assert found == [(str(Path(r).absolute()), i, s) for r in "ab" for i in ([], [-1.0, 2.0]) for s in (4, 6)]
-    assert all(one.evaluate.sweep == {} for one in series)
+    assert all(each.evaluate.sweep == {} for each in series)
     assert from_yaml(to_yaml(config)) == config
     plain = small(lab, "a")
     assert combinations(plain) == [plain]
@@ -113,12 +113,14 @@ def test_a_run_says_itself_how_it_was_trained(lab: Path, runs: list[str], tmp_pa
     """The config that measures says p_uncond = 0.3, another network and another decay: all of that is the run's to say."""
     write_run(small(lab, runs[1], "diffusion.p_uncond=0.2", "train.ema_decay=0.5", "diffusion.prediction=v"))
     mine = [over(run=runs), "diffusion.p_uncond=0.3", "model.channels=16"]
-    found = [one.config for one in trained_series(small(lab, tmp_path, *mine), load_manifest(open_store(str(lab / "data"))))]
-    assert [one.diffusion.p_uncond for one in found] == list(P_UNCOND)
-    assert [one.train.ema_decay for one in found] == [0.995, 0.5, 0.995]
-    assert [one.diffusion.prediction for one in found] == ["eps", "v", "eps"]
-    assert {one.model.channels for one in found} == {8}
-    assert [one.name for one in found] == ["p0.1", "p0.2", "p0.5"]
+    found = [
+        trained.config for trained in trained_series(small(lab, tmp_path, *mine), load_manifest(open_store(str(lab / "data"))))
+    ]
+    assert [config.diffusion.p_uncond for config in found] == list(P_UNCOND)
+    assert [config.train.ema_decay for config in found] == [0.995, 0.5, 0.995]
+    assert [config.diffusion.prediction for config in found] == ["eps", "v", "eps"]
+    assert {config.model.channels for config in found} == {8}
+    assert [config.name for config in found] == ["p0.1", "p0.2", "p0.5"]
 
 
 def fails(config: Config, kind: type[UserError], words: str) -> None:
@@ -320,18 +322,18 @@ def test_the_bits_of_a_row_do_not_depend_on_the_threads_that_blas_would_take(lab
     real = Reference("digits", Statistics(pool.mean, pool.covariance, pool.n))
     unit = Measured(features[400:], np.full((600, 10), 0.1, np.float32))
     config = small(lab, tmp_path, "evaluate.images=600", "evaluate.unit=600")
-    one = Series(config, Weights(config.run, 8, "ema", (), ""), open_store(str(tmp_path / "series")))
+    series = Series(config, Weights(config.run, 8, "ema", (), ""), open_store(str(tmp_path / "series")))
     labels = np.arange(600) % 10
     content = {"labels": labels, "images": np.zeros((20, 8, 8, 1), np.uint8), "device": "CPU", "seconds": 0.0, "evaluations": 1}
     np.savez(buffer := io.BytesIO(), **unit.to_arrays(), **content)
-    one.store.put(Unit(0.5, 0, 600).key("npz"), buffer.getvalue())
+    series.store.put(Unit(0.5, 0, 600).key("npz"), buffer.getvalue())
     yardsticks = [Yardstick(judge, real)]
     (asked,) = planned([[0.5]], 600, yardsticks)
     with threadpool_limits(1):
-        expected = fold._fold(one, asked, yardsticks)
+        expected = fold._fold(series, asked, yardsticks)
     with threadpool_limits(threads):
-        RowWorker([one], yardsticks, Resources(1, 0))(asked)
-    assert Folded.read(one.store, asked.key).values == expected.values
+        RowWorker([series], yardsticks, Resources(1, 0))(asked)
+    assert Folded.read(series.store, asked.key).values == expected.values
 
 
 @pytest.mark.parametrize("damaged", ["/units/w4/000000020-000000040.npz", "/rows/w4-n60"])

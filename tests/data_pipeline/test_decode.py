@@ -376,7 +376,7 @@ def test_strange_labels_never_crash(raw: bytes) -> None:
 @given(*DAMAGED)
 def test_damaged_images_never_crash_at_length(ext: str, noise: bytes, at: int, patch: bytes) -> None:
     """Memory too: a damaged header may claim up to MAX_PIXELS, which Pillow holds twice with 4 bytes each and NumPy once with 3."""
-    test_damaged_images_never_crash.hypothesis.inner_test(ext, noise, at, patch)
+    test_damaged_images_never_crash.hypothesis.inner_test(ext, noise, at, patch)  # type: ignore[attr-defined]
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - MEMORY) * 1024 < 12 * MAX_PIXELS
 
 

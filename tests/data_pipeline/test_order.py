@@ -135,7 +135,7 @@ def test_an_order_is_recorded_by_its_sizes_and_keeps_its_rounds() -> None:
     assert json.loads(stored) == mixture.to_dict()  # what a checkpoint says is compared with it
     assert "rounds" not in stored
     old = mixture.with_rounds(4)
-    assert [one.rounds for one in (old, *old.orders)] == [4, 4, 4]
+    assert [old.rounds, *(order.rounds for order in old.orders)] == [4, 4, 4]
     assert old.to_dict() == mixture.to_dict()
 
 

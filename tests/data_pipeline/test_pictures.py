@@ -36,7 +36,7 @@ def tree(root: Path, *paths: str) -> Path:
     return root
 
 
-ODD = [
+ODD: list[str | bytes] = [
     "with space.png", "umläut é.jpg", "emoji 🦜.png", b"caf\xe9.png", "-rf.png", "--help.jpeg", "n" * 251 + ".png", "Same.png",
     "same.png",    "SAME.PNG", "dots.in.the.name.v2.png", "no extension", "deep/er/and deeper/x.JPEG",
     "quote'\".png", "new\nline.png", "100%.webp", "#.png",

@@ -206,4 +206,4 @@ def test_damaged_tars_never_crash_the_walk(name: str, format_: int, damages: lis
 @settings(max_examples=10_000, deadline=None, database=None)
 @given(NAMES, FORMATS, DAMAGES)
 def test_damaged_tars_never_crash_the_walk_at_length(name: str, format_: int, damages: list[Damage]) -> None:
-    test_damaged_tars_never_crash_the_walk.hypothesis.inner_test(name, format_, damages)
+    test_damaged_tars_never_crash_the_walk.hypothesis.inner_test(name, format_, damages)  # type: ignore[attr-defined]
