@@ -22,6 +22,7 @@ PARTS = {  # so do the parts of a room
         "trainer.networks",
         "trainer.checkpoints",
         "trainer.weights",
+        "trainer.rounding",
         "trainer.sampler",
         "trainer.training",
         "trainer.__main__",

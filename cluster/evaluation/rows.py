@@ -12,12 +12,12 @@ from typing import Any, get_args
 
 from freeguide.cluster.evaluation.conditions import trained
 from freeguide.cluster.evaluation.extractors.features import INCEPTION, role_conditions
-from freeguide.cluster.evaluation.extractors.images import ROUNDING
 from freeguide.cluster.evaluation.metrics import value_names
 from freeguide.configs.errors import DataError
 from freeguide.configs.schema import Config, SamplingConfig
 from freeguide.configs.untrusted import parse_json
 from freeguide.data_pipeline.artifact import check_seal, sealed_json
+from freeguide.trainer.rounding import ROUNDING
 
 SCHEMA = "freeguide-rows/2"
 

@@ -23,7 +23,6 @@ from freeguide.cluster.evaluation.checks import contradictions
 from freeguide.cluster.evaluation.conditions import decisive, sampled
 from freeguide.cluster.evaluation.executor import Resources
 from freeguide.cluster.evaluation.extractors.features import measure_with
-from freeguide.cluster.evaluation.extractors.images import to_uint8
 from freeguide.cluster.evaluation.extractors.load import load_extractor
 from freeguide.cluster.evaluation.measure import Yardstick
 from freeguide.cluster.evaluation.rows import MODEL, Row
@@ -38,6 +37,7 @@ from freeguide.data_pipeline.manifest import Manifest
 from freeguide.data_pipeline.store.base import Access, Store
 from freeguide.data_pipeline.store.open import open_store
 from freeguide.trainer.networks.kernels import choose_kernels
+from freeguide.trainer.rounding import to_uint8
 from freeguide.trainer.sampler import Sampler, check_interval, image_labels, shared_steps
 from freeguide.trainer.weights import Weights, stored_config, weights_of
 

@@ -21,7 +21,6 @@ import torch
 from freeguide.cluster.evaluation import units
 from freeguide.cluster.evaluation.conditions import sampled
 from freeguide.cluster.evaluation.executor import Executor, Resources
-from freeguide.cluster.evaluation.extractors.images import to_uint8
 from freeguide.cluster.evaluation.kept import delete_old, needed_by
 from freeguide.cluster.evaluation.series import Series, Trained, as_trained
 from freeguide.cluster.evaluation.units import Unit
@@ -39,6 +38,7 @@ from freeguide.data_pipeline.store.folder import FolderStore
 from freeguide.data_pipeline.store.open import open_store
 from freeguide.data_pipeline.stored import NAME, load_manifest, save_manifest
 from freeguide.trainer.networks.kernels import choose_kernels
+from freeguide.trainer.rounding import to_uint8
 from freeguide.trainer.sampler import image_labels
 from freeguide.trainer.training.loop import misguided
 

@@ -19,7 +19,6 @@ import webdataset
 import yaml
 
 from freeguide.cluster.evaluation.executor import Resources
-from freeguide.cluster.evaluation.extractors.images import to_uint8
 from freeguide.cluster.evaluation.series import Series
 from freeguide.cluster.evaluation.units import Unit
 from freeguide.cluster.jobs import generate as generation
@@ -37,6 +36,7 @@ from freeguide.data_pipeline.store.open import open_store
 from freeguide.data_pipeline.store.s3 import S3Store
 from freeguide.data_pipeline.stored import NAME, load_manifest, save_manifest
 from freeguide.trainer.checkpoints import search
+from freeguide.trainer.rounding import to_uint8
 from freeguide.trainer.sampler import Sampler, image_labels
 from freeguide.trainer.weights import Weights
 from tests.cluster.untrained import LOCAL, through, write_run

@@ -92,7 +92,7 @@ def changed(root: Path, before: dict[str, str], place: str, old: str, new: str) 
         ("trainer/diffusion/randomness.py", "_MAX_STREAM = ", "_MAX_STREAM = 1 + ", SAMPLED | {"rows"}),
         ("trainer/networks/layers.py", "class GroupNorm(", "@id\nclass GroupNorm(", SAMPLED | {"rows"}),
         ("trainer/checkpoints/profiles.py", "def reconstruction(", "@id\ndef reconstruction(", SAMPLED | {"rows"}),
-        ("cluster/evaluation/extractors/images.py", "def to_uint8(", "@id\ndef to_uint8(", SAMPLED),
+        ("trainer/rounding.py", "def to_uint8(", "@id\ndef to_uint8(", SAMPLED),
         ("cluster/evaluation/extractors/inception.py", "(x - 128.0) / 128.0", "(x - 127.5) / 127.5", {"units"}),
         ("cluster/evaluation/extractors/evaluator.py", "PEAK_LR = 3e-3", "PEAK_LR = 4e-3", {"evaluators"}),
         ("cluster/evaluation/extractors/evaluator.py", "/ 127.5 - 1.0", "/ 128.0 - 1.0", {"units", "evaluators"}),

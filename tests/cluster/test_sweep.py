@@ -20,7 +20,6 @@ from freeguide.cluster.evaluation import series as sweep_module
 from freeguide.cluster.evaluation.executor import Resources
 from freeguide.cluster.evaluation.extractors.evaluator import fit_evaluator
 from freeguide.cluster.evaluation.extractors.features import Measured
-from freeguide.cluster.evaluation.extractors.images import to_uint8
 from freeguide.cluster.evaluation.extractors.load import load_extractor
 from freeguide.cluster.evaluation.fold import Folded, RowWorker, planned
 from freeguide.cluster.evaluation.measure import Yardstick
@@ -42,6 +41,7 @@ from freeguide.configs.sweep import screen_images
 from freeguide.configs.sweep import sweep as combinations
 from freeguide.data_pipeline.store.open import open_store
 from freeguide.data_pipeline.stored import load_manifest
+from freeguide.trainer.rounding import to_uint8
 from freeguide.trainer.sampler import Sampler, evaluations, sweep_evaluations
 from freeguide.trainer.weights import Weights, weights_of
 from tests.cluster.untrained import DIGITS, HALF_LIFE, small, write_run

@@ -20,7 +20,6 @@ from freeguide.cluster.evaluation.extractors import dinov2, evaluator, features
 from freeguide.cluster.evaluation.extractors import load as loading
 from freeguide.cluster.evaluation.extractors.dinov2 import VisionTransformer
 from freeguide.cluster.evaluation.extractors.evaluator import Evaluator
-from freeguide.cluster.evaluation.extractors.images import to_uint8
 from freeguide.cluster.evaluation.extractors.load import load_extractor
 from freeguide.cluster.evaluation.measure import Yardstick
 from freeguide.cluster.evaluation.reference import load_npz
@@ -41,6 +40,7 @@ from freeguide.data_pipeline.store.base import Denied
 from freeguide.data_pipeline.store.folder import FolderStore
 from freeguide.data_pipeline.store.open import open_store
 from freeguide.data_pipeline.stored import load_manifest
+from freeguide.trainer.rounding import to_uint8
 from freeguide.trainer.sampler import Sampler, image_labels
 from tests.cluster.untrained import LOCAL, SMALL, small, through, write_lab, write_run
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from freeguide.cluster.evaluation.extractors.images import to_uint8
 from freeguide.configs.errors import DataError
+from freeguide.trainer.rounding import to_uint8
 
 
 def test_every_level_comes_back_as_itself():
