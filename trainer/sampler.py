@@ -28,6 +28,7 @@ from freeguide.trainer.diffusion.samplers import SAMPLERS, State, sample
 from freeguide.trainer.diffusion.schedule import SCHEDULES, Schedule, alpha_sigma, levels, posterior
 from freeguide.trainer.networks.build import build_network
 from freeguide.trainer.networks.kernels import choose_kernels
+from freeguide.trainer.rounding import to_uint8
 from freeguide.trainer.weights import Weights, stored_config, weights_of
 
 _log = logging.getLogger("freeguide.sampler")
@@ -235,15 +236,23 @@ def image_labels(config: Config, index: Tensor) -> Tensor:
 
 def grid(images: Tensor, columns: int) -> Tensor:
     """Images (N, C, H, W) in [-1, 1] as one picture (C, rows * H, columns * W) in [0, 1], row by row."""
-    n, c, h, w = images.shape
-    rows = n // columns
-    tiles = images[: rows * columns].view(rows, columns, c, h, w).permute(2, 0, 3, 1, 4)
-    return (tiles.reshape(c, rows * h, columns * w).clamp(-1, 1) + 1) / 2
+    return (_tiled(images, columns).clamp(-1, 1) + 1) / 2
 
 
 def picture(images: Tensor, columns: int) -> Image.Image:
-    """Images (N, C, H, W) in [-1, 1] as one picture to look at, row by row. Raises ValueError unless C is 1 (grey) or 3 (RGB)."""
+    """Images (N, C, H, W) in [-1, 1] as one picture to look at, row by row.
+
+    Raises ValueError unless C is 1 (grey) or 3 (RGB), and DataError as `to_uint8` does.
+    """
     if images.shape[1] not in (1, 3):
         raise ValueError(f"samples of {images.shape[1]} channels are no pictures: decode them first.")
-    levels = (grid(images, columns) * 255).round().byte().permute(1, 2, 0)
+    levels = _tiled(torch.from_numpy(to_uint8(images)).permute(0, 3, 1, 2), columns).permute(1, 2, 0)
     return Image.fromarray(levels.squeeze(2).numpy() if levels.shape[2] == 1 else levels.numpy())
+
+
+def _tiled(images: Tensor, columns: int) -> Tensor:
+    """Images (N, C, H, W) as one (C, rows * H, columns * W); what does not fill a row is left out."""
+    n, c, h, w = images.shape
+    rows = n // columns
+    tiles = images[: rows * columns].reshape(rows, columns, c, h, w).permute(2, 0, 3, 1, 4)
+    return tiles.reshape(c, rows * h, columns * w)

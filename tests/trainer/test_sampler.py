@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from freeguide.configs.errors import CheckpointError, UserError
+from freeguide.configs.errors import CheckpointError, DataError, UserError
 from freeguide.configs.load import load_config
 from freeguide.configs.schema import Config
 from freeguide.configs.stored import to_yaml
@@ -21,6 +21,7 @@ from freeguide.data_pipeline.store.open import open_store
 from freeguide.trainer.diffusion.oracles import GaussianClasses
 from freeguide.trainer.diffusion.samplers import SAMPLERS, Evaluate, Kind, Noise, State
 from freeguide.trainer.networks.build import build_network
+from freeguide.trainer.rounding import to_uint8
 from freeguide.trainer.sampler import (
     Sampler,
     evaluations,
@@ -299,5 +300,9 @@ def test_a_picture_shows_the_eight_bits_of_each_image_row_by_row() -> None:
     assert shown.shape == (8, 12, 3)
     assert np.array_equal(shown[4:, 8:], levels[5].permute(1, 2, 0).numpy())
     assert np.asarray(picture(levels[:, :1].float() / 127.5 - 1, columns=6)).shape == (4, 24)
+    between = torch.linspace(-1.2, 1.2, 64).view(1, 1, 8, 8)
+    assert np.array_equal(np.asarray(picture(between, columns=1)), to_uint8(between)[0, ..., 0])
+    with pytest.raises(DataError, match="sample 1 of 2 is not finite"):
+        picture(torch.cat([between, between * float("nan")]), columns=1)
     with pytest.raises(ValueError, match="samples of 4 channels are no pictures"):
         picture(torch.zeros(1, 4, 8, 8), columns=1)
