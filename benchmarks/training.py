@@ -48,7 +48,6 @@ from freeguide.data_pipeline.stream import Batch
 from freeguide.trainer.diffusion import objective
 from freeguide.trainer.networks.build import build_network, count_parameters, forward_flops
 from freeguide.trainer.networks.layers import DropoutKey
-from freeguide.trainer.training import loop
 from freeguide.trainer.training.devices import peak_flops
 from freeguide.trainer.training.failures import Agreement
 from freeguide.trainer.training.loop import Run, assemble, take_step
@@ -170,7 +169,7 @@ def our_step(run: Run, parts: Parts) -> tuple[Callable[[], None], Agreement]:
     """A step of `run` with its parts measured, and the agreement to close after the last one."""
     agreement, done = Agreement(3), 0
     for owner, function, name in (
-        (loop, "training_loss", "noise and forward"),
+        (objective, "training_loss", "noise and forward"),
         (objective, "noised", "noise"),
         (run.engine, "accumulate", "backward"),
         (run.engine, "step", "update"),

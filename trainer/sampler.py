@@ -25,7 +25,7 @@ from freeguide.trainer.diffusion.guidances import guidance_of
 from freeguide.trainer.diffusion.parametrisation import Network
 from freeguide.trainer.diffusion.randomness import Purpose, bits
 from freeguide.trainer.diffusion.samplers import SAMPLERS, State, sample
-from freeguide.trainer.diffusion.schedule import SCHEDULES, Schedule, alpha_sigma, levels, posterior
+from freeguide.trainer.diffusion.schedule import alpha_sigma, levels, noise_schedule, posterior
 from freeguide.trainer.networks.build import build_network
 from freeguide.trainer.networks.kernels import choose_kernels
 from freeguide.trainer.rounding import to_uint8
@@ -165,7 +165,7 @@ def _shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 def sampling_levels(config: Config) -> Tensor:
     """The log-SNR levels of the config's sampler, (T,) float64."""
-    return levels(noise_schedule(config), config.sampling.steps, config.sampling.spacing)
+    return levels(noise_schedule(config.diffusion), config.sampling.steps, config.sampling.spacing)
 
 
 def check_interval(config: Config) -> None:
@@ -219,11 +219,6 @@ def rounding_noise(config: Config) -> float:
     ladder = sampling_levels(config)
     alpha, sigma = alpha_sigma(ladder[:-1])
     return float((posterior(ladder[:-1], ladder[1:]).x_scale * sigma / alpha).max()) * _ROUNDING
-
-
-def noise_schedule(config: Config) -> Schedule:
-    """The training distribution of log-SNR that the config names."""
-    return SCHEDULES[config.diffusion.schedule](logsnr_min=config.diffusion.logsnr_min, logsnr_max=config.diffusion.logsnr_max)
 
 
 def image_labels(config: Config, index: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 
 from freeguide.configs.errors import UserError
 from freeguide.configs.load import load_config
+from freeguide.trainer.diffusion import objective
 from freeguide.trainer.diffusion.objective import Losses, training_loss
 from freeguide.trainer.training import engine, loop
 from freeguide.trainer.training.engine import join_process_group
@@ -35,7 +36,7 @@ def poisoned(*args: object, **kwargs: object) -> Losses:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     join_process_group()
-    loop.training_loss = poisoned
+    objective.training_loss = poisoned
     engine._check_device = lambda *_: None  # fp16 is refused on a CPU, where it is slow; it repeats
     code = 0
     for path in sys.argv[1:]:

@@ -12,10 +12,12 @@ from freeguide.cluster.evaluation.series import as_trained
 from freeguide.cluster.jobs.prepare import index, prepare
 from freeguide.configs.errors import ConfigError, DataError
 from freeguide.configs.load import load_config
+from freeguide.configs.schema import Config
 from freeguide.data_pipeline.order import choose_order
 from freeguide.data_pipeline.store.open import open_store
 from freeguide.data_pipeline.stored import load_manifest
-from freeguide.trainer.training.loop import fitted, preflight, run_identity
+from freeguide.trainer.diffusion.objective import OBJECTIVES
+from freeguide.trainer.training.loop import assemble, fitted, preflight, run_identity
 from tests.cluster.untrained import write_run
 
 Tiny = Callable[..., Path]
@@ -54,6 +56,28 @@ def test_the_classes_are_those_of_the_folder(pictures: list[str]) -> None:
     for command in (prepare, preflight):
         with pytest.raises((ConfigError, DataError), match=r"data.classes(=| is )10.*3"):
             command(load_config("image_folder", [*pictures, "data.classes=10"], "prepare"))
+
+
+def test_the_objective_refuses_options_before_anything_is_read_and_names_those_of_a_run(
+    pictures: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config("image_folder", pictures, "prepare")
+    manifest = prepare(config)
+    order = choose_order(manifest, 4, 0)
+    plain = run_identity(config, manifest, order)
+    assert {key for key in plain if key.startswith("diffusion.")} == {f"diffusion.{name}" for name in vars(config.diffusion)}
+
+    def refuse(config: Config) -> None:
+        raise ConfigError(f"train.lr={config.train.lr} is too brave; halve it")
+
+    brave = replace(OBJECTIVES["joint"], identity=lambda config: {"train.lr": config.train.lr}, check=refuse)
+    monkeypatch.setitem(OBJECTIVES, "joint", brave)
+    for begin in (preflight, assemble):
+        with pytest.raises(ConfigError, match=r"is too brave; halve it$"):
+            begin(replace(config, data=replace(config.data, uri="/nowhere")))
+    named = run_identity(config, manifest, order)
+    assert named["train.lr"] == config.train.lr
+    assert not [key for key in named if key.startswith("diffusion.")]
 
 
 def test_a_run_is_sampled_with_the_classes_that_it_was_trained_on(pictures: list[str]) -> None:

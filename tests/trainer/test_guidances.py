@@ -19,7 +19,8 @@ from freeguide.trainer.diffusion.guidance import Denoiser, Weight, autoguidance,
 from freeguide.trainer.diffusion.guidances import GUIDANCES, Guidance, by_classifier_free
 from freeguide.trainer.diffusion.parametrisation import Network
 from freeguide.trainer.diffusion.samplers import SAMPLERS, sample
-from freeguide.trainer.sampler import Sampler, evaluations, noise_schedule, sampling_levels, shared_steps, sweep_evaluations
+from freeguide.trainer.diffusion.schedule import noise_schedule
+from freeguide.trainer.sampler import Sampler, evaluations, sampling_levels, shared_steps, sweep_evaluations
 from freeguide.trainer.weights import weights_of
 from tests.cluster.untrained import DIGITS, SMALL, write_run
 
@@ -119,7 +120,7 @@ def test_calls_and_shared_steps_follow_from_the_record(run: Config, monkeypatch:
         return denoise
 
     def weight(config: Config, w: float) -> Weight:
-        grown = increasing(w, noise_schedule(config))
+        grown = increasing(w, noise_schedule(config.diffusion))
         return lambda logsnr: grown(logsnr) if logsnr > 0 else 0.0  # type: ignore[operator]
 
     monkeypatch.setitem(GUIDANCES, "cfg", Guidance(denoiser, weight=weight, calls=lambda config, weight: 3 if weight else 1))

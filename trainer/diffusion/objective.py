@@ -5,16 +5,20 @@
              gradient step on |eps_theta(z, lambda, c) - eps|^2                                         (equation 5)
 
 Every draw is a function of (seed, position of the example in the run), so the loss of an example does not depend on its batch.
+`OBJECTIVES` holds what a training can minimise, and the training loop knows none of it by name.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from freeguide.configs.schema import Config
 from freeguide.trainer.diffusion.parametrisation import Network, check_labels, eps_error_scale, loss_weight, output_of
 from freeguide.trainer.diffusion.randomness import Purpose, normal, uniform
-from freeguide.trainer.diffusion.schedule import Schedule, alpha_sigma, broadcast
+from freeguide.trainer.diffusion.schedule import Schedule, alpha_sigma, broadcast, noise_schedule
 
 
 class Losses(NamedTuple):
@@ -96,6 +100,45 @@ def training_loss(
         weight, n.logsnr, schedule, gamma=gamma, sigma_data=sigma_data
     )
     return Losses((scale * error).float(), n.logsnr, n.dropped)
+
+
+def by_algorithm_1(config: Config, network: Network, x: Tensor, labels: Tensor, index: Tensor) -> Losses:
+    """The loss of Algorithm 1 with the options of a config. Arguments and errors as `training_loss`."""
+    return training_loss(
+        network,
+        x,
+        labels,
+        index,
+        schedule=noise_schedule(config.diffusion),
+        p_uncond=config.diffusion.p_uncond,
+        null_label=config.data.classes,
+        seed=config.seed,
+        kind=config.diffusion.prediction,
+        weight=config.diffusion.loss_weight,
+    )
+
+
+def all_of_diffusion(config: Config) -> dict[str, Any]:
+    """All options of the group `diffusion`, by dotted key."""
+    return {f"diffusion.{name}": value for name, value in vars(config.diffusion).items()}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a training minimises."""
+
+    # losses(config, network, x (B, ...), labels (B,), index (B,)) of examples as `training_loss` has them; it asks the network once
+    losses: Callable[[Config, Network, Tensor, Tensor, Tensor], Losses]
+    identity: Callable[[Config], dict[str, Any]] = all_of_diffusion  # its options by dotted key: they may not change during a run
+    check: Callable[[Config], None] = lambda config: None  # raises ConfigError for options that it cannot be trained with
+
+
+OBJECTIVES = {"joint": Objective(by_algorithm_1)}
+
+
+def objective_of(config: Config) -> Objective:
+    """The objective that a config asks for."""
+    return OBJECTIVES["joint"]
 
 
 def _check(x: Tensor, labels: Tensor, index: Tensor, p_uncond: float, null_label: int) -> None:

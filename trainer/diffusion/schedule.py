@@ -22,6 +22,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from freeguide.configs.schema import DiffusionConfig
+
 
 def alpha_sigma(logsnr: Tensor) -> tuple[Tensor, Tensor]:
     """alpha and sigma of the forward process (below equation 1), each of the shape and dtype of `logsnr`."""
@@ -214,6 +216,11 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "normal": NormalSchedule,
     "flow": FlowSchedule,
 }
+
+
+def noise_schedule(options: DiffusionConfig) -> Schedule:
+    """The training distribution of log-SNR that a config names."""
+    return SCHEDULES[options.schedule](logsnr_min=options.logsnr_min, logsnr_max=options.logsnr_max)
 
 
 def levels(schedule: Schedule, steps: int, spacing: str = "u", rho: float = 7.0) -> Tensor:

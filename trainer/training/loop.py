@@ -1,4 +1,4 @@
-"""The training loop: Algorithm 1 of the paper on every rank, from wherever the run stands to `train.steps`.
+"""The training loop: the objective (Algorithm 1 of the paper) on every rank, from wherever the run stands to `train.steps`.
 
 A step's samples come from `data_pipeline.order`, its noise, log-SNRs and dropped conditions from `trainer.diffusion.randomness`;
 both depend on the step and the global sample index only. So nothing but weights, moments and the average has to be saved, and
@@ -30,12 +30,12 @@ from freeguide.data_pipeline.stream import Batch, Reader
 from freeguide.trainer.checkpoints.manifest import ROUNDS
 from freeguide.trainer.checkpoints.profiles import profiles
 from freeguide.trainer.checkpoints.search import candidates, check_averages, check_identity
-from freeguide.trainer.diffusion.objective import training_loss
+from freeguide.trainer.diffusion.objective import objective_of
 from freeguide.trainer.diffusion.randomness import Purpose, uniform
 from freeguide.trainer.networks.build import build_network, forward_flops, network_options
 from freeguide.trainer.networks.kernels import choose_kernels
 from freeguide.trainer.networks.layers import DropoutKey
-from freeguide.trainer.sampler import Sampler, grid, noise_schedule
+from freeguide.trainer.sampler import Sampler, grid
 from freeguide.trainer.training.ema import Ema
 from freeguide.trainer.training.engine import Engine, join_process_group
 from freeguide.trainer.training.failures import TERMINATED, Agreement, Incidents, Terminated, Watchdog, limit_collectives
@@ -88,6 +88,7 @@ def train(config: Config, terminated: Terminated | None = None) -> int:
 
 def assemble(config: Config) -> tuple[Run, int]:
     """Everything that the steps need, as the run's newest checkpoint left it, and the step to go on from. All ranks call it."""
+    objective_of(config).check(config)
     choose_kernels(config.train.deterministic)
     join_process_group()
     store, data = open_store(config.run, PATIENT), open_data(config.data, PATIENT)
@@ -161,7 +162,7 @@ def run_steps(run: Run, start: int, terminated: Terminated) -> None:
 
 
 def take_step(run: Run, step: int) -> None:
-    """One optimizer step: the next batch, Algorithm 1 on it, the update that follows `step` updates, the averages.
+    """One optimizer step: the next batch, the objective on it, the update that follows `step` updates, the averages.
 
     Raises UserError where fp16 cannot go on.
     """
@@ -201,9 +202,10 @@ def go_back(run: Run, done: int, first_bad: int) -> None:
 def preflight(config: Config) -> int:
     """Everything about a run that can be checked without workers; returns the step that training would go on from.
 
-    Raises UserError: a store that does not answer, data that is not there or is not what the config says, a network that cannot
-    be built, or a run that was started with something else.
+    Raises UserError: options that the objective refuses, a store that does not answer, data that is not there or is not what the
+    config says, a network that cannot be built, or a run that was started with something else.
     """
+    objective_of(config).check(config)
     store, data = open_store(config.run), open_data(config.data)
     data.check(write=False)
     store.check()
@@ -229,7 +231,7 @@ def accumulate(engine: Engine, config: Config, batch: Batch, forward: Stopwatch)
 
     `forward` measures the forward passes.
     """
-    schedule = noise_schedule(config)
+    losses_of = objective_of(config).losses
     kept: list[tuple[Tensor, Tensor]] = []
     for first in range(0, len(batch.index), engine.micro_batch):
         rows = slice(first, first + engine.micro_batch)
@@ -238,17 +240,12 @@ def accumulate(engine: Engine, config: Config, batch: Batch, forward: Stopwatch)
             x = flipped(x, i, config.seed)
         dropout = DropoutKey(config.seed, i) if config.model.dropout else None
         with forward:
-            result = training_loss(
+            result = losses_of(
+                config,
                 lambda z, logsnr, labels, dropout=dropout: engine(z, logsnr, labels, dropout),  # type: ignore[misc]
                 x,
                 c,
                 i,
-                schedule=schedule,
-                p_uncond=config.diffusion.p_uncond,
-                null_label=config.data.classes,
-                seed=config.seed,
-                kind=config.diffusion.prediction,
-                weight=config.diffusion.loss_weight,
             )
         engine.accumulate(result.loss.mean())
         kept.append((result.loss.detach(), result.logsnr.detach()))
@@ -292,7 +289,7 @@ def run_identity(config: Config, manifest: Manifest, order: AnyOrder) -> dict[st
         "order": order.to_dict(),
         ROUNDS: order.rounds,
         **{f"model.{name}": getattr(config.model, name) for name in network_options(config.model)},
-        **{f"diffusion.{name}": value for name, value in vars(config.diffusion).items()},
+        **objective_of(config).identity(config),
     }
 
 

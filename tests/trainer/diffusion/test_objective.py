@@ -7,11 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from freeguide.trainer.diffusion.objective import noised, training_loss
+from freeguide.configs.schema import Config, DataConfig, DiffusionConfig
+from freeguide.trainer.diffusion.objective import noised, objective_of, training_loss
 from freeguide.trainer.diffusion.oracles import GaussianClasses
 from freeguide.trainer.diffusion.parametrisation import KINDS, output_of, predict
 from freeguide.trainer.diffusion.randomness import Purpose, normal
-from freeguide.trainer.diffusion.schedule import SCHEDULES, CosineSchedule, alpha_sigma, broadcast
+from freeguide.trainer.diffusion.schedule import SCHEDULES, CosineSchedule, FlowSchedule, alpha_sigma, broadcast
 
 ORACLE = GaussianClasses(means=(0.8, -0.4), variance=0.25, mean=0.2, total_variance=0.61)  # the exact mixture's first two moments
 SETTINGS = {"schedule": CosineSchedule(), "p_uncond": 0.1, "null_label": 2, "seed": 7}
@@ -43,6 +44,16 @@ def test_z_follows_the_forward_process_and_labels_are_dropped_to_null():
     torch.testing.assert_close(n.z, alpha * x + sigma * n.eps, rtol=0, atol=0)
     assert torch.equal(n.labels, torch.where(n.dropped, 2, labels))
     assert torch.equal(n.eps, normal(7, Purpose.TRAIN_NOISE, index, x.shape[1:], dtype=x.dtype))
+
+
+def test_the_objective_of_a_config_is_algorithm_1_with_its_options():
+    x, labels, index = data(5)
+    diffusion = DiffusionConfig(-9.0, 8.0, p_uncond=0.5, schedule="flow", prediction="v", loss_weight="min_snr")
+    config = Config(seed=7, data=DataConfig(classes=2), diffusion=diffusion)
+    options = {"schedule": FlowSchedule(-9.0, 8.0), "p_uncond": 0.5, "null_label": 2, "seed": 7, "kind": "v", "weight": "min_snr"}
+    found = objective_of(config).losses(config, ORACLE, x, labels, index)
+    assert all(map(torch.equal, found, training_loss(ORACLE, x, labels, index, **options)))
+    assert not torch.equal(found.loss, training_loss(ORACLE, x, labels, index, **SETTINGS).loss)
 
 
 @pytest.mark.parametrize("p_uncond", [0.0, 0.1, 0.5, 1.0])
