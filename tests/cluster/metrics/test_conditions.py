@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
@@ -14,8 +14,10 @@ DIGITS = Path(__file__).parents[3] / "configs" / "digits.yaml"
 LEAVES = [key for key, kind in options().items() if not dataclasses.is_dataclass(kind)]
 
 
-def other(value: Any) -> Any:
+def other(value: Any, kind: Any) -> Any:
     """Another value of the same type."""
+    if get_origin(kind) is Literal:
+        return next(word for word in get_args(kind) if word != value)
     if isinstance(value, bool):
         return not value
     if isinstance(value, int | float):
@@ -28,7 +30,7 @@ def other(value: Any) -> Any:
 def changed(config: Config, key: str) -> Config:
     group, _, name = key.partition(".")
     inner = getattr(config, group)
-    return dataclasses.replace(config, **{group: dataclasses.replace(inner, **{name: other(getattr(inner, name))})})
+    return dataclasses.replace(config, **{group: dataclasses.replace(inner, **{name: other(getattr(inner, name), options()[key])})})
 
 
 def said(config: Config) -> tuple[str, dict[str, Any]]:
