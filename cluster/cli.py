@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
+from freeguide.cluster.evaluation.extractors.roles import ROLES
 from freeguide.cluster.runtime import ending
 from freeguide.cluster.runtime.checks import contradictions
 from freeguide.configs.checks import choices
@@ -276,9 +277,10 @@ def _add_score(command: argparse.ArgumentParser) -> None:
     command.add_argument("--extractor", required=True, help="weights of the feature network: Inception, or an own evaluator")
     command.add_argument("--extractor-hash", default="", help="the sha256 that those weights have to have")
     command.add_argument("--reference", required=True, help="the real images: a data set with a manifest, or an .npz of statistics")
-    command.add_argument("--dinov2", default="", help="DINOv2 weights, for FD-DINOv2 beside the rest")
-    command.add_argument("--dinov2-hash", default="", help="the sha256 that those weights have to have")
-    command.add_argument("--dinov2-reference", default="", help="DINOv2 statistics of the real images")
+    for role, wanted in ROLES.items():
+        command.add_argument(f"--{role}", default="", help=f"{wanted.title} weights, for {wanted.gives} beside the rest")
+        command.add_argument(f"--{role}-hash", default="", help="the sha256 that those weights have to have")
+        command.add_argument(f"--{role}-reference", default="", help=f"{wanted.title} statistics of the real images")
     command.add_argument("--dataset", default="", help="name of the data set, as tables call it")
     command.add_argument("--name", default="", help="name of the row")
     command.add_argument(

@@ -1,5 +1,6 @@
 """What the options of evaluation ask of each other and of what is sampled."""
 
+from freeguide.cluster.evaluation.extractors.roles import ROLES, options_of
 from freeguide.configs.checks import Checks
 from freeguide.configs.schema import Config
 from freeguide.trainer import checks as of_trainer
@@ -21,12 +22,14 @@ def _evaluate_checks(config: Config, command: str) -> Checks:
         f"data.dtype={dtype}: evaluate measures images, and there is no decoder here; generate the latents, decode them, and use "
         f"score",
     )
-    for name in ("dinov2_reference", "dinov2_hash"):
-        given = getattr(evaluate, name)
-        yield (
-            evaluate.dinov2 != "" or given == "",
-            f"evaluate.{name}={given} needs DINOv2's weights: set evaluate.dinov2 to their path",
-        )
+    for role, wanted in ROLES.items():
+        of_weights, sha256, reference = options_of(role)
+        for name in (reference, sha256):
+            given = getattr(evaluate, name)
+            yield (
+                getattr(evaluate, of_weights) != "" or given == "",
+                f"evaluate.{name}={given} needs {wanted.title}'s weights: set evaluate.{role} to their path",
+            )
     yield (
         command != "fit-evaluator" or evaluate.extractor == "",
         f"evaluate.extractor={evaluate.extractor} names weights that are there already: leave it out to fit an evaluator",

@@ -7,6 +7,7 @@ import hashlib
 import json
 from typing import Any
 
+from freeguide.cluster.evaluation.extractors.roles import ROLES, options_of
 from freeguide.configs.schema import RENAMED, Config, options
 from freeguide.trainer.networks.build import network_options
 
@@ -44,7 +45,7 @@ HARMLESS = {
     "evaluate.sweep": "each series has its options",
     "evaluate.screen": "decides which rows are measured",
     **dict.fromkeys(("evaluate.extractor", "evaluate.extractor_hash", "evaluate.reference"), _MEASURED),
-    **dict.fromkeys(("evaluate.dinov2", "evaluate.dinov2_hash", "evaluate.dinov2_reference"), _MEASURED),
+    **dict.fromkeys((f"evaluate.{name}" for role in ROLES for name in options_of(role)), _MEASURED),
     **dict.fromkeys(("evaluate.evaluator_epochs", "evaluate.evaluator_seed"), _MEASURED),
     "evaluate.dataset": "rows have a column for it",
     "evaluate.others": "rows of others have their own conditions",

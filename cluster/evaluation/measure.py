@@ -12,7 +12,8 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from freeguide.cluster.evaluation.extractors.features import ROLES, Extractor, Measured
+from freeguide.cluster.evaluation.extractors.features import Extractor, Measured
+from freeguide.cluster.evaluation.extractors.roles import ROLES
 from freeguide.cluster.evaluation.metrics import METRICS
 from freeguide.cluster.evaluation.reference import Reference
 from freeguide.cluster.evaluation.statistics.metric import Seen
@@ -26,7 +27,7 @@ class Yardstick:
     extractor: Extractor
     reference: Reference
     weights: str = ""  # where its weights stand, for other processes to load them
-    role: str = ""  # beside the first yardstick, see `features.ROLES`; "" = it is the first, which FID is measured with
+    role: str = ""  # beside the first yardstick, see `extractors.roles`; "" = it is the first, which FID is measured with
 
     def described(self) -> "Yardstick":
         """Without the extractor's network, which may weigh a gigabyte: `values` and `conditions` do not need it."""

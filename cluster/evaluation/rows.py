@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
 from freeguide.cluster.evaluation.conditions import trained
-from freeguide.cluster.evaluation.extractors.features import INCEPTION, role_conditions
+from freeguide.cluster.evaluation.extractors.features import INCEPTION
+from freeguide.cluster.evaluation.extractors.roles import role_conditions
 from freeguide.cluster.evaluation.metrics import value_names
 from freeguide.configs.errors import DataError
 from freeguide.configs.schema import Config, SamplingConfig

@@ -24,8 +24,9 @@ from freeguide.cluster.evaluation import reference as references
 from freeguide.cluster.evaluation.executor import Executor, Resources
 from freeguide.cluster.evaluation.extractors import evaluator as evaluators
 from freeguide.cluster.evaluation.extractors.evaluator import Evaluator
-from freeguide.cluster.evaluation.extractors.features import ROLES, Extractor
+from freeguide.cluster.evaluation.extractors.features import Extractor
 from freeguide.cluster.evaluation.extractors.load import load_beside, load_extractor, load_judge
+from freeguide.cluster.evaluation.extractors.roles import ROLES, options_of
 from freeguide.cluster.evaluation.measure import Yardstick
 from freeguide.configs.errors import StoreError
 from freeguide.configs.schema import Config
@@ -57,7 +58,7 @@ def yardsticks_of(config: Config, data: Store, manifest: Manifest, executor: Exe
         given = load_judge(options.extractor, options.extractor_hash, access_to(config.data, options.extractor))
     found = [_yardstick(config, data, manifest, executor, given, options.extractor, options.reference)]
     for role in ROLES:
-        weights, sha256, reference = (getattr(options, f"{role}{what}") for what in ("", "_hash", "_reference"))
+        weights, sha256, reference = (getattr(options, name) for name in options_of(role))
         if weights:
             given = load_beside(role, weights, sha256, access_to(config.data, weights))
             found.append(replace(_yardstick(config, data, manifest, executor, given, weights, reference), role=role))

@@ -26,8 +26,9 @@ from numpy.typing import NDArray
 
 from freeguide.cluster.evaluation import measure
 from freeguide.cluster.evaluation import reference as references
-from freeguide.cluster.evaluation.extractors.features import ROLES, UNIT, Extractor, Measured, measure_with
+from freeguide.cluster.evaluation.extractors.features import UNIT, Extractor, Measured, measure_with
 from freeguide.cluster.evaluation.extractors.load import load_beside, load_judge
+from freeguide.cluster.evaluation.extractors.roles import ROLES, options_of
 from freeguide.cluster.evaluation.measure import Yardstick
 from freeguide.cluster.evaluation.metrics import value_names
 from freeguide.cluster.evaluation.reference import Reference
@@ -100,9 +101,6 @@ def score(
     reference: str,
     extractor: str,
     extractor_hash: str = "",
-    dinov2: str = "",
-    dinov2_hash: str = "",
-    dinov2_reference: str = "",
     dataset: str = "",
     name: str = "",
     w: float = 0.0,
@@ -111,11 +109,13 @@ def score(
     unit: int = UNIT,
     access: Access | None = None,
     class_depth: int = 1,
+    **beside: str,
 ) -> Row:
     """Measure images and return their row.
 
-    `samples`, `reference`, `extractor` and the two of DINOv2 are paths or URIs (see the module and `load_reference`), and
-    `extractor_hash` and `dinov2_hash` are the sha256 that their weights have to have ("" = any).
+    `samples`, `reference` and `extractor` are paths or URIs (see the module and `load_reference`), and `extractor_hash` is the
+    sha256 that the weights have to have ("" = any). `beside` names other extractors in the same way by the options of their roles:
+    dinov2, dinov2_hash, dinov2_reference (`extractors.roles`).
     `dataset` names the reference's data, `name` (default: the samples' own) the row's run, `w` the guidance weight (0 = without)
     and `facts` what is known of the model, by the names of a Row's fields (p_uncond, steps, nfe, rounding, ...). `access` is how
     S3 is asked for all of these; the folders `class_depth` levels down are the classes of samples that are files.
@@ -123,8 +123,10 @@ def score(
     Raises DataError for images, references or weights that cannot be used, StoreError where a store does not answer, ConfigError
     for unknown facts.
     """
-    beside = {"dinov2": (dinov2, dinov2_hash, dinov2_reference)}
-    for role, (weights, _, real) in beside.items():
+    others = {role: [beside.pop(name, "") for name in options_of(role)] for role in ROLES}
+    if beside:
+        raise TypeError(f"score() has no options {', '.join(beside)}")
+    for role, (weights, _, real) in others.items():
         if bool(weights) != bool(real):
             what = f"{ROLES[role].gives} needs {ROLES[role].title}'s weights"
             raise DataError(f"{what} and a reference measured with them; give both or neither")
@@ -132,7 +134,7 @@ def score(
     choose_kernels()
     judge = load_judge(extractor, extractor_hash, access)
     yardsticks = [Yardstick(judge, load_reference(reference, judge, dataset, device, access))]
-    for role, (weights, sha256, real) in beside.items():
+    for role, (weights, sha256, real) in others.items():
         if weights:
             other = load_beside(role, weights, sha256, access)
             yardsticks.append(Yardstick(other, load_reference(real, other, dataset, device, access), role=role))
@@ -301,9 +303,6 @@ def command(options: argparse.Namespace) -> None:
         reference=options.reference,
         extractor=options.extractor,
         extractor_hash=options.extractor_hash,
-        dinov2=options.dinov2,
-        dinov2_hash=options.dinov2_hash,
-        dinov2_reference=options.dinov2_reference,
         dataset=options.dataset,
         name=options.name,
         w=options.w,
@@ -311,6 +310,7 @@ def command(options: argparse.Namespace) -> None:
         device=options.device,
         access=Access(request_payer=options.request_payer, unsigned=options.unsigned),
         class_depth=options.class_depth,
+        **{name: getattr(options, name) for role in ROLES for name in options_of(role)},
     )
     for field, value in row.to_dict().items():
         if value not in (None, "", UNKNOWN):

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from freeguide.cluster.evaluation.extractors.features import DINOV2, Loader, Measured, load_weights, to_rgb
+from freeguide.cluster.evaluation.extractors.features import Loader, Measured, load_weights, to_rgb
+from freeguide.cluster.evaluation.extractors.roles import DINOV2
 
 FILE = "dinov2_vitl14_pretrain.pth"
 SOURCE = f"get it from dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/{FILE} and keep the name"

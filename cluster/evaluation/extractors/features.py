@@ -19,7 +19,6 @@ from torch import Tensor
 from freeguide.configs.errors import DataError
 
 INCEPTION = "inception-2015-12-05"  # the only extractor whose distances are called FID
-DINOV2 = "dinov2-vitl14"  # what rows call it
 WEIGHTS_BYTES = 2**33  # of published networks: DINOv2 has 1.2 GB
 UNIT = 1024  # images measured at a time where no work unit says otherwise; it decides the order in which moments are added
 
@@ -31,7 +30,7 @@ class Measured:
     features: NDArray[np.float32]  # (N, d)
     probabilities: NDArray[np.float32] | None = None  # (N, K) of its classes, if it has any
     spatial: NDArray[np.float32] | None = None  # (N, s) for sFID, if it has such features
-    others: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)  # features (N, ...) of others by role, see `ROLES`
+    others: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)  # features (N, ...) of others, see `roles`
 
     def to_arrays(self) -> dict[str, Any]:
         """Its arrays by name, for `np.savez`; those that are None are left out."""
@@ -89,27 +88,6 @@ class Loader:
     read: Callable[[bytes, str], Extractor]  # of a file's bytes, and where they stand; raises DataError for anything else
     source: str  # what to do if the file does not exist
     most: int = WEIGHTS_BYTES  # bytes that such a file may have
-
-
-@dataclass(frozen=True)
-class Role:
-    """What an extractor does beside the first, which has the role "" and measures FID.
-
-    The options evaluate.<role>, evaluate.<role>_hash and evaluate.<role>_reference name its weights and the real images as it sees
-    them. Rows carry the hashes of both as <role> and <role>_reference, and rows that differ in them do not compare.
-    """
-
-    extractor: str  # the name of the extractor that it takes
-    title: str  # what people call that
-    gives: str  # the metric for which it is asked
-
-
-ROLES: dict[str, Role] = {"dinov2": Role(DINOV2, "DINOv2", "FD-DINOv2")}
-
-
-def role_conditions() -> list[str]:
-    """The conditions of rows that roles have."""
-    return [name for role in ROLES for name in (role, f"{role}_reference")]
 
 
 def measure_with(extractors: Mapping[str, Extractor], images: NDArray[np.uint8], device: str = "cpu") -> Measured:

@@ -3,7 +3,8 @@
 from fnmatch import fnmatchcase
 
 from freeguide.cluster.evaluation.extractors import dinov2, evaluator, inception
-from freeguide.cluster.evaluation.extractors.features import ROLES, Extractor, Loader
+from freeguide.cluster.evaluation.extractors.features import Extractor, Loader
+from freeguide.cluster.evaluation.extractors.roles import ROLES
 from freeguide.configs.errors import DataError
 from freeguide.data_pipeline.store.base import Access
 from freeguide.data_pipeline.store.open import read_object

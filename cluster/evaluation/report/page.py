@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from freeguide.cluster.evaluation.extractors.features import role_conditions
+from freeguide.cluster.evaluation.extractors.roles import role_conditions
 from freeguide.cluster.evaluation.measure import Yardstick, conditions
 from freeguide.cluster.evaluation.published import rows_of, why_not_beside
 from freeguide.cluster.evaluation.report import figures

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from freeguide.cluster.evaluation.extractors.features import ROLES
+from freeguide.cluster.evaluation.extractors.roles import ROLES
 from freeguide.cluster.evaluation.frontier import Spread, common_scores, fid_at, over_seeds, spread
 from freeguide.cluster.evaluation.metrics import METRICS
 from freeguide.cluster.evaluation.published import beside, rows_of, same_setting, sampled_otherwise, why_not_beside

@@ -88,7 +88,7 @@ class Metric:
     title: str  # of its column
     better: Literal["lower", "higher"]
     needs: tuple[Need, ...] = ()  # beside features; without them, the row does not have it
-    role: str = ""  # of the extractor whose features it is of, see `features.ROLES`; "" = the one that FID is of
+    role: str = ""  # of the extractor whose features it is of, see `extractors.roles`; "" = the one that FID is of
     spread: Literal["", "jackknife", "splits"] = ""  # what stands after ± and in the row as <name>_std; "" = nothing
     scale: int = 1  # by which tables multiply it
     form: Callable[[float], str] = distance  # how tables print it, multiplied by `scale`

@@ -6,7 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from freeguide.cluster.evaluation.extractors.features import ROLES, Measured, Role, role_conditions
+from freeguide.cluster.evaluation.extractors.features import Measured
+from freeguide.cluster.evaluation.extractors.roles import ROLES, Role, role_conditions
 from freeguide.cluster.evaluation.frontier import over_seeds
 from freeguide.cluster.evaluation.measure import Yardstick, conditions, values
 from freeguide.cluster.evaluation.metrics import METRICS, value_names
