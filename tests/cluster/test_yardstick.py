@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from freeguide.cluster.cli import main
 from freeguide.cluster.evaluation import units, yardstick
+from freeguide.cluster.evaluation.executor import Resources
 from freeguide.cluster.evaluation.extractors import dinov2, evaluator, features
 from freeguide.cluster.evaluation.extractors import load as loading
 from freeguide.cluster.evaluation.extractors.dinov2 import VisionTransformer
@@ -29,8 +30,10 @@ from freeguide.cluster.evaluation.statistics.moments import from_features, merge
 from freeguide.cluster.evaluation.yardstick import EVALUATOR, warn_of_few, yardsticks_of
 from freeguide.cluster.jobs import evaluate as evaluation
 from freeguide.cluster.runtime.engines import ENGINES, executor
+from freeguide.cluster.runtime.here import as_worker
 from freeguide.configs.errors import ConfigError, DataError, UserError
 from freeguide.configs.load import load_config
+from freeguide.configs.schema import Config
 from freeguide.data_pipeline.artifact import fingerprint
 from freeguide.data_pipeline.closure import code_version
 from freeguide.data_pipeline.manifest import Schema
@@ -42,7 +45,7 @@ from freeguide.data_pipeline.store.open import open_store
 from freeguide.data_pipeline.stored import load_manifest
 from freeguide.trainer.rounding import to_uint8
 from freeguide.trainer.sampler import Sampler, image_labels
-from tests.cluster.untrained import LOCAL, SMALL, small, through, write_lab, write_run
+from tests.cluster.untrained import LOCAL, SMALL, THREADS, small, through, write_lab, write_run
 
 DIGITS = str(Path(__file__).parents[2] / "configs" / "digits.yaml")
 FACTS = ["data.classes=2", "evaluate.evaluator_epochs=1", "evaluate.images=100", *LOCAL]
@@ -179,7 +182,8 @@ def test_a_data_set_beyond_the_memory_is_sampled_evenly_for_the_evaluator_and_me
     assert "trained on one shard in 3: 30 of 90 images" in capsys.readouterr().out
     images, labels = scan_all(open_store(toys), load_manifest(open_store(toys)))
     rows = np.concatenate([np.arange(first, first + 10) for first in (0, 30, 60)])
-    expected = evaluator.fit_evaluator(images[rows], labels[rows], 2, epochs=1, name="toys")
+    with as_worker(Config(), Resources(THREADS, 0)):
+        expected = evaluator.fit_evaluator(images[rows], labels[rows], 2, epochs=1, name="toys")
     assert found.extractor.hash == expected.hash
     assert found.reference.pool.n == 90
 
@@ -398,7 +402,8 @@ def test_data_without_classes_are_measured_by_how_their_pictures_are_turned(
     uri = write_flat(tmp_path / "photos")
     (found,) = find(uri, *FLAT)
     images, _ = scan_all(open_store(uri), load_manifest(open_store(uri)))
-    expected = evaluator.fit_rotations(images, 3, name="photos-rotations")
+    with as_worker(Config(), Resources(THREADS, 0)):
+        expected = evaluator.fit_rotations(images, 3, name="photos-rotations")
     assert isinstance(found.extractor, Evaluator)
     assert found.extractor.to_bytes() == expected.to_bytes()
     assert (found.extractor.has_classes, found.extractor.accuracy > 0.9) == (False, True)

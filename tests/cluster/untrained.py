@@ -29,7 +29,8 @@ from freeguide.trainer.networks.build import build_network
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
 HALF_LIFE = "half_life_50"  # a second average that the checkpoints hold
-LOCAL = ["cluster.engine=local", f"cluster.cpus_per_worker={torch.get_num_threads()}"]  # bits are those of this process's threads
+THREADS = torch.get_num_threads()  # they decide bits, and other tests may leave others
+LOCAL = ["cluster.engine=local", f"cluster.cpus_per_worker={THREADS}"]
 SMALL = [
     *("model.channels=8", "model.head_channels=8", "model.channel_mult=[1]", "model.attention=[]"),
     *("sampling.steps=6", "sampling.interval=[-2,3]"),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
-LANGUAGES = ("sh", "text", "yaml", "python")
+LANGUAGES = ("sh", "text", "yaml", "python", "mermaid")
 
 
 @dataclass(frozen=True)
