@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from freeguide.cluster.cli import main
 from freeguide.cluster.evaluation import units, yardstick
+from freeguide.cluster.evaluation.checks import contradictions
 from freeguide.cluster.evaluation.executor import Resources
 from freeguide.cluster.evaluation.extractors import dinov2, evaluator, features
 from freeguide.cluster.evaluation.extractors import load as loading
@@ -87,7 +88,8 @@ def find(made: list[str], tmp_path: Path) -> Find:
     """find(uri of the data, "evaluate.option=value", ...) -> the yardsticks of an evaluation."""
 
     def look(uri: str, *options: str) -> list[Yardstick]:
-        config = load_config(DIGITS, [f"data.uri={uri}", f"run={tmp_path}/run", *FACTS, *options], "evaluate")
+        options = (f"data.uri={uri}", f"run={tmp_path}/run", *FACTS, *options)
+        config = load_config(DIGITS, [*options], "evaluate", contradictions=contradictions)
         data = open_store(uri)
         with executor(config, 1) as engine:
             return yardsticks_of(config, data, load_manifest(data), engine)
