@@ -16,6 +16,7 @@ from freeguide.cluster.evaluation.executor import Resources
 from freeguide.cluster.jobs.evaluate import evaluate
 from freeguide.cluster.jobs.generate import generate
 from freeguide.cluster.jobs.prepare import prepare
+from freeguide.cluster.runtime.checks import contradictions
 from freeguide.cluster.runtime.engines import ENGINES, executor
 from freeguide.configs.errors import ConfigError, DataError, UserError
 from freeguide.configs.load import load_config
@@ -151,4 +152,4 @@ def test_a_training_in_this_process_saves_what_a_training_without_ray_saves(tmp_
 
 def test_a_training_of_several_workers_is_not_for_the_local_engine() -> None:
     with pytest.raises(ConfigError, match=r"cluster\.engine=local trains in one process and cluster\.workers=2; set cluster\.work"):
-        load_config(DIGITS, ["cluster.engine=local"], "train")
+        load_config(DIGITS, ["cluster.engine=local"], "train", contradictions=contradictions)
